@@ -1,0 +1,40 @@
+"""Training sequence models: tasks, data, truncated BPTT, gradient flow, reports, command line.
+
+Every piece stands alone: the tasks are LightningModules, the data modules are LightningDataModules,
+``StateCarrier``, ``StreamChunks``, ``clip`` and ``state_gradients`` fit any loop of one's own.
+"""
+
+from fastrnn.training.clipping import GradientClipping, clip
+from fastrnn.training.data.batches import SequenceBatch, StreamBatch
+from fastrnn.training.data.text import TextData, Vocabulary
+from fastrnn.training.errors import InputError
+from fastrnn.training.gradient_flow import GradientFlow
+from fastrnn.training.language import LanguageModel, Sampling
+from fastrnn.training.optim import Optim
+from fastrnn.training.report import Report
+from fastrnn.training.speed import Throughput, compare_backends
+from fastrnn.training.stack import Stack
+from fastrnn.training.states import state_gradients
+from fastrnn.training.tbptt import StateCarrier, StreamChunks, scan
+
+__all__ = [
+    "GradientClipping",
+    "GradientFlow",
+    "InputError",
+    "LanguageModel",
+    "Optim",
+    "Report",
+    "Sampling",
+    "SequenceBatch",
+    "Stack",
+    "StateCarrier",
+    "StreamBatch",
+    "StreamChunks",
+    "TextData",
+    "Throughput",
+    "Vocabulary",
+    "clip",
+    "compare_backends",
+    "scan",
+    "state_gradients",
+]

@@ -1,0 +1,119 @@
+"""``python -m fastrnn train``: LightningCLI over the tasks and data of this package."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from fastrnn.training.clipping import GradientClipping
+from fastrnn.training.data.module import SequenceData
+from fastrnn.training.errors import InputError
+from fastrnn.training.gradient_flow import GradientFlow
+from fastrnn.training.report import Report
+from fastrnn.training.run import AtomicCheckpoints, BestCheckpoint, LastCheckpoint, Resume, RunLog
+from fastrnn.training.speed import Throughput
+from fastrnn.training.tasks import SequenceTask
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class SequenceCLI(LightningCLI):
+    """fit, validate, test and predict over any task and data; fit ends with a test of the best."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.spec", "model.init_args.spec", apply_on="instantiate")
+        parser.add_argument("--name", type=str, default="run", help="folder of the run")
+        parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
+        parser.add_argument("--tensorboard", type=bool, default=False, help="also log for it")
+        parser.add_lightning_class_args(GradientClipping, "clipping")
+        parser.add_lightning_class_args(GradientFlow, "flow")
+        parser.add_lightning_class_args(BestCheckpoint, "best")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
+        parser.add_lightning_class_args(Report, "report")
+
+    def _parse_ckpt_path(self) -> None:
+        """The configuration decides, not the checkpoint; a task refuses one that differs."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        folder, name = self._get(self.config, "runs"), self._get(self.config, "name")
+        log = RunLog(folder, name if self.subcommand == "fit" else f"{name}-{self.subcommand}")
+        loggers: list[Any] = [log]
+        if self._get(self.config, "tensorboard"):
+            loggers.append(TensorBoardLogger(log.log_dir, name="", version="tensorboard"))
+        return super().instantiate_trainer(logger=loggers, plugins=[AtomicCheckpoints()], **kwargs)
+
+    def after_fit(self) -> None:
+        if not self.trainer.fast_dev_run and self.trainer.checkpoint_callback.best_model_path:
+            best = self.trainer.checkpoint_callback.best_model_path
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
+        self.after_test()
+
+    def after_test(self) -> None:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, Report) and callback.path:
+                print(f"report: {callback.path.resolve()}")
+
+    def save_predictions(self, predictions: Any) -> None:
+        """As JSON in the run's folder."""
+        path = Path(self.trainer.log_dir) / "predictions.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(predictions, ensure_ascii=False, indent=1, default=plain))
+        print(f"predictions: {path.resolve()}")
+
+
+def plain(value: Any) -> Any:
+    return value.tolist()
+
+
+def shipped_config(argument: str) -> str:
+    """The path of a shipped configuration for its bare name; anything else as it is."""
+    path = CONFIGS / f"{argument}.yaml"
+    return str(path) if not Path(argument).exists() and path.is_file() else argument
+
+
+def main(argv: list[str]) -> int:
+    """Run one command; bad input ends with one line on stderr and status 2."""
+    if argv[:1] == ["sweep"]:
+        from fastrnn.training import sweep
+
+        return sweep.main(argv[1:])
+    configs = {i + 1 for i, argument in enumerate(argv) if argument in ("-c", "--config")}
+    argv = [shipped_config(a) if i in configs else a for i, a in enumerate(argv)]
+    try:
+        run(argv)
+    except InputError as error:
+        print(f"fastrnn train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(argv: list[str]) -> SequenceCLI:
+    """One command, in this process; the trainer and the task are attributes of what comes back."""
+    for noise in ("LightningCLI's args parameter", ".*LeafSpec", ".*num_workers"):
+        warnings.filterwarnings("ignore", message=noise)
+    return SequenceCLI(
+        SequenceTask,
+        SequenceData,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "callbacks": [
+                Throughput(),
+                Resume(),
+                LearningRateMonitor("step"),
+                RichProgressBar(leave=False),
+            ],
+            "log_every_n_steps": 10,
+            "enable_model_summary": True,
+        },
+        args=argv,
+    )

@@ -1,0 +1,36 @@
+"""The data module that all data sets share: parts in, resumable loaders out."""
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning as L
+
+from fastrnn.training.data.batches import Batches
+
+
+class SequenceData(L.LightningDataModule):
+    """Data with a ``spec`` that a task is built from, and batches for each part and process."""
+
+    spec: dict[str, Any]  # what the model must know of the data; plain values
+
+    @abstractmethod
+    def batches(self, part: str, rank: int, world: int) -> Batches:
+        """The loader of ``train``, ``val`` or ``test`` for one of ``world`` processes."""
+
+    def _loader(self, part: str) -> Batches:
+        trainer = self.trainer
+        return self.batches(
+            part, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1
+        )
+
+    def train_dataloader(self) -> Batches:
+        return self._loader("train")
+
+    def val_dataloader(self) -> Batches:
+        return self._loader("val")
+
+    def test_dataloader(self) -> Batches:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> Any:
+        return self._loader("test")

@@ -1,0 +1,136 @@
+"""Text as streams of characters: the shipped plays of Shakespeare, or files of one's own."""
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrnn.training.data import shipped
+from fastrnn.training.data.module import SequenceData
+from fastrnn.training.errors import InputError
+from fastrnn.training.tbptt import StreamChunks
+
+
+class Vocabulary:
+    """Characters and their numbers, in the order of ``characters``."""
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self.number = {c: i for i, c in enumerate(characters)}
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> Tensor:
+        """int64 [N].
+
+        Raises:
+            InputError: a character is not in the vocabulary; the message shows which and where.
+        """
+        unknown = sorted(set(text) - self.number.keys())
+        if unknown:
+            first = min(text.index(c) for c in unknown)
+            shown = ", ".join(map(repr, unknown[:10]))
+            raise InputError(
+                f"the text holds {len(unknown)} characters that the model does not know: {shown}; "
+                f"the first is at position {first}"
+            )
+        return torch.tensor([self.number[c] for c in text], dtype=torch.int64)
+
+    def decode(self, numbers: Iterable[int]) -> str:
+        return "".join(self.characters[i] for i in numbers)
+
+
+class TextData(SequenceData):
+    """Documents in parallel streams, cut at the end for validation and test.
+
+    Args:
+        paths: UTF-8 files, each one document; the shipped plays when left out.
+        rows: parallel streams B, over all processes.
+        k1: steps between updates.
+        k2: steps that a gradient goes back; k1 when left out.
+        held_out: shares of the characters, from the end, for validation and for test.
+        limit: characters that are used, from the start; all when left out.
+        prompts: texts that ``predict`` continues.
+    """
+
+    def __init__(
+        self,
+        paths: list[str] | None = None,
+        rows: int = 64,
+        k1: int = 128,
+        k2: int | None = None,
+        held_out: tuple[float, float] = (0.05, 0.05),
+        limit: int | None = None,
+        prompts: tuple[str, ...] = ("\n",),
+    ) -> None:
+        super().__init__()
+        self.paths, self.rows, self.k1, self.k2 = paths, rows, k1, k2
+        self.held_out, self.limit, self.prompts = held_out, limit, prompts
+
+    @cached_property
+    def documents(self) -> list[str]:
+        if self.paths is None:
+            texts = list(json.loads(shipped.read("shakespeare.json")).values())
+        else:
+            texts = [read_text(path) for path in self.paths]
+        return cut(texts, [self.limit or sum(map(len, texts))])[0]
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        return {"vocabulary": "".join(sorted(set().union(*self.documents)))}
+
+    @cached_property
+    def parts(self) -> dict[str, list[Tensor]]:
+        """Documents of train, val and test, encoded."""
+        vocabulary = Vocabulary(self.spec["vocabulary"])
+        total = sum(map(len, self.documents))
+        val, test = (int(share * total) for share in self.held_out)
+        pieces = cut(self.documents, [total - val - test, val, test])
+        return {
+            part: [vocabulary.encode(text) for text in texts]
+            for part, texts in zip(("train", "val", "test"), pieces, strict=True)
+        }
+
+    def batches(self, part: str, rank: int, world: int) -> StreamChunks:
+        k2 = self.k2 if part == "train" else None
+        return StreamChunks(self.parts[part], self.rows, self.k1, k2, rank, world)
+
+    def predict_dataloader(self) -> list[str]:
+        return list(self.prompts)
+
+
+def read_text(path: str | Path) -> str:
+    """A text file's content.
+
+    Raises:
+        InputError: no such file, not UTF-8, or empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    return text
+
+
+def cut(texts: list[str], lengths: list[int]) -> list[list[str]]:
+    """Split a series of texts into consecutive parts of the given numbers of characters."""
+    parts, rest = [], list(texts)
+    for length in lengths:
+        part: list[str] = []
+        while rest and length > 0:
+            part.append(rest[0][:length])
+            rest[0] = rest[0][length:]
+            length -= len(part[-1])
+            if not rest[0]:
+                rest.pop(0)
+        parts.append(part)
+    return parts

@@ -1,0 +1,192 @@
+"""Language modelling: the next symbol at every step, with the state carried from chunk to chunk."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from fastrnn.training.data.batches import IGNORE, StreamBatch
+from fastrnn.training.data.text import Vocabulary
+from fastrnn.training.errors import InputError
+from fastrnn.training.optim import Optim
+from fastrnn.training.stack import Stack
+from fastrnn.training.tasks import SequenceTask
+from fastrnn.training.tbptt import State, StateCarrier, map_state, scan
+
+
+@dataclass
+class Sampling:
+    """How characters are drawn: see ``LanguageModel.generate``."""
+
+    length: int = 600
+    temperature: float = 0.8
+    top_k: int | None = None
+    seed: int = 0
+
+
+class LanguageModel(SequenceTask):
+    """Embedding, recurrent stack, linear layer; cross-entropy at every step.
+
+    Metrics are bits per symbol (``bpc``) and perplexity, both from the mean cross-entropy.
+
+    Args:
+        spec: ``{"vocabulary": "abc..."}``, or ``{"symbols": V}`` for symbols without characters.
+        embedding_size: features I of a symbol.
+        dropout: on the embedding and on the stack's output, in training.
+        sampling: how text is drawn for the report and by ``predict``.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        stack: Stack | None = None,
+        optim: Optim | None = None,
+        embedding_size: int = 64,
+        dropout: float = 0.0,
+        sampling: Sampling | None = None,
+    ) -> None:
+        super().__init__(spec, stack, optim)
+        self.sampling = (
+            Sampling(**sampling) if isinstance(sampling, dict) else sampling or Sampling()
+        )
+        self.save_hyperparameters()
+        if self.stack.bidirectional:
+            raise InputError("a language model cannot be bidirectional: it would see the future")
+        self.vocabulary = Vocabulary(spec["vocabulary"]) if "vocabulary" in spec else None
+        symbols = len(self.vocabulary) if self.vocabulary else int(spec["symbols"])
+        self.embed = nn.Embedding(symbols, embedding_size)
+        self.rnn = self.stack.build(embedding_size)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(self.stack.output_size, symbols)
+        self.carriers = {"train": StateCarrier(), "val": StateCarrier(), "test": StateCarrier()}
+        self.nats = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
+
+    def forward(
+        self, x: Tensor, state: State = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Logits [T, B, V] of the next symbols, and the state after x [T, B]."""
+        reset = torch.zeros_like(x, dtype=torch.bool) if reset is None else reset
+        y, state = scan(self.rnn, self.dropout(self.embed(x)), state, reset)
+        return self.head(self.dropout(y)), state
+
+    def _chunk_loss(self, batch: StreamBatch, carrier: StateCarrier) -> Tensor:
+        x = self.dropout(self.embed(batch.x))
+        y = self.dropout(carrier(self.rnn, x, batch.reset, batch.keep))
+        logits = self.head(y)
+        return F.cross_entropy(logits.flatten(0, 1), batch.y.flatten(), ignore_index=IGNORE)
+
+    def training_step(self, batch: StreamBatch, batch_idx: int) -> Tensor:
+        loss = self._chunk_loss(batch, self.carriers["train"])
+        self.log("train/loss", loss.detach())
+        self.log("train/bpc", loss.detach() / math.log(2), prog_bar=True)
+        return loss * batch.weight
+
+    def _evaluate(self, batch: StreamBatch, stage: str) -> None:
+        nats = self._chunk_loss(batch, self.carriers[stage])
+        self.nats[stage].update(nats, int((batch.y != IGNORE).sum()))
+
+    def _finish(self, stage: str) -> None:
+        nats = self.nats[stage].compute()
+        self.nats[stage].reset()
+        self.log(f"{stage}/loss", nats)
+        self.log(f"{stage}/bpc", nats / math.log(2), prog_bar=True)
+        self.log(f"{stage}/perplexity", nats.exp())
+
+    def validation_step(self, batch: StreamBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def test_step(self, batch: StreamBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    def predict_step(self, batch: str, batch_idx: int) -> str:
+        """A prompt, continued."""
+        return self.generate(batch, **asdict(self.sampling))
+
+    def flow_losses(self, batch: StreamBatch) -> dict[str, Tensor]:
+        """The chunk's loss, and the loss of its last symbol alone: how far back does that see?"""
+        rows = batch.x.shape[1]
+        state = map_state(lambda s: s[:, :rows], self.carriers["train"].state)
+        logits, _ = self(batch.x, state, batch.reset)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.y.flatten(), ignore_index=IGNORE)
+        last = F.cross_entropy(logits[-1], batch.y[-1], ignore_index=IGNORE)
+        return {"loss": loss, "last step": last}
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str = "\n",
+        length: int = 500,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> str:
+        """The prompt and ``length`` more characters, drawn one by one.
+
+        Args:
+            prompt: at least one character, all of the vocabulary.
+            temperature: divides the logits; 0 takes the likeliest character.
+            top_k: only the k likeliest characters can be drawn.
+
+        Raises:
+            InputError: the prompt is empty or holds unknown characters.
+        """
+        if self.vocabulary is None:
+            raise InputError(
+                "this model's symbols are not characters: there is no text to generate"
+            )
+        if not prompt:
+            raise InputError("prompt must hold at least one character")
+        training = self.training
+        self.eval()
+        generator = torch.Generator(self.device).manual_seed(seed)
+        x, state, drawn = self.vocabulary.encode(prompt).to(self.device)[:, None], None, []
+        for _ in range(length):
+            logits, state = self(x, state)
+            x = draw(logits[-1], temperature, top_k, generator)[None]
+            drawn.append(int(x))
+        self.train(training)
+        return prompt + self.vocabulary.decode(drawn)
+
+    def exhibits(self) -> Iterator[tuple[str, Figure | str]]:
+        if self.vocabulary:
+            yield "Sample", self.generate(**asdict(self.sampling))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["carried_state"] = self.carriers["train"].gathered()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._saved_state = checkpoint.get("carried_state")
+
+    def on_train_start(self) -> None:
+        saved, self._saved_state = getattr(self, "_saved_state", None), None
+        rank, world = self.global_rank, self.trainer.world_size
+        self.carriers["train"].scatter(
+            self.transfer_batch_to_device(saved, self.device, 0), rank, world
+        )
+
+
+def draw(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+) -> Tensor:
+    """One symbol [B] for each row of logits [B, V]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)

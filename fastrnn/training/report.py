@@ -1,0 +1,195 @@
+"""The report of a run: one HTML page with everything on it, and its pictures as files."""
+
+import base64
+import html
+import io
+import json
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+
+from fastrnn.training import plots
+from fastrnn.training.gradient_flow import GradientFlow
+from fastrnn.training.speed import compare_backends
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+       color: #222 }
+h1 { margin-bottom: 0 } h2 { border-bottom: 1px solid #ddd; margin-top: 2.2rem }
+table { border-collapse: collapse } td, th { padding: .2rem .9rem .2rem 0; text-align: left }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+pre { background: #f6f6f4; padding: .8rem; overflow-x: auto; font-size: 13px; line-height: 1.4 }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: .8rem }
+img { max-width: 100% } .verdict { font-weight: 600 }
+"""
+Section = tuple[str, str]  # title and HTML
+
+
+class Report(L.Callback):
+    """Writes ``report.html`` and ``figures/*.png`` into the run's folder when fit or test ends.
+
+    Args:
+        write: make the report at all.
+        compare: measure a few training steps beside the same model on torch.nn.
+    """
+
+    def __init__(self, write: bool = True, compare: bool = True) -> None:
+        self.write, self.compare = write, compare
+        self.speed: dict[str, float] = {}
+        self.path: Path | None = None
+        self._batch: Any = None
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self._batch is None or args[3].tokens >= self._batch.tokens:
+            self._batch = args[3]
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        comparable = self.compare and trainer.world_size == 1 and not pl_module.stack.options
+        if comparable and pl_module.stack.backend != "torch" and self._batch is not None:
+            self.speed = compare_backends(pl_module, self._batch)
+        self._write(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module)
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if not self.write or trainer.log_dir is None:
+            return
+        folder = Path(trainer.log_dir)
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        rows = getattr(trainer.logger, "rows", [])
+        trainer.logger.save()
+        parts = [
+            ("Results", results(rows)),
+            ("Curves", pictures(curve_figures(rows), folder)),
+            *flow_sections(trainer, folder),
+            *(exhibit(title, shown, folder) for title, shown in task.exhibits()),
+            ("Speed", speed_table(rows, self.speed)),
+            ("Configuration", configuration(folder, task)),
+            ("Environment", table(environment())),
+        ]
+        self.path = folder / "report.html"
+        self.path.write_text(page(f"{type(task).__name__} in {folder}", parts), encoding="utf-8")
+
+
+def page(title: str, parts: list[Section]) -> str:
+    body = "\n".join(
+        f"<h2>{html.escape(name)}</h2>\n{content}" for name, content in parts if content
+    )
+    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang='en'>{head}<h1>{html.escape(title)}</h1>\n{body}</html>\n"
+
+
+def table(values: dict[str, Any], *columns: str) -> str:
+    """A row for each key; a tuple's values fill several cells."""
+    lines = ["<tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in columns) + "</tr>"]
+    for key, value in values.items():
+        cells = value if isinstance(value, tuple) else (value,)
+        shown = "".join(f"<td class=n>{html.escape(number(c))}</td>" for c in cells)
+        lines.append(f"<tr><td>{html.escape(key)}</td>{shown}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def number(value: Any) -> str:
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float) and abs(value) < 1e4
+        else (f"{value:,.0f}" if isinstance(value, float) else str(value))
+    )
+
+
+def results(rows: plots.Rows) -> str:
+    """The last and the best value of each metric."""
+    found = {}
+    for key in sorted(
+        {k for row in rows for k in row if k.startswith(("train/", "val/", "test/"))}
+    ):
+        _, values = plots.series(rows, key)
+        rising = key.rpartition("/")[2] in ("accuracy", "f1")
+        found[key] = (values[-1], (max if rising else min)(values))
+    return table(found, "", "last", "best")
+
+
+def curve_figures(rows: plots.Rows) -> Iterator[tuple[str, Figure]]:
+    keys = {k for row in rows for k in row}
+    for metric in sorted({k.removeprefix("val/") for k in keys if k.startswith("val/")}):
+        yield metric, plots.curves(rows, metric)
+    for key in sorted(keys):
+        if key == "gradient/norm":
+            yield "gradient norm", plots.single(rows, key, "gradient norm before clipping")
+        elif key.startswith("lr-") and not key.endswith("/pg2"):
+            yield "learning rate", plots.single(rows, key, "learning rate")
+
+
+def pictures(figures: Iterator[tuple[str, Figure]], folder: Path) -> str:
+    shown = "\n".join(picture(name, figure, folder) for name, figure in figures)
+    return f"<div class=pictures>{shown}</div>"
+
+
+def picture(name: str, figure: Figure, folder: Path) -> str:
+    """The figure as a file, and as HTML that holds it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    file = "".join(c if c.isalnum() else "_" for c in name.lower())
+    (folder / "figures" / f"{file}.png").write_bytes(buffer.getvalue())
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='{html.escape(name)}' src='data:image/png;base64,{data}'>"
+
+
+def exhibit(title: str, shown: Figure | str, folder: Path) -> Section:
+    if isinstance(shown, Figure):
+        return title, picture(title, shown, folder)
+    return title, f"<pre>{html.escape(shown)}</pre>"
+
+
+def flow_sections(trainer: L.Trainer, folder: Path) -> Iterator[Section]:
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientFlow) and callback.records:
+            callback.save(folder / "gradient_flow.npz")
+            verdict = f"<p class=verdict>{html.escape(callback.verdict())}</p>"
+            yield "Gradient flow", verdict + pictures(callback.figures(), folder)
+
+
+def speed_table(rows: plots.Rows, speed: dict[str, float]) -> str:
+    _, rates = plots.series(rows, "speed/tokens_per_s")
+    shown: dict[str, Any] = {"tokens per second, whole run": rates[-1]} if rates else {}
+    if speed:
+        shown |= {
+            "tokens per second, measured beside torch.nn": speed["tokens_per_s"],
+            "tokens per second of torch.nn": speed["torch_tokens_per_s"],
+            "time of torch.nn over time of this model": speed["speedup"],
+        }
+    return table(shown) if shown else ""
+
+
+def configuration(folder: Path, task: L.LightningModule) -> str:
+    saved = folder / "config.yaml"
+    text = (
+        saved.read_text(encoding="utf-8")
+        if saved.exists()
+        else json.dumps(dict(task.hparams), indent=2, default=str)
+    )
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def environment() -> dict[str, str]:
+    """What the run stood on."""
+    found = {"Python": platform.python_version(), "machine": platform.platform()}
+    for package in ("fastrnn", "torch", "lightning"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    found["threads"] = str(torch.get_num_threads())
+    found["CPU"] = torch.backends.cpu.get_cpu_capability()
+    if torch.cuda.is_available():
+        found["GPU"] = torch.cuda.get_device_name()
+    return found

@@ -1,0 +1,142 @@
+"""A run on disk: its log, checkpoints that survive a kill, and everything that resuming needs."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from fastrnn.training.errors import InputError
+
+
+class RunLog(CSVLogger):
+    """``metrics.csv``, and the same rows in memory for the report and for the checkpoint."""
+
+    def __init__(
+        self, save_dir: str = "runs", name: str = "run", version: int | None = None
+    ) -> None:
+        super().__init__(save_dir, name, version, flush_logs_every_n_steps=20)
+        self.rows: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        row = {k: float(v) for k, v in metrics.items()}
+        self.rows.append({"step": step or 0, **row})
+        super().log_metrics(metrics, step)
+
+    def replay(self, rows: list[dict[str, float]]) -> None:
+        """Take over the rows of the run that this one goes on with."""
+        for row in rows:
+            row = dict(row)
+            self.log_metrics(row, int(row.pop("step")))
+
+
+class Resume(L.Callback):
+    """Keeps in the checkpoint what Lightning does not: random generators and the log's rows."""
+
+    def __init__(self) -> None:
+        self._generators: list[Any] | None = None
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        mine = generator_states()
+        states = [None] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(states, mine)
+        checkpoint["generators"] = states if trainer.world_size > 1 else [mine]
+        checkpoint["rows"] = getattr(trainer.logger, "rows", [])
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._generators = checkpoint.get("generators")
+        if isinstance(trainer.logger, RunLog):
+            trainer.logger.replay(checkpoint.get("rows", []))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._generators and len(self._generators) == trainer.world_size:
+            restore_generators(self._generators[trainer.global_rank])
+        self._generators = None
+
+
+def generator_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, as plain values."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes beside the target, then renames: a kill or a full disk leaves the old file whole."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with open(partial, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:  # torch.save reports a short write as RuntimeError
+            partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(path.parent).free / 2**20
+            raise InputError(
+                f"cannot write the checkpoint {path} ({error}); {free:.0f} MiB are free there; "
+                "checkpoints written before are intact"
+            ) from error
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except FileNotFoundError:
+            raise InputError(f"no checkpoint at {path}") from None
+        except Exception as error:  # a damaged file fails in many ways
+            first = str(error).partition("\n")[0]
+            raise InputError(f"{path} is not a readable checkpoint: {first}") from error
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """``checkpoints/best.ckpt``: the weights with the best value of one validation metric."""
+
+    def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
+        super().__init__(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """``checkpoints/last.ckpt``: everything that resuming needs, every n steps and at the end."""
+
+    def __init__(self, every_n_train_steps: int = 200) -> None:
+        super().__init__(
+            filename="last",
+            every_n_train_steps=every_n_train_steps,
+            enable_version_counter=False,
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.dirpath:
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")

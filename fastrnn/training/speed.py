@@ -1,0 +1,80 @@
+"""How fast training runs: symbols per second, alone and beside the same model on torch.nn."""
+
+import time
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from fastrnn.training.tasks import SequenceTask
+
+
+class Throughput(L.Callback):
+    """Logs ``speed/tokens_per_s`` over the training steps; validation and saving do not count."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+        self._started = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        self.seconds += time.perf_counter() - self._started
+        self.tokens += batch.tokens * trainer.world_size
+        pl_module.log("speed/tokens_per_s", self.tokens / self.seconds, prog_bar=True)
+
+
+def compare_backends(task: SequenceTask, batch: Any, rounds: int = 5) -> dict[str, float]:
+    """Training speed of a task as it is and with torch.nn's recurrent module, on one batch.
+
+    The two alternate in this process, forward, backward and optimizer step, so that what else the
+    machine does meets both.
+
+    Returns:
+        ``tokens_per_s`` and ``torch_tokens_per_s`` from the median step, and the median of the
+        paired ratios, ``speedup``.
+    """
+    models = {"here": copy_of(task, task.stack.backend), "torch": copy_of(task, "torch")}
+    seconds: dict[str, list[float]] = {"here": [], "torch": []}
+    for round_ in range(rounds + 1):
+        for name, model in models.items():
+            elapsed = timed_step(model, batch)
+            if round_:  # the first is a warm-up
+                seconds[name].append(elapsed)
+    ratios = [t / h for t, h in zip(seconds["torch"], seconds["here"], strict=True)]
+    return {
+        "tokens_per_s": batch.tokens / median(seconds["here"]),
+        "torch_tokens_per_s": batch.tokens / median(seconds["torch"]),
+        "speedup": median(ratios),
+    }
+
+
+def copy_of(task: SequenceTask, backend: str) -> SequenceTask:
+    """The same task and weights with the recurrent module of another library, to train."""
+    twin = type(task)(**{**task.hparams, "stack": replace(task.stack, backend=backend)})
+    twin.load_state_dict(task.state_dict())
+    return twin.to(task.device).train()
+
+
+def timed_step(task: SequenceTask, batch: Any) -> float:
+    """Seconds of one training step, gradients thrown away after it."""
+    optimizer = task.optim.optimizer(task.parameters())
+    synchronize(task)
+    start = time.perf_counter()
+    task.flow_losses(batch)["loss"].backward()
+    optimizer.step()
+    synchronize(task)
+    elapsed = time.perf_counter() - start
+    optimizer.zero_grad()
+    return elapsed
+
+
+def synchronize(module: nn.Module) -> None:
+    if next(module.parameters()).is_cuda:
+        torch.cuda.synchronize()

@@ -1,0 +1,66 @@
+"""The recurrent stack of a task: which cell, how large, and from which library it comes."""
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastrnn.training.errors import InputError
+
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lstm": ("LSTM", {}),
+    "gru": ("GRU", {}),
+    "rnn": ("RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+}
+BACKENDS = {"fastrnn": "fastrnn", "torch": "torch.nn"}
+
+
+@dataclass
+class Stack:
+    """Everything that decides a recurrent module, except its input size.
+
+    Args:
+        cell: lstm, gru, rnn (tanh) or rnn_relu.
+        hidden_size: units H of each layer and direction.
+        num_layers: layers L.
+        dropout: between layers, in training.
+        bidirectional: two directions a layer; the output then has 2 H features.
+        proj_size: projection P of an LSTM, 0 for none.
+        backend: fastrnn or torch: the same module from fastrnn or from torch.nn.
+        options: further keyword arguments of the module, such as fastrnn's regularisers.
+    """
+
+    cell: str = "lstm"
+    hidden_size: int = 128
+    num_layers: int = 1
+    dropout: float = 0.0
+    bidirectional: bool = False
+    proj_size: int = 0
+    backend: str = "fastrnn"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_size(self) -> int:
+        """Features of y at one step: P or H, times directions."""
+        return (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
+
+    def build(self, input_size: int) -> nn.RNNBase:
+        """The module, time-major: y [T, B, output_size] from x [T, B, input_size]."""
+        if self.cell not in CELLS:
+            raise InputError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
+        if self.backend not in BACKENDS:
+            raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        name, fixed = CELLS[self.cell]
+        module = getattr(importlib.import_module(BACKENDS[self.backend]), name)
+        return module(
+            input_size,
+            self.hidden_size,
+            self.num_layers,
+            dropout=self.dropout if self.num_layers > 1 else 0.0,
+            bidirectional=self.bidirectional,
+            **({"proj_size": self.proj_size} if self.proj_size else {}),
+            **fixed,
+            **self.options,
+        )
