@@ -1,0 +1,20 @@
+// The cells that exist. Every table, operator and kernel follows from this list.
+#pragma once
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+
+namespace fastrnn {
+
+template <class... Cells>
+struct CellList {
+  static constexpr int kCount = sizeof...(Cells);
+  template <class F>
+  static void each(F f) {
+    (f.template operator()<Cells>(), ...);
+  }
+};
+
+using AllCells = CellList<Lstm, Gru, RnnTanh, RnnRelu>;
+
+}  // namespace fastrnn

@@ -1,0 +1,133 @@
+// From tensors to the problem structs: every argument is checked here, once, and trusted afterwards.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/problem.h"
+
+namespace fastrnn {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+inline std::string to_string(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+/// Checks shape, dtype and device against those of the whole call.
+class Arguments {
+ public:
+  Arguments(const Tensor& like, int64_t directions) : like_(like), directions_(directions) {}
+
+  void check(const Tensor& tensor, const char* name, const char* letters,
+             const std::vector<int64_t>& expected) const {
+    STD_TORCH_CHECK(tensor.scalar_type() == like_.scalar_type(), name, " must have the dtype of h0");
+    STD_TORCH_CHECK(tensor.is_cpu() == like_.is_cpu() && tensor.get_device_index() == like_.get_device_index(),
+                    name, " must be on the device of h0");
+    STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must be ", letters, " = ", to_string(expected),
+                    ", got ", to_string(sizes_of(tensor)));
+  }
+
+  void check_each(const Tensors& tensors, const char* name, const char* letters,
+                  const std::vector<int64_t>& expected) const {
+    STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == directions_, name,
+                    " must have one tensor for each direction, got ", tensors.size(), " for ", directions_);
+    for (const Tensor& tensor : tensors) check(tensor, name, letters, expected);
+  }
+
+ private:
+  const Tensor& like_;
+  int64_t directions_;
+};
+
+/// A row's units must lie side by side; rows may be any distance apart.
+inline Tensor with_rows(const Tensor& matrix) {
+  const int64_t last = matrix.dim() - 1;
+  if (matrix.size(last) <= 1 || matrix.stride(last) == 1) return matrix;
+  return torch::stable::contiguous(matrix);
+}
+
+/// with_rows and one distance between all rows, for [D, N, *].
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+/// Uninitialised, with the dtype and device of `like`. The shim, because the dispatcher costs 2 us a tensor.
+inline Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  int32_t dtype, device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, device_type,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+template <class S>
+Rows<const S> rows(const Tensor& matrix) {
+  return {matrix.const_data_ptr<S>(), matrix.stride(0)};
+}
+
+/// Row-shaped tensors [D, N, *] of one direction, contiguous.
+template <class S>
+Rows<S> direction_rows(const Tensor& tensor, int64_t direction) {
+  const int64_t width = tensor.size(2);
+  return {static_cast<S*>(tensor.data_ptr()) + direction * tensor.size(1) * width, width};
+}
+
+/// The layout of the rows. Packed: batch_sizes [T], positive, non-increasing, and B first.
+class SequenceLayout {
+ public:
+  SequenceLayout(int64_t N, int64_t B, const MaybeTensor& batch_sizes, bool batch_first) {
+    if (!batch_sizes) {
+      STD_TORCH_CHECK(N > 0 || B == 0, "Expected sequence length to be larger than 0 in RNN");
+      STD_TORCH_CHECK(B == 0 ? N == 0 : N % B == 0, "gx must have T*B rows for B = ", B, ", got ", N);
+      const int64_t T = B == 0 ? 0 : N / B;
+      sequence_ = batch_first ? Sequence{T, B, 1, T, nullptr} : Sequence{T, B, B, 1, nullptr};
+      return;
+    }
+    STD_TORCH_CHECK(batch_sizes->is_cpu() && batch_sizes->dim() == 1 &&
+                        batch_sizes->scalar_type() == torch::headeronly::ScalarType::Long,
+                    "batch_sizes must be a 1-D int64 tensor on the CPU");
+    const Tensor sizes = as_contiguous(*batch_sizes);
+    const int64_t* const size = sizes.const_data_ptr<int64_t>();
+    const int64_t T = sizes.numel();
+    offsets_.assign(1, 0);
+    for (int64_t t = 0; t < T; ++t) {
+      STD_TORCH_CHECK(size[t] > 0 && size[t] <= (t == 0 ? B : size[t - 1]),
+                      "batch_sizes must be positive and must not increase, got ", size[t], " at step ", t);
+      offsets_.push_back(offsets_.back() + size[t]);
+    }
+    STD_TORCH_CHECK(T > 0 && size[0] == B, "batch_sizes must begin with the batch size of h0, ", B);
+    STD_TORCH_CHECK(offsets_.back() == N, "batch_sizes must add up to the rows of gx, ", N, ", got ",
+                    offsets_.back());
+    sequence_ = Sequence{T, B, 0, 1, offsets_.data()};
+  }
+  SequenceLayout(const SequenceLayout&) = delete;
+  SequenceLayout& operator=(const SequenceLayout&) = delete;
+
+  const Sequence& get() const { return sequence_; }
+
+ private:
+  std::vector<int64_t> offsets_;
+  Sequence sequence_{};
+};
+
+}  // namespace fastrnn

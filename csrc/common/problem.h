@@ -1,0 +1,102 @@
+// The problem structs: everything a kernel is told, built and checked once at the boundary (ops.cpp) and
+// trusted inside. T time, B batch, H hidden size, P width of h (the projection, or H), G gates, S saved
+// activations, E gate gradients, D directions, N rows of the whole sequence.
+#pragma once
+#include <cstdint>
+
+// Helpers of headers that are compiled once per instruction set must never become symbols that the
+// linker could share between them.
+#define FASTRNN_INLINE __attribute__((always_inline)) inline
+
+namespace fastrnn {
+
+/// A sequence is rows. Row (t, b) of every row-shaped tensor [N, *] is row(t, b), whether the sequence
+/// is dense time-major (t * B + b), dense batch-first (b * T + t) or packed (offsets[t] + b).
+struct Sequence {
+  int64_t T, B;
+  int64_t t_stride, b_stride;  // in rows; t_stride is unused when packed
+  const int64_t* offsets;      // [T + 1], packed: first row of each step; null when dense
+
+  FASTRNN_INLINE int64_t rows(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : B; }
+  FASTRNN_INLINE int64_t row(int64_t t, int64_t b) const {
+    return (offsets ? offsets[t] : t * t_stride) + b * b_stride;
+  }
+};
+
+/// A matrix of rows, the units of one row side by side.
+template <class S>
+struct Rows {
+  S* data;
+  int64_t stride;  // between rows, in elements
+
+  FASTRNN_INLINE S* operator[](int64_t row) const { return data + row * stride; }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+/// The weights of one direction.
+template <class S>
+struct Weights {
+  Rows<const S> w_hh;  // [G*H, P]
+  const S* b_hh;       // [G*H] or null
+  Rows<const S> w_hr;  // [P, H], or null without projection
+};
+
+template <class S>
+struct ForwardDirection {
+  Weights<S> weights;
+  Rows<const S> gx;  // [N, G*H] W_ih x + b_ih
+  Rows<const S> h0;  // [B, P]
+  Rows<S> y;         // [N, P], its columns of the concatenated output
+  Rows<S> h_n;       // [B, P]
+  Rows<S> c;         // [B, H] in: c0; out: c_n. Only with a cell state
+  Rows<S> saved;     // [N, S*H] activated gates, gate-major; null in inference
+  Rows<S> saved_c;   // [N, H] every c_t; null in inference or without a cell state
+};
+
+template <class S>
+struct BackwardDirection {
+  Weights<S> weights;
+  Rows<const S> dy;        // [N, P] or null
+  Rows<const S> dsaved;    // [N, S*H] further gradient of the saved activations, or null
+  Rows<const S> dsaved_c;  // [N, H] further gradient of every c_t, or null
+  Rows<const S> saved;     // [N, S*H]
+  Rows<const S> saved_c;   // [N, H]
+  Rows<const S> y;         // [N, P]
+  Rows<const S> h0, c0;    // [B, P], [B, H]
+  Rows<S> dgates;          // [N, E*H] out
+  Rows<S> dh;              // [B, P] in: dL/dh_n; out: dL/dh_0
+  Rows<S> dc;              // [B, H] in: dL/dc_n; out: dL/dc_0
+  Rows<S> dh_rows;         // [N, P] out: complete dL/dh_t; only with projection, else null
+};
+
+constexpr int kMaxDirections = 2;
+
+/// Runs body(worker) for workers 0..count-1, at best side by side, at worst one after another.
+struct Parallel {
+  int threads;
+  void (*run)(int64_t count, void (*body)(void*, int64_t worker), void* context);
+
+  template <class F>
+  void operator()(int64_t count, F&& f) const {
+    if (count == 1) return f(0);
+    run(
+        count, [](void* context, int64_t worker) { (*static_cast<F*>(context))(worker); },
+        const_cast<void*>(static_cast<const void*>(&f)));
+  }
+};
+
+template <class Direction>
+struct Problem {
+  Sequence sequence;
+  int64_t H, P;
+  int directions;  // direction 1 runs from the last step to the first
+  Direction direction[kMaxDirections];
+  Parallel parallel;
+};
+
+template <class S>
+using ForwardProblem = Problem<ForwardDirection<S>>;
+template <class S>
+using BackwardProblem = Problem<BackwardDirection<S>>;
+
+}  // namespace fastrnn

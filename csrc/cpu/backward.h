@@ -1,0 +1,234 @@
+// Back-propagation through time on the CPU. A step takes the complete dL/dh_t through the cell, which gives
+// the gate gradients, and multiplies these with W_hh, which gives the recurrent part of dL/dh_{t-1}. The
+// gradients of weights and input are products over all steps at once, and are made by the caller from dgates.
+#pragma once
+#include "cpu/math.h"
+#include "cpu/scan.h"
+
+namespace fastrnn::FASTRNN_ISA {
+namespace {
+
+template <class Cell, class S>
+class Backward : public Scan<S, BackwardProblem<S>> {
+  using Base = Scan<S, BackwardProblem<S>>;
+  using Base::outputs, Base::plan, Base::problem, Base::sequence, Base::units;
+  static constexpr int G = Cell::kGates;
+  static constexpr int64_t kChunk = 48;  // rows whose dL/dm of one block is kept at a time
+  // From this many steps on, few rows pack W_hh as well: read in place, its columns do not stream.
+  static constexpr int64_t kStepsWorthPacking = 4;
+
+ public:
+  FASTRNN_INLINE explicit Backward(const BackwardProblem<S>& given)
+      : Base(given, choose_plan({.T = given.sequence.T,
+                                         .B = given.sequence.B,
+                                         .blocks = Blocks<S>{given.P}.count(),
+                                         .block_weights = given.H * G * kBlock<S>,
+                                         .element_bytes = sizeof(S),
+                                         .directions = given.directions,
+                                         .threads = given.parallel.threads})) {}
+
+  /// False when there is no memory for the working arrays.
+  bool run() {
+    if (sequence.T == 0 || sequence.B == 0) return true;
+    const Scratch scratch([this](Scratch& s) { lay_out(s); });
+    if (scratch.failed()) return false;
+    for (int team = 0; team < this->teams(); ++team) ::new (&members_[team]) Team(plan.parts);
+    problem.parallel(this->workers(), [this](int64_t worker) { prepare(worker); });
+    this->Base::run(*this, members_, projected() ? 2 * sequence.T + 1 : sequence.T + 1);
+    for (int team = 0; team < this->teams(); ++team) initial_gradient(team);
+    return true;
+  }
+
+  /// The product that closes step s+1 and the cell of step s need no meeting between them, because a part
+  /// owns the same units in both.
+  void phase(int team, int64_t phase, int part) {
+    const int64_t T = sequence.T, back = projected() ? phase / 2 : phase;
+    if (projected() && phase % 2 == 1) return cell_gradient(team, T - 1 - back, part);
+    if (back > 0) state_gradient(team, T - back, part);
+    if (back == T) return;
+    if (projected())
+      output_gradient(team, T - 1 - back, part);
+    else
+      cell_gradient(team, T - 1 - back, part);
+  }
+
+ private:
+  bool projected() const { return static_cast<bool>(problem.direction[0].weights.w_hr); }
+  bool packed() const { return this->most_rows() > kFewRows || sequence.T >= kStepsWorthPacking; }
+
+  void lay_out(Scratch& s) {
+    members_ = s.take<Team>(this->teams());
+    const int64_t most = this->most_rows();
+    dh_stride_ = padded<S>(problem.P, kBlock<S>);
+    dgates_stride_ = padded<S>(G * problem.H, kBlock<S>);
+    dh_ = s.take<S>(this->teams() * most * dh_stride_);
+    dh_complete_ = s.take<S>(projected() ? this->teams() * most * dh_stride_ : 0);
+    dgates_ = s.take<S>(this->teams() * 2 * most * dgates_stride_);
+    for (int d = 0; d < problem.directions; ++d) {
+      if (!packed()) continue;
+      panels_[d] = s.take<S>(outputs.count() * kBlock<S> * G * problem.H);
+      projection_[d] = projected() ? s.take<S>(units.count() * kBlock<S> * problem.P) : nullptr;
+    }
+  }
+
+  /// The recurrent part of dL/dh of the team's rows, updated in place from step to step.
+  FASTRNN_INLINE Rows<S> dh_buffer(int team) const {
+    return {dh_ + team * this->most_rows() * dh_stride_, dh_stride_};
+  }
+  /// With projection: the complete dL/dh_t, from which dL/dm_t = dL/dh_t W_hr.
+  FASTRNN_INLINE Rows<S> complete_buffer(int team) const {
+    return {dh_complete_ + team * this->most_rows() * dh_stride_, dh_stride_};
+  }
+  /// Gate gradients of the recurrent product, in the gate order of W_hh. Two, because a part writes step s
+  /// while another one still reads step s + 1.
+  FASTRNN_INLINE Rows<S> dgates_buffer(int team, int64_t s) const {
+    return {dgates_ + (team * 2 + s % 2) * this->most_rows() * dgates_stride_, dgates_stride_};
+  }
+
+  void prepare(int64_t worker) {
+    const int64_t workers = this->workers();
+    for (int d = 0; d < problem.directions && packed(); ++d) {
+      const Weights<S>& w = problem.direction[d].weights;
+      for (int64_t block = worker; block < outputs.count(); block += workers)
+        pack({w.w_hh.data + block * kBlock<S>, w.w_hh.stride}, G * problem.H, outputs.in_block(block),
+             outputs.vectors(block), panels_[d] + block * kBlock<S> * G * problem.H);
+      if (!projected()) continue;
+      for (int64_t block = worker; block < units.count(); block += workers)
+        pack({w.w_hr.data + block * kBlock<S>, w.w_hr.stride}, problem.P, units.in_block(block),
+             units.vectors(block), projection_[d] + block * kBlock<S> * problem.P);
+    }
+    for (int team = static_cast<int>(worker); team < this->teams(); team += static_cast<int>(workers)) {
+      const TeamRows rows = this->rows_of(team);
+      for (int64_t i = 0; i < rows.count(sequence.B); ++i)
+        copy_row(dh_buffer(team)[i], problem.direction[this->direction_of(team)].dh[rows.batch(i)],
+                 problem.P);
+    }
+  }
+
+  /// dL/dh_t = its recurrent part + dL/dy_t, for the part's outputs.
+  void output_gradient(int team, int64_t s, int part) {
+    const int d = this->direction_of(team);
+    const BackwardDirection<S>& dir = problem.direction[d];
+    const TeamRows rows = this->rows_of(team);
+    const int64_t t = this->time(d, s), n = rows.count(sequence.rows(t));
+    const Rows<S> dh = dh_buffer(team), complete = complete_buffer(team);
+    const Range blocks = share(outputs.count(), part, plan.parts);
+    const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = sequence.row(t, rows.batch(i));
+      each_vector<S>(first, static_cast<int>(end - first), [&](auto io, int64_t u, int) {
+        V<S> v = io.load(dh[i] + u);
+        if (dir.dy) v += io.load(dir.dy[row] + u);
+        io.store(complete[i] + u, v);
+        io.store(dir.dh_rows[row] + u, v);
+      });
+    }
+  }
+
+  void cell_gradient(int team, int64_t s, int part) {
+    const int64_t n = this->rows_of(team).count(sequence.rows(this->time(this->direction_of(team), s)));
+    const Range blocks = share(units.count(), part, plan.parts);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block)
+      for (int64_t i = 0; i < n; i += kChunk) cell_block(team, s, block, i, min(kChunk, n - i));
+  }
+
+  /// One block of units for the team's rows i .. i + n.
+  void cell_block(int team, int64_t s, int64_t block, int64_t i, int64_t n) {
+    const int64_t first = block * kBlock<S>;
+    if (!projected()) {
+      const Rows<S> dh = dh_buffer(team);
+      return cells(team, s, block, i, n, {dh[i] + first, dh.stride});
+    }
+    alignas(64) S dm[kChunk * kBlock<S>];
+    const int d = this->direction_of(team);
+    const int vectors = units.vectors(block), count = units.in_block(block);
+    const Rows<S> complete = complete_buffer(team);
+    const Rows<const S> a{complete[i], complete.stride};
+    if (packed()) {
+      multiply<S>(a, n, problem.P, projection_[d] + first * problem.P, vectors, dm, kBlock<S>, false);
+    } else {
+      const Rows<const S>& w = problem.direction[d].weights.w_hr;
+      __builtin_memset(dm, 0, sizeof dm);
+      multiply_in_place<S>(a, n, problem.P, {w.data + first, w.stride}, count, {dm, kBlock<S>});
+    }
+    cells(team, s, block, i, n, {dm, kBlock<S>});
+  }
+
+  /// dh is what comes from the step after; without projection dL/dy is still to be added.
+  void cells(int team, int64_t s, int64_t block, int64_t i_begin, int64_t n, Rows<S> dh_rows) {
+    const int d = this->direction_of(team);
+    const BackwardDirection<S>& dir = problem.direction[d];
+    const TeamRows rows = this->rows_of(team);
+    const int64_t t = this->time(d, s), H = problem.H;
+    const int64_t t_prev = this->time(d, s - 1), rows_prev = s > 0 ? sequence.rows(t_prev) : 0;
+    const Rows<S> dgates_now = dgates_buffer(team, s);
+    const bool add_dy = dir.dy && !projected();
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t i = i_begin + k, b = rows.batch(i), row = sequence.row(t, b);
+      const bool begins = b >= rows_prev;  // its previous state is the initial one
+      const int64_t row_prev = begins ? 0 : sequence.row(t_prev, b);
+      const S* const saved_row = dir.saved[row];
+      S* const dgates_row = dir.dgates[row];
+      each_vector<S>(block * kBlock<S>, units.in_block(block), [&](auto io, int64_t u, int offset) {
+        V<S> saved[Cell::kSaved + 1], dsaved[Cell::kSaved + 1], dgates[Cell::kGradients];
+        V<S> h{}, h_prev{}, c{}, c_prev{}, dc{}, dh_prev{};
+        for (int j = 0; j < Cell::kSaved; ++j) {
+          saved[j] = io.load(saved_row + j * H + u);
+          dsaved[j] = dir.dsaved ? io.load(dir.dsaved[row] + j * H + u) : V<S>{};
+        }
+        if constexpr (Cell::kSaved == 0) h = io.load(dir.y[row] + u);
+        if constexpr (Cell::kDirect) h_prev = io.load((begins ? dir.h0[b] : dir.y[row_prev]) + u);
+        if constexpr (Cell::kCellState) {
+          c = io.load(dir.saved_c[row] + u);
+          c_prev = io.load((begins ? dir.c0[b] : dir.saved_c[row_prev]) + u);
+          dc = io.load(dir.dc[b] + u);
+          if (dir.dsaved_c) dc += io.load(dir.dsaved_c[row] + u);
+        }
+        V<S> dh = io.load(dh_rows[k] + offset);
+        if (add_dy) dh += io.load(dir.dy[row] + u);
+        Cell::template backward<Math<S>, V<S>>(saved, dsaved, h, h_prev, c, c_prev, dh, dc, dgates,
+                                               dh_prev);
+        for (int e = 0; e < Cell::kGradients; ++e) io.store(dgates_row + e * H + u, dgates[e]);
+        for (int g = 0; g < G; ++g) io.store(dgates_now[i] + g * H + u, dgates[Cell::recurrent(g)]);
+        if constexpr (Cell::kCellState) io.store(dir.dc[b] + u, dc);
+        if constexpr (Cell::kDirect) io.store(dh_rows[k] + offset, dh_prev);
+      });
+    }
+  }
+
+  /// The recurrent part of dL/dh_{t-1} = dgates W_hh (+ the direct part), for the part's outputs.
+  void state_gradient(int team, int64_t s, int part) {
+    const int d = this->direction_of(team);
+    const int64_t n = this->rows_of(team).count(sequence.rows(this->time(d, s))), K = G * problem.H;
+    const Rows<S> dh = dh_buffer(team), dgates = dgates_buffer(team, s);
+    const Range blocks = share(outputs.count(), part, plan.parts);
+    if (packed()) {
+      for (int64_t block = blocks.begin; block < blocks.end; ++block)
+        multiply<S>({dgates.data, dgates.stride}, n, K, panels_[d] + block * kBlock<S> * K,
+                    outputs.vectors(block), dh.data + block * kBlock<S>, dh.stride, Cell::kDirect);
+      return;
+    }
+    const Rows<const S>& w = problem.direction[d].weights.w_hh;
+    const int64_t first = blocks.begin * kBlock<S>;
+    const int64_t columns = min(blocks.end * kBlock<S>, problem.P) - first;
+    if (!Cell::kDirect)
+      for (int64_t i = 0; i < n; ++i) __builtin_memset(dh[i] + first, 0, columns * sizeof(S));
+    multiply_in_place<S>({dgates.data, dgates.stride}, n, K, {w.data + first, w.stride}, columns,
+                         {dh.data + first, dh.stride});
+  }
+
+  void initial_gradient(int team) const {
+    const TeamRows rows = this->rows_of(team);
+    for (int64_t i = 0; i < rows.count(sequence.B); ++i)
+      copy_row(problem.direction[this->direction_of(team)].dh[rows.batch(i)], dh_buffer(team)[i], problem.P);
+  }
+
+  Team* members_ = nullptr;
+  S *dh_ = nullptr, *dh_complete_ = nullptr, *dgates_ = nullptr;
+  int64_t dh_stride_ = 0, dgates_stride_ = 0;
+  S* panels_[kMaxDirections] = {};
+  S* projection_[kMaxDirections] = {};
+};
+
+}  // namespace
+}  // namespace fastrnn::FASTRNN_ISA

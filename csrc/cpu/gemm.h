@@ -1,0 +1,184 @@
+// The matrix products of a step, C[n, units] = A[n, K] B[K, units], for matrices that are too small for a
+// library to serve: few rows (the batch), one block of units at a time, the weights packed into panels
+// that stream. The micro-kernel `tile` is the only code that knows how many registers there are.
+#pragma once
+#include "cpu/vector.h"
+
+namespace fastrnn::FASTRNN_ISA {
+namespace {
+
+// A block is the units that one tile covers: two registers wide, the last one perhaps one.
+template <class S>
+constexpr int kBlock = 2 * kLanes<S>;
+
+// Rows of a tile. Two accumulators a row, beside two registers of weights and one of A: 6 x 2 leaves one
+// of 16 registers, 12 x 2 leaves five of 32.
+constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
+
+// Depth of one pass over a panel: kDepth * kBlock weights stay in the L1 cache for all row panels.
+constexpr int64_t kDepth = 256;
+
+template <class S>
+struct Blocks {
+  int64_t units;  // of the whole matrix
+
+  FASTRNN_INLINE int64_t count() const { return (units + kBlock<S> - 1) / kBlock<S>; }
+  FASTRNN_INLINE int in_block(int64_t block) const {
+    return static_cast<int>(min<int64_t>(kBlock<S>, units - block * kBlock<S>));
+  }
+  FASTRNN_INLINE int vectors(int64_t block) const { return in_block(block) > kLanes<S> ? 2 : 1; }
+};
+
+// C[MR, NV registers] (+)= A[MR, K] B[K, NV registers]. Few rows split K over several sums, so that the
+// latency of one addition is hidden.
+template <int MR, int NV, class S>
+void tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, S* c, int64_t ldc,
+          bool accumulate) {
+  constexpr int kSplit = MR * NV >= 8 ? 1 : MR * NV >= 4 ? 2 : 4;
+  V<S> acc[kSplit][MR][NV];
+  for (int s = 0; s < kSplit; ++s)
+    for (int i = 0; i < MR; ++i)
+      for (int v = 0; v < NV; ++v)
+        acc[s][i][v] = s == 0 && accumulate ? load(c + i * ldc + v * kLanes<S>) : V<S>{};
+
+  const auto step = [&](int s, int64_t k) FASTRNN_LAMBDA_INLINE {
+    V<S> weights[NV];
+    for (int v = 0; v < NV; ++v) {
+      weights[v] = load(b + k * ldb + v * kLanes<S>);
+      // Keeps the weights in a register: gcc would load them again for each row of the tile.
+      if constexpr (MR > 1) FASTRNN_KEEP(weights[v]);
+    }
+    for (int i = 0; i < MR; ++i) {
+      const V<S> x = broadcast(a[i * lda + k]);
+      for (int v = 0; v < NV; ++v) acc[s][i][v] += x * weights[v];
+    }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4)
+    for (int s = 0; s < 4; ++s) step(s % kSplit, k + s);
+  for (; k < K; ++k) step(0, k);
+
+  for (int i = 0; i < MR; ++i)
+    for (int v = 0; v < NV; ++v) {
+      V<S> total = acc[0][i][v];
+      for (int s = 1; s < kSplit; ++s) total += acc[s][i][v];
+      store(c + i * ldc + v * kLanes<S>, total);
+    }
+}
+
+template <class S>
+using Tile = void (*)(const S*, int64_t, const S*, int64_t, int64_t, S*, int64_t, bool);
+
+template <class S, int MR = kTileRows>
+FASTRNN_INLINE Tile<S> tile_for(int rows, int vectors) {
+  if constexpr (MR == 1) {
+    return vectors == 2 ? tile<1, 2, S> : tile<1, 1, S>;
+  } else {
+    if (rows < MR) return tile_for<S, MR - 1>(rows, vectors);
+    return vectors == 2 ? tile<MR, 2, S> : tile<MR, 1, S>;
+  }
+}
+
+// C[n, vectors] (+)= A[n, K] panel[K, vectors]. The rows are dealt evenly to the tiles: 32 rows on 12-row
+// tiles are 11 + 11 + 10, not 12 + 12 + 8.
+template <class S>
+void multiply(Rows<const S> a, int64_t n, int64_t K, const S* panel, int vectors, S* c, int64_t ldc,
+              bool accumulate) {
+  const int64_t width = vectors * kLanes<S>, tiles = (n + kTileRows - 1) / kTileRows;
+  if (K == 0 && !accumulate)
+    for (int64_t i = 0; i < n; ++i) __builtin_memset(c + i * ldc, 0, width * sizeof(S));
+  for (int64_t k = 0; k < K; k += kDepth) {
+    const int64_t depth = min(kDepth, K - k);
+    for (int64_t i = 0, left = tiles; left > 0; --left) {
+      const int rows = static_cast<int>((n - i + left - 1) / left);
+      tile_for<S>(rows, vectors)(a[i] + k, a.stride, panel + k * width, width, depth, c + i * ldc, ldc,
+                                 accumulate || k > 0);
+      i += rows;
+    }
+  }
+}
+
+// panel[k][unit] = w[unit][k], units beyond the matrix as zeros.
+template <class S>
+void pack_transposed(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
+  constexpr int64_t kStrip = 64;  // steps of K at a time, so that the strip of the panel stays in L1
+  const int width = vectors * kLanes<S>;
+  for (int64_t begin = 0; begin < K; begin += kStrip) {
+    const int64_t end = min(K, begin + kStrip);
+    for (int u = 0; u < width; ++u)
+      for (int64_t k = begin; k < end; ++k) panel[k * width + u] = u < units ? w[u][k] : S{0};
+  }
+}
+
+// panel[k][unit] = w[k][unit], units beyond the matrix as zeros.
+template <class S>
+void pack(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
+  const int width = vectors * kLanes<S>;
+  for (int64_t k = 0; k < K; ++k)
+    for (int u = 0; u < width; ++u) panel[k * width + u] = u < units ? w[k][u] : S{0};
+}
+
+// ---- Few rows read the weights as they lie: packing would cost more than it saves. --------------------
+
+constexpr int64_t kFewRows = 3;
+
+// c[i][j] = a[i] . w[j] for MR rows of A and NJ rows of W.
+template <int MR, int NJ, class S>
+void dots(Rows<const S> a, Rows<const S> w, int64_t K, S* c, int64_t ldc) {
+  V<S> acc[MR][NJ] = {};
+  int64_t k = 0;
+  for (; k + kLanes<S> <= K; k += kLanes<S>)
+    for (int j = 0; j < NJ; ++j) {
+      const V<S> weights = load(w[j] + k);
+      for (int i = 0; i < MR; ++i) acc[i][j] += load(a[i] + k) * weights;
+    }
+  if (const int rest = static_cast<int>(K - k); rest > 0)
+    for (int j = 0; j < NJ; ++j) {
+      const V<S> weights = load(w[j] + k, rest);
+      for (int i = 0; i < MR; ++i) acc[i][j] += load(a[i] + k, rest) * weights;
+    }
+  for (int i = 0; i < MR; ++i)
+    for (int j = 0; j < NJ; ++j) c[i * ldc + j] = sum<S>(acc[i][j]);
+}
+
+// C[n, units] = A[n, K] W[units, K]^T, n <= kFewRows.
+template <class S>
+void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int units, S* c,
+                         int64_t ldc) {
+  const auto sweep = [&](auto rows) FASTRNN_LAMBDA_INLINE {
+    constexpr int kRows = decltype(rows)::value, kAtOnce = kRows == 1 ? 8 : 4;
+    int j = 0;
+    for (; j + kAtOnce <= units; j += kAtOnce)
+      dots<kRows, kAtOnce, S>(a, {w[j], w.stride}, K, c + j, ldc);
+    for (; j < units; ++j) dots<kRows, 1, S>(a, {w[j], w.stride}, K, c + j, ldc);
+  };
+  n == 1 ? sweep(Constant<1>{}) : n == 2 ? sweep(Constant<2>{}) : sweep(Constant<3>{});
+}
+
+// C[n, columns] += A[n, K] W[K, columns], n <= kFewRows: rows of W stream by, C stays in the L1 cache.
+template <class S>
+void multiply_in_place(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int64_t columns,
+                       Rows<S> c) {
+  const auto sweep = [&](int64_t i, int64_t k, auto depth) FASTRNN_LAMBDA_INLINE {
+    constexpr int kDeep = decltype(depth)::value;
+    int64_t u = 0;
+    for (; u + kLanes<S> <= columns; u += kLanes<S>) {
+      V<S> acc = load(c[i] + u);
+      for (int d = 0; d < kDeep; ++d) acc += a[i][k + d] * load(w[k + d] + u);
+      store(c[i] + u, acc);
+    }
+    if (const int rest = static_cast<int>(columns - u); rest > 0) {
+      V<S> acc = load(c[i] + u, rest);
+      for (int d = 0; d < kDeep; ++d) acc += a[i][k + d] * load(w[k + d] + u, rest);
+      store(c[i] + u, acc, rest);
+    }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= K; k += 4)
+    for (int64_t i = 0; i < n; ++i) sweep(i, k, Constant<4>{});
+  for (; k < K; ++k)
+    for (int64_t i = 0; i < n; ++i) sweep(i, k, Constant<1>{});
+}
+
+}  // namespace
+}  // namespace fastrnn::FASTRNN_ISA

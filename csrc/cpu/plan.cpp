@@ -1,0 +1,56 @@
+#include "cpu/plan.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "cpu/team.h"
+
+namespace fastrnn {
+namespace {
+
+// Rough costs of a Zen class core; the choice between two plans needs their order only.
+constexpr double kFlopsPerNs = 100;    // fp32 multiply-adds in tiles, counted twice
+constexpr double kL2BytesPerNs = 75, kL3BytesPerNs = 30;
+constexpr double kForkNs = 6000;       // waking the other threads, once a call
+constexpr double kMeetNs = 700;        // one exchange of a team
+constexpr int64_t kFullTile = 6;       // rows below which a tile wastes its registers
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+double l2_bytes() {
+  static const double bytes = [] {
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return found > 0 ? static_cast<double>(found) : 512e3;
+  }();
+  return bytes;
+}
+
+double step_ns(const ScanShape& shape, Plan plan) {
+  const double rows = static_cast<double>(ceil_div(shape.B, plan.teams));
+  const double weights = static_cast<double>(ceil_div(shape.blocks, plan.parts) * shape.block_weights);
+  const double bytes = weights * static_cast<double>(shape.element_bytes);
+  const double compute = 2 * weights * std::max<double>(rows, std::min<double>(kFullTile, 3)) *
+                         (static_cast<double>(shape.element_bytes) / 4) / kFlopsPerNs;
+  const double stream = bytes / (bytes < 0.8 * l2_bytes() ? kL2BytesPerNs : kL3BytesPerNs);
+  return std::max(compute, stream) + 0.15 * std::min(compute, stream) + (plan.parts > 1 ? kMeetNs : 0);
+}
+
+}  // namespace
+
+Plan choose_plan(const ScanShape& shape) {
+  const int threads = std::max(1, shape.threads / shape.directions);
+  Plan best{1, 1};
+  double best_ns = step_ns(shape, best) * static_cast<double>(shape.T);
+  for (int teams = 1; teams <= std::min<int64_t>(threads, shape.B); ++teams) {
+    const Plan plan{teams, static_cast<int>(std::min<int64_t>({threads / teams, shape.blocks, kMaxParts}))};
+    const double ns = step_ns(shape, plan) * static_cast<double>(shape.T) + kForkNs;
+    if (ns < best_ns) {
+      best = plan;
+      best_ns = ns;
+    }
+  }
+  return best;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,111 @@
+// What the forward and the backward scan share: who owns which rows and blocks, and how the vectors of a
+// row are walked.
+#pragma once
+#include "cpu/gemm.h"
+#include "cpu/plan.h"
+#include "cpu/scratch.h"
+#include "cpu/team.h"
+
+namespace fastrnn::FASTRNN_ISA {
+namespace {
+
+/// A whole register of units, or the ragged rest of a row.
+struct Full {
+  template <class S>
+  FASTRNN_INLINE V<S> load(const S* p) const {
+    return FASTRNN_ISA::load(p);
+  }
+  template <class S>
+  FASTRNN_INLINE void store(S* p, V<S> v) const {
+    FASTRNN_ISA::store(p, v);
+  }
+};
+struct Part {
+  int count;
+  template <class S>
+  FASTRNN_INLINE V<S> load(const S* p) const {
+    return FASTRNN_ISA::load(p, count);
+  }
+  template <class S>
+  FASTRNN_INLINE void store(S* p, V<S> v) const {
+    FASTRNN_ISA::store(p, v, count);
+  }
+};
+
+/// f(io, unit, offset) for each register of `units` units that begin at `first`.
+template <class S, class F>
+FASTRNN_INLINE void each_vector(int64_t first, int units, F&& f) {
+  int offset = 0;
+  for (; offset + kLanes<S> <= units; offset += kLanes<S>) f(Full{}, first + offset, offset);
+  if (offset < units) f(Part{units - offset}, first + offset, offset);
+}
+
+/// The rows of one team: batch rows first, first + stride, ...
+struct TeamRows {
+  int64_t first, stride;
+  FASTRNN_INLINE int64_t batch(int64_t i) const { return first + i * stride; }
+  /// How many of the first n batch rows are the team's.
+  FASTRNN_INLINE int64_t count(int64_t n) const {
+    return n > first ? (n - first + stride - 1) / stride : 0;
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+FASTRNN_INLINE Range share(int64_t count, int part, int parts) {
+  return {count * part / parts, count * (part + 1) / parts};
+}
+
+/// The parts of a scan that do not depend on the cell. Problem is a forward or backward problem.
+template <class S, class Problem>
+struct Scan {
+  const Problem& problem;
+  const Sequence& sequence;
+  const Blocks<S> units, outputs;  // of H and of P
+  const Plan plan;
+
+  FASTRNN_INLINE Scan(const Problem& given, Plan chosen)
+      : problem(given), sequence(given.sequence), units{given.H}, outputs{given.P}, plan(chosen) {}
+
+  FASTRNN_INLINE int teams() const { return problem.directions * plan.teams; }
+  FASTRNN_INLINE int workers() const { return teams() * plan.parts; }
+  FASTRNN_INLINE int direction_of(int team) const { return team / plan.teams; }
+  FASTRNN_INLINE TeamRows rows_of(int team) const { return {team % plan.teams, plan.teams}; }
+  FASTRNN_INLINE int64_t most_rows() const { return (sequence.B + plan.teams - 1) / plan.teams; }
+  /// The time of step s: direction 1 starts at the end.
+  FASTRNN_INLINE int64_t time(int direction, int64_t s) const {
+    return direction == 0 ? s : sequence.T - 1 - s;
+  }
+
+  /// All teams walk through their phases. Self is the scan with `void phase(team, phase, part)`.
+  template <class Self>
+  FASTRNN_INLINE void run(Self& self, Team* members, int64_t phases) {
+    problem.parallel(workers(), [&](int64_t worker) {
+      const int team = static_cast<int>(worker / plan.parts), part = static_cast<int>(worker % plan.parts);
+      struct Context {
+        Self* self;
+        int team;
+      } context{&self, team};
+      if (plan.parts == 1) {
+        for (int64_t phase = 0; phase < phases; ++phase) self.phase(team, phase, 0);
+        return;
+      }
+      members[team].work(
+          part, phases,
+          [](void* p, int64_t phase, int part) {
+            const auto* const context = static_cast<Context*>(p);
+            context->self->phase(context->team, phase, part);
+          },
+          &context);
+    });
+  }
+};
+
+template <class S>
+FASTRNN_INLINE void copy_row(S* to, const S* from, int64_t count) {
+  __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(S));
+}
+
+}  // namespace
+}  // namespace fastrnn::FASTRNN_ISA
