@@ -1,0 +1,77 @@
+"""One case measured: checked against float64 first, then timed, then its memory."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib import import_module
+
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+from fastrnn.bench.cases import INFER, TRAIN, Case
+from fastrnn.bench.measure import paired
+from fastrnn.bench.memory import peak_megabytes
+from fastrnn.bench.peak import Peak
+from fastrnn.bench.results import RIVAL, SUBJECT, Record
+from fastrnn.bench.workload import Workload, agree, check, reference_results
+
+# A peer is a module with supports(case) and make_call(workload, threads); it serves inference.
+PEERS = {"onnxruntime": "fastrnn.bench.onnx_peer"}
+
+reference = lru_cache(maxsize=1)(reference_results)
+
+
+def measure_case(
+    case: Case,
+    mode: str,
+    threads: int,
+    peak: Peak,
+    seconds: float,
+    peers: Sequence[str] = (),
+    memory: bool = False,
+) -> Record:
+    """Raises workload.Disagreement, before any timing, where a contender's results are wrong."""
+    torch.set_num_threads(threads)
+    expected = reference(case, mode)
+    rival, subject = Workload(case, nn, mode), Workload(case, fastrnn, mode)
+    check(rival, expected)
+    check(subject, expected)
+    contenders: dict[str, Callable[[], object]] = {RIVAL: rival, SUBJECT: subject}
+    if mode == INFER:
+        contenders |= {
+            name: call for name in peers if (call := _peer(name, rival, threads, expected))
+        }
+    timing = paired(contenders, SUBJECT, seconds)
+    gflops = case.flops(mode) / timing.seconds[SUBJECT] / 1e9
+    attainable = peak.gflops / (2 if case.dtype == torch.float64 else 1)
+    return Record(
+        case=case.name,
+        group=case.class_of(mode),
+        mode=mode,
+        threads=threads,
+        ms={name: 1e3 * value for name, value in timing.seconds.items()},
+        ratios=timing.ratios,
+        gflops=gflops,
+        peak_share=gflops / attainable,
+        rounds=timing.rounds,
+        discarded=timing.discarded,
+        disturbed=timing.disturbed,
+        megabytes=_memory(case, threads) if memory and mode == TRAIN else {},
+    )
+
+
+def _peer(
+    name: str, rival: Workload, threads: int, expected: list[Tensor]
+) -> Callable[[], object] | None:
+    """The peer's call, checked; None where it has no such network."""
+    peer = import_module(PEERS[name])
+    if not peer.supports(rival.case):
+        return None
+    call = peer.make_call(rival, threads)
+    agree(f"{name} on {rival.case.name}", [torch.from_numpy(array) for array in call()], expected)
+    return call
+
+
+def _memory(case: Case, threads: int) -> dict[str, float]:
+    libraries = {RIVAL: "torch.nn", SUBJECT: "fastrnn"}
+    return {name: peak_megabytes(case, library, threads) for name, library in libraries.items()}

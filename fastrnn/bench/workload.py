@@ -1,0 +1,125 @@
+"""A case made runnable: module, input and states of one library, and the calls that are timed.
+
+Training is forward and backward of y through the public module, with gradients for the input, the
+initial states and every parameter; inference is the same call under ``torch.no_grad``.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from fastrnn.bench.cases import TRAIN, Case
+
+# ||a - b|| / ||b|| that a correct result stays under, gradients over thousands of rows included.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+# torch says so for each projected LSTM: that is why it is measured.
+NO_PROJECTION = "LSTM with projections is not supported with oneDNN"
+
+
+class Disagreement(AssertionError):
+    """A library's results are not those of torch.nn in float64: its time means nothing."""
+
+
+class Workload:
+    """``case`` on ``library``, torch.nn or fastrnn; every library gets the same numbers."""
+
+    def __init__(
+        self, case: Case, library: ModuleType, mode: str, dtype: torch.dtype | None = None
+    ):
+        self.case, self.mode = case, mode
+        dtype = dtype or case.dtype
+        D = 2 if case.bidirectional else 1
+        R = case.proj_size or case.H
+        random = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random, dtype=case.dtype).to(dtype)
+
+        torch.manual_seed(0)
+        weights = make_module(case, nn).state_dict()
+        self.module = make_module(case, library).to(dtype)
+        self.module.load_state_dict(weights)
+        self.module.train(mode == TRAIN)
+        x = draw(case.T, case.B, case.I)  # [T, B, I]
+        rows = (case.B,) if case.is_loop else (D * case.layers, case.B)
+        widths = (R, case.H) if case.cell.startswith("LSTM") else (R,)
+        self.states = tuple(draw(*rows, width) for width in widths)  # h0 and, for an LSTM, c0
+        self.grad_y = draw(case.T, case.B, D * R)  # [T, B, D*R], the gradient that reaches y
+        self.x: Tensor | PackedSequence = x
+        if case.fill < 1:
+            self.x = pack_padded_sequence(x, case.lengths())
+            self.grad_y = pack_padded_sequence(self.grad_y, case.lengths()).data
+            x = self.x.data
+        self.leaves = [x, *self.states, *self.module.parameters()]
+        for leaf in self.leaves:
+            leaf.requires_grad_(mode == TRAIN)
+
+    def __call__(self) -> list[Tensor]:
+        """One timed call: [y, final states..., gradients of x, initial states, parameters...]."""
+        if self.mode != TRAIN:
+            with torch.no_grad():
+                return self.forward()
+        results = self.forward()
+        return [*results, *torch.autograd.grad(results[0], self.leaves, self.grad_y)]
+
+    def forward(self) -> list[Tensor]:
+        if self.case.is_loop:
+            return self.forward_loop()
+        states = self.states if len(self.states) == 2 else self.states[0]
+        y, final = self.module(self.x, states)
+        y = y.data if isinstance(y, PackedSequence) else y
+        return [y, *final] if isinstance(final, tuple) else [y, final]
+
+    def forward_loop(self) -> list[Tensor]:
+        assert isinstance(self.x, Tensor)
+        state = self.states if len(self.states) == 2 else self.states[0]
+        steps = []
+        for x in self.x.unbind():
+            state = self.module(x, state)
+            steps.append(state[0] if isinstance(state, tuple) else state)
+        return [torch.stack(steps), *(state if isinstance(state, tuple) else (state,))]
+
+
+def make_module(case: Case, library: ModuleType) -> nn.Module:
+    make = getattr(library, case.cell)
+    if case.is_loop:
+        return make(case.I, case.H, dtype=case.dtype)
+    projection = {"proj_size": case.proj_size} if case.proj_size else {}
+    return make(
+        case.I,
+        case.H,
+        case.layers,
+        dropout=case.dropout,
+        bidirectional=case.bidirectional,
+        dtype=case.dtype,
+        **projection,
+    )
+
+
+def check(workload: Workload, reference: list[Tensor]) -> None:
+    """Raise Disagreement unless a call's results are those of the float64 reference."""
+    training = workload.module.training
+    workload.module.eval()  # no dropout: two libraries share no random stream
+    results = workload()
+    workload.module.train(training)
+    agree(workload.case.name, results, reference)
+
+
+def reference_results(case: Case, mode: str) -> list[Tensor]:
+    """What torch.nn computes in float64, without dropout."""
+    workload = Workload(case, nn, mode, torch.float64)
+    workload.module.eval()
+    return workload()
+
+
+def agree(name: str, results: list[Tensor], reference: list[Tensor]) -> None:
+    for k, (result, expected) in enumerate(zip(results, reference, strict=True)):
+        limit = TOLERANCE[result.dtype]
+        error = float(
+            (result.double() - expected).detach().norm() / expected.detach().norm().clamp_min(1e-30)
+        )
+        if result.shape != expected.shape or not error <= limit:
+            raise Disagreement(f"{name}: result {k} is off by {error:.1e}, more than {limit:.0e}")
