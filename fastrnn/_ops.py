@@ -97,10 +97,12 @@ class Scan(torch.autograd.Function):
             dc_n = dsaved_c = None
         if not cell.saved:
             dsaved = None
-        dgates, dh0, dc0, dh = ScanBackward.apply(
+        arguments = (
             name, batch_first, projected, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0,
             batch_sizes, *weights,
         )  # fmt: skip
+        function = ScanBackward.apply if _needs_function(arguments[3:]) else ScanBackward.forward
+        dgates, dh0, dc0, dh = function(*arguments)
         needs = ctx.needs_input_grad[7:]
         needs_gx, needs_w, needs_b, needs_r = _split(needs, D, bias, projected)
         d_gx, d_w, d_b, d_r = [], [], [], []
@@ -314,6 +316,8 @@ def _unfold_saved(t: Tensor, V: int, B: int, batch_first: bool) -> Tensor:
 def previous_rows(y: Tensor, h0: Tensor, batch_sizes: Maybe, batch_first: bool, direction: int) -> Tensor:
     """h_{t-1} of every row: y [N, P] one step later, and h0 [B, P] where a row begins."""
     B = h0.shape[0]
+    if B == 0:
+        return y
     if batch_sizes is not None:
         return torch.cat((h0, y))[_previous_index(batch_sizes, B, y.shape[0], direction)]
     dim = 1 if batch_first else 0

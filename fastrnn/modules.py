@@ -1,0 +1,175 @@
+"""``LSTM``, ``GRU``, ``RNN`` and their cells: torch.nn's modules with fastrnn's kernels under them.
+
+They inherit everything from torch.nn but ``forward``, so parameters, initialisation, state_dict, pickling and
+every tool that looks for ``nn.LSTM`` work unchanged. ``forward`` reads the parameters by name at each call, so
+that parametrizations, functional_call and replaced parameters take effect.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+
+class _Recurrent(nn.RNNBase):
+    """forward() of all three, in the order and the words of torch.nn's."""
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        dtype = self.weight_ih_l0.dtype
+        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+                f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+            )
+        dims = 2 if batch_sizes is not None else 3
+        if input.dim() != dims:
+            raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
+        if self.input_size != input.size(-1):
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    def _zeros(self, input: Tensor, B: int):
+        LD = self.num_layers * (2 if self.bidirectional else 1)
+        h = input.new_zeros(LD, B, self.proj_size or self.hidden_size)
+        if self.mode != "LSTM":
+            return h
+        return h, input.new_zeros(LD, B, self.hidden_size) if self.proj_size else h
+
+    def _check_hidden_dims(self, hx, dims: int) -> None:
+        kind = "batched 3-D" if dims == 3 else "unbatched 2-D"
+        if self.mode == "LSTM":
+            if hx[0].dim() != dims or hx[1].dim() != dims:
+                raise RuntimeError(
+                    f"For {kind} input, hx and cx should also be {dims}-D "
+                    f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                )
+        elif hx.dim() != dims:
+            raise RuntimeError(
+                f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor"
+            )
+
+    def _each(self, hx, f):
+        return (f(hx[0]), f(hx[1])) if self.mode == "LSTM" else f(hx)
+
+    def _weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _call(self, *args):
+        function = getattr(functional, self.mode.lower())
+        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        output, *hidden = function(*args, self._weights(), *options, *self._dense_only(args))
+        return output, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+
+    def _dense_only(self, args: tuple) -> tuple:
+        return (self.batch_first,) if len(args) == 2 else ()
+
+    def forward(self, input, hx=None):
+        """Exactly torch.nn's: (output, h_n) or (output, (h_n, c_n)).
+
+        input [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence; hx is h_0
+        [L*D, B, H] (LSTM: (h_0 [L*D, B, P], c_0 [L*D, B, H])), without B for unbatched input, zeros if None.
+        Raises ValueError and RuntimeError where torch.nn does.
+        """
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx)
+        if input.dim() not in (2, 3):
+            name, tensor = type(self).__mro__[1].__name__, " tensor" if "RNN" in self.mode else ""
+            raise ValueError(
+                f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead"
+            )
+        is_batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        if not is_batched:
+            input = input.unsqueeze(batch_dim)
+        if hx is None:
+            hx = self._zeros(input, input.size(batch_dim))
+        else:
+            self._check_hidden_dims(hx, input.dim() if is_batched else 2)
+            if not is_batched:
+                hx = self._each(hx, lambda h: h.unsqueeze(1))
+        self.check_forward_args(input, hx, None)
+        output, hidden = self._call(input, hx)
+        if not is_batched:
+            return output.squeeze(batch_dim), self._each(hidden, lambda h: h.squeeze(1))
+        return output, hidden
+
+    def _forward_packed(self, input: PackedSequence, hx):
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        if hx is None:
+            hx = self._zeros(data, int(batch_sizes[0]))
+        else:
+            hx = self.permute_hidden(hx, sorted_indices)
+        self.check_forward_args(data, hx, batch_sizes)
+        output, hidden = self._call(data, batch_sizes, hx)
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(hidden, unsorted_indices)
+
+
+class LSTM(_Recurrent, nn.LSTM):
+    """torch.nn.LSTM, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
+
+
+class GRU(_Recurrent, nn.GRU):
+    """torch.nn.GRU, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
+
+
+class RNN(_Recurrent, nn.RNN):
+    """torch.nn.RNN, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
+
+
+class _RecurrentCell(nn.RNNCellBase):
+    """forward() of the cells, in the order and the words of torch.nn's."""
+
+    def _step(self, function, input: Tensor, hx):
+        many = isinstance(self, nn.LSTMCell)
+        name = type(self).__mro__[1].__name__
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        hidden = () if hx is None else tuple(hx) if many else (hx,)
+        for i, h in enumerate(hidden):
+            if h.dim() not in (1, 2):
+                which = f"hx[{i}]" if many else "hidden"
+                raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {h.dim()}D instead")
+        is_batched = input.dim() == 2
+        if not is_batched:
+            input, hidden = input.unsqueeze(0), tuple(h.unsqueeze(0) for h in hidden)
+        if hx is None:
+            zeros = input.new_zeros(input.size(0), self.hidden_size)
+            hidden = (zeros, zeros) if many else (zeros,)
+        out = function(
+            input, hidden if many else hidden[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        )
+        if is_batched:
+            return out
+        return tuple(h.squeeze(0) for h in out) if many else out.squeeze(0)
+
+
+class LSTMCell(_RecurrentCell, nn.LSTMCell):
+    """torch.nn.LSTMCell, fused."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """input [B, I] or [I], hx = (h, c) [B, H] or [H] -> (h, c)."""
+        return self._step(functional.lstm_cell, input, hx)
+
+
+class GRUCell(_RecurrentCell, nn.GRUCell):
+    """torch.nn.GRUCell, fused."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input [B, I] or [I], hx [B, H] or [H] -> h."""
+        return self._step(functional.gru_cell, input, hx)
+
+
+class RNNCell(_RecurrentCell, nn.RNNCell):
+    """torch.nn.RNNCell, fused."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """input [B, I] or [I], hx [B, H] or [H] -> h."""
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self._step(getattr(functional, f"rnn_{self.nonlinearity}_cell"), input, hx)
