@@ -4,10 +4,15 @@ Every piece stands alone: the tasks are LightningModules, the data modules are L
 ``StateCarrier``, ``StreamChunks``, ``clip`` and ``state_gradients`` fit any loop of one's own.
 """
 
+from fastrnn.training.classification import SequenceClassifier
 from fastrnn.training.clipping import GradientClipping, clip
 from fastrnn.training.data.batches import SequenceBatch, StreamBatch
+from fastrnn.training.data.labelled import JapaneseVowels, LabelledData
+from fastrnn.training.data.memory import MemoryData
+from fastrnn.training.data.series import SeriesData
 from fastrnn.training.data.text import TextData, Vocabulary
 from fastrnn.training.errors import InputError
+from fastrnn.training.forecasting import Forecaster
 from fastrnn.training.gradient_flow import GradientFlow
 from fastrnn.training.language import LanguageModel, Sampling
 from fastrnn.training.optim import Optim
@@ -18,14 +23,20 @@ from fastrnn.training.states import state_gradients
 from fastrnn.training.tbptt import StateCarrier, StreamChunks, scan
 
 __all__ = [
+    "Forecaster",
     "GradientClipping",
     "GradientFlow",
     "InputError",
+    "JapaneseVowels",
+    "LabelledData",
     "LanguageModel",
+    "MemoryData",
     "Optim",
     "Report",
     "Sampling",
     "SequenceBatch",
+    "SequenceClassifier",
+    "SeriesData",
     "Stack",
     "StateCarrier",
     "StreamBatch",

@@ -41,7 +41,7 @@ class Resume(L.Callback):
     """Keeps in the checkpoint what Lightning does not: random generators and the log's rows."""
 
     def __init__(self) -> None:
-        self._generators: list[Any] | None = None
+        self._loaded: dict[str, Any] = {}
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -56,14 +56,15 @@ class Resume(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._generators = checkpoint.get("generators")
-        if isinstance(trainer.logger, RunLog):
-            trainer.logger.replay(checkpoint.get("rows", []))
+        self._loaded = {k: checkpoint[k] for k in ("generators", "rows") if k in checkpoint}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._generators and len(self._generators) == trainer.world_size:
-            restore_generators(self._generators[trainer.global_rank])
-        self._generators = None
+        generators = self._loaded.get("generators", [])
+        if len(generators) == trainer.world_size:
+            restore_generators(generators[trainer.global_rank])
+        if isinstance(trainer.logger, RunLog):
+            trainer.logger.replay(self._loaded.get("rows", []))
+        self._loaded = {}
 
 
 def generator_states() -> dict[str, Any]:

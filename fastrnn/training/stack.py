@@ -4,7 +4,8 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastrnn.training.errors import InputError
 
@@ -15,6 +16,20 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
 }
 BACKENDS = {"fastrnn": "fastrnn", "torch": "torch.nn"}
+
+
+def run_padded(rnn: nn.RNNBase, x: Tensor, lengths: Tensor) -> tuple[Tensor, Any]:
+    """Outputs y [T, B, P], zero after each row's end, and the states at the rows' ends.
+
+    Args:
+        x: [T, B, I], padded; T is the longest length.
+        lengths: [B], each at least 1.
+    """
+    lengths = lengths.cpu()
+    if bool((lengths == len(x)).all()):
+        return rnn(x)
+    y, state = rnn(pack_padded_sequence(x, lengths, enforce_sorted=False))
+    return pad_packed_sequence(y)[0], state
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 Inside ``recorded`` each recurrent module runs one step and one layer at a time, so that every h_t
 and c_t is a tensor of its own in the graph: what autograd returns for it is the whole dL/dh_t, the
-part that comes down from the output and the part that comes back from later steps. The function
-computed is the same; only its cost is higher, which is why callers sample.
+part that comes down from the output and the part that comes back from later steps. dL/dc_t is that
+of the cell state handed to step t + 1, with h_t held: the state (h_t, c_t) has independent parts.
+The function computed is the same; only its cost is higher, which is why callers sample.
 """
 
 import copy
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ def direction_of(rnn: nn.RNNBase, layer: int, reverse: bool) -> nn.RNNBase:
     }
     one._flat_weights_names = list(one._parameters)
     one._flat_weights = list(one._parameters.values())
+    one._flat_weight_refs = [weakref.ref(p) for p in one._flat_weights]
     one._all_weights = [one._flat_weights_names]
     one.num_layers, one.bidirectional, one.batch_first, one.dropout = 1, False, False, 0.0
     one.input_size = one.weight_ih_l0.shape[1]

@@ -121,6 +121,6 @@ class ShuffledBatches(Batches):
         return SequenceBatch(
             x=pad_sequence(sequences),
             lengths=torch.tensor([len(s) for s in sequences]),
-            y=y.transpose(0, 1) if y.dim() == 3 else y,
+            y=y.transpose(0, 1).contiguous() if y.dim() == 3 else y,
             weight=len(mine) * self.world / len(chosen),
         )

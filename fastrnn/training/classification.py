@@ -1,0 +1,138 @@
+"""Sequence classification: one class for a sequence of any length."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+
+from fastrnn.training import plots
+from fastrnn.training.data.batches import SequenceBatch
+from fastrnn.training.errors import InputError
+from fastrnn.training.optim import Optim
+from fastrnn.training.stack import Stack, run_padded
+from fastrnn.training.tasks import SequenceTask
+
+POOLS = ("last", "mean", "max")
+
+
+class SequenceClassifier(SequenceTask):
+    """Recurrent stack over the standardised input, pooled over time, linear layer; cross-entropy.
+
+    Metrics are accuracy and macro F1.
+
+    Args:
+        spec: ``{"mean": [I floats], "scale": [I floats], "classes": [names]}``.
+        pool: ``last`` valid step of each direction, or ``mean`` or ``max`` over the valid steps.
+        dropout: before the linear layer, in training.
+        noise: standard deviation of Gaussian noise on the standardised input, in training.
+        label_smoothing: of the cross-entropy.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        stack: Stack | None = None,
+        optim: Optim | None = None,
+        pool: str = "last",
+        dropout: float = 0.0,
+        noise: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(spec, stack, optim)
+        self.save_hyperparameters()
+        if pool not in POOLS:
+            raise InputError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        self.pool, self.noise, self.label_smoothing = pool, noise, label_smoothing
+        self.classes = [str(c) for c in spec["classes"]]
+        self.register_buffer("mean", torch.tensor(spec["mean"]), persistent=False)
+        self.register_buffer("scale", torch.tensor(spec["scale"]), persistent=False)
+        self.rnn = self.stack.build(len(spec["mean"]))
+        self.dropout = nn.Dropout(dropout)
+        count = len(self.classes)
+        self.head = nn.Linear(self.stack.output_size, count)
+        self.accuracy, self.f1, self.confusion = (
+            nn.ModuleDict({stage: make() for stage in ("val", "test")})
+            for make in (
+                lambda: MulticlassAccuracy(count, average="micro"),
+                lambda: MulticlassF1Score(count, average="macro"),
+                lambda: MulticlassConfusionMatrix(count),
+            )
+        )
+        self._seen: tuple[str, Tensor] | None = None  # stage and confusion matrix [C, C]
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Logits [B, C] of padded sequences x [T, B, I] with lengths [B]."""
+        x = (x - self.mean) / self.scale
+        if self.training and self.noise:
+            x = x + self.noise * torch.randn_like(x)
+        y, state = run_padded(self.rnn, x, lengths)
+        return self.head(self.dropout(self._pooled(y, state, lengths.to(y.device))))
+
+    def _pooled(self, y: Tensor, state: Any, lengths: Tensor) -> Tensor:  # [B, output_size]
+        if self.pool == "last":
+            h = state[0] if isinstance(state, tuple) else state  # [L*D, B, P]
+            directions = 2 if self.stack.bidirectional else 1
+            return torch.cat(list(h[-directions:]), dim=-1)
+        if self.pool == "mean":
+            return y.sum(0) / lengths[:, None]
+        ended = torch.arange(len(y), device=y.device)[:, None] >= lengths  # [T, B]
+        return y.masked_fill(ended[..., None], -torch.inf).amax(0)
+
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        logits = self(batch.x, batch.lengths)
+        loss = F.cross_entropy(logits, batch.y, label_smoothing=self.label_smoothing)
+        size = len(batch.y)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        right = (logits.argmax(-1) == batch.y).float().mean()
+        self.log("train/accuracy", right, batch_size=size)
+        return loss * batch.weight
+
+    def _evaluate(self, batch: SequenceBatch, stage: str) -> None:
+        logits = self(batch.x, batch.lengths)
+        for metric in (self.accuracy, self.f1, self.confusion):
+            metric[stage].update(logits, batch.y)
+        loss = F.cross_entropy(logits, batch.y)
+        self.log(f"{stage}/loss", loss, batch_size=len(batch.y), sync_dist=True)
+
+    def _finish(self, stage: str) -> None:
+        self.log(f"{stage}/accuracy", self.accuracy[stage].compute(), prog_bar=True)
+        self.log(f"{stage}/f1", self.f1[stage].compute())
+        self._seen = stage, self.confusion[stage].compute().cpu()
+        for metric in (self.accuracy, self.f1, self.confusion):
+            metric[stage].reset()
+
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Class and probability of each sequence."""
+        likelihood, best = self(batch.x, batch.lengths).softmax(-1).max(-1)
+        return [
+            {"class": self.classes[int(b)], "probability": float(p)}
+            for b, p in zip(best, likelihood, strict=True)
+        ]
+
+    def flow_losses(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self(batch.x, batch.lengths), batch.y)}
+
+    def exhibits(self) -> Iterator[tuple[str, Figure | str]]:
+        if self._seen:
+            stage, matrix = self._seen
+            yield f"Confusion matrix ({stage})", plots.confusion(matrix.numpy(), self.classes)

@@ -1,0 +1,144 @@
+"""Series of numbers in windows: past in, future out. Shipped series, or columns of a CSV file."""
+
+import csv
+import io
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastrnn.training.data import shipped
+from fastrnn.training.data.batches import ShuffledBatches
+from fastrnn.training.data.module import SequenceData
+from fastrnn.training.data.text import read_text
+from fastrnn.training.errors import InputError
+
+SHIPPED = {"co2": ["co2"], "sunspots": ["sunspots"]}
+
+
+class SeriesData(SequenceData):
+    """Every window of a table of series; the parts follow each other in time.
+
+    Args:
+        source: ``co2`` or ``sunspots``, or the path of a CSV file with a header.
+        columns: of the CSV file; all are inputs and all are forecast.
+        window: known steps T.
+        horizon: steps ahead K.
+        season: steps of a season, for the naive forecast; None for none.
+        held_out: shares of the steps, from the end, for validation and for test.
+        missing: ``raise`` or ``interpolate`` (linearly between known neighbours).
+        batch_size: windows a batch, over all processes.
+        seed: of the order in training.
+    """
+
+    def __init__(
+        self,
+        source: str = "co2",
+        columns: list[str] | None = None,
+        window: int = 104,
+        horizon: int = 12,
+        season: int | None = None,
+        held_out: tuple[float, float] = (0.1, 0.2),
+        missing: str = "raise",
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source, self.columns = source, columns or SHIPPED.get(source)
+        self.window, self.horizon, self.season = window, horizon, season
+        self.held_out, self.missing = held_out, missing
+        self.batch_size, self.seed = batch_size, seed
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """All values [N, I]."""
+        if self.season is not None and not 1 <= self.season <= self.window:
+            raise InputError(f"season must be from 1 to window = {self.window}, got {self.season}")
+        known = self.source in SHIPPED
+        text = shipped.read(f"{self.source}.csv") if known else read_text(Path(self.source))
+        values = read_csv(text, self.columns, self.source)
+        values = fill(values, self.missing, self.columns or [], self.source)
+        return torch.tensor(values, dtype=torch.float32)
+
+    @cached_property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Values [N_part, I]; val and test begin a window early, so that all their steps count."""
+        val, test = (int(share * len(self.table)) for share in self.held_out)
+        start_val, start_test = len(self.table) - val - test, len(self.table) - test
+        parts = {
+            "train": self.table[:start_val],
+            "val": self.table[max(0, start_val - self.window) : start_test],
+            "test": self.table[max(0, start_test - self.window) :],
+        }
+        for name, part in parts.items():
+            if len(part) < self.window + self.horizon:
+                raise InputError(
+                    f"{name} has {len(part)} steps of {self.source}: too short for a window of "
+                    f"{self.window} and {self.horizon} steps ahead"
+                )
+        return parts
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        train = self.parts["train"]
+        return {
+            "mean": train.mean(0).tolist(),
+            "scale": train.std(0).clamp_min(1e-8).tolist(),
+            "outputs": train.shape[1],
+            "columns": self.columns,
+            "season": self.season,
+        }
+
+    def batches(self, part: str, rank: int, world: int) -> ShuffledBatches:
+        windows = self.parts[part].unfold(0, self.window + self.horizon, 1)  # [N, I, T+K]
+        windows = windows.transpose(1, 2)
+        past = list(windows[:, : self.window])
+        future = windows[:, self.window :]
+        seed = self.seed if part == "train" else None
+        return ShuffledBatches(past, future, self.batch_size, seed, rank, world)
+
+
+def read_csv(text: str, columns: list[str] | None, name: str) -> np.ndarray:
+    """Columns of a CSV text with a header [N, I]; an empty cell is NaN.
+
+    Raises:
+        InputError: no rows, no such column, or a cell that is not a number.
+    """
+    reader = csv.DictReader(io.StringIO(text))
+    found = list(reader.fieldnames or [])
+    if not columns:
+        raise InputError(f"name the columns of {name} to use; there are {', '.join(found)}")
+    if absent := [c for c in columns if c not in found]:
+        raise InputError(f"{name} has no column {', '.join(absent)}; there are {', '.join(found)}")
+    rows = []
+    for line, row in enumerate(reader, 2):
+        try:
+            rows.append([float(row[c] or "nan") for c in columns])
+        except ValueError:
+            raise InputError(f"line {line} of {name} is not a number: {row}") from None
+    if not rows:
+        raise InputError(f"{name} has a header but no rows")
+    return np.array(rows)
+
+
+def fill(values: np.ndarray, missing: str, columns: list[str], name: str) -> np.ndarray:
+    """Values [N, I] without NaN: refused, or interpolated."""
+    gaps = np.isnan(values)
+    if not gaps.any():
+        return values
+    if missing != "interpolate":
+        row, column = np.argwhere(gaps)[0]
+        raise InputError(
+            f"{name} has {gaps.sum()} missing values, the first in line {row + 2}, column "
+            f"{columns[column]}; set missing to interpolate, or fill them"
+        )
+    values = values.copy()
+    steps = np.arange(len(values))
+    for i in range(values.shape[1]):
+        known = ~gaps[:, i]
+        if not known.any():
+            raise InputError(f"column {columns[i]} of {name} has no values at all")
+        values[:, i] = np.interp(steps, steps[known], values[known, i])
+    return values

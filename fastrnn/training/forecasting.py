@@ -1,0 +1,173 @@
+"""Forecasting and regression: values ahead of a sequence, several steps by feeding outputs back."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanAbsoluteError, MeanSquaredError
+
+from fastrnn.training import plots
+from fastrnn.training.data.batches import SequenceBatch
+from fastrnn.training.errors import InputError
+from fastrnn.training.optim import Optim
+from fastrnn.training.stack import Stack, run_padded
+from fastrnn.training.tasks import SequenceTask
+
+LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+
+
+class Forecaster(SequenceTask):
+    """Recurrent stack and linear layer; K values ahead, each fed back as the next input.
+
+    Metrics are RMSE and MAE in the data's own units. For a series the test also reports the RMSE of
+    a naive forecast: the value one season before, or without a season the last value.
+
+    Args:
+        spec: ``{"mean": [I floats], "scale": [I floats], "outputs": O}``, and for series
+            ``"columns"`` and ``"season"`` (steps, or None).
+        loss: mse, mae or huber.
+        centre: measure each window from its last known value, for series whose level drifts.
+        one_step: weight of the one-step-ahead errors inside the window, beside those ahead of it.
+        dropout: before the linear layer, in training.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        stack: Stack | None = None,
+        optim: Optim | None = None,
+        loss: str = "mse",
+        centre: bool = False,
+        one_step: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(spec, stack, optim)
+        self.save_hyperparameters()
+        if loss not in LOSSES:
+            raise InputError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        if self.stack.bidirectional:
+            raise InputError("a forecaster cannot be bidirectional: it would see the future")
+        self.error, self.centre, self.one_step = LOSSES[loss], centre, one_step
+        self.register_buffer("mean", torch.tensor(spec["mean"]), persistent=False)
+        self.register_buffer("scale", torch.tensor(spec["scale"]), persistent=False)
+        self.rnn = self.stack.build(len(spec["mean"]))
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(self.stack.output_size, int(spec["outputs"]))
+        stages = ("val", "test")
+        self.rmse = nn.ModuleDict({s: MeanSquaredError(squared=False) for s in stages})
+        self.mae = nn.ModuleDict({s: MeanAbsoluteError() for s in stages})
+        self.naive = MeanSquaredError(squared=False)
+        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []  # past, future, predicted
+
+    def forward(self, x: Tensor, lengths: Tensor, steps: int = 1) -> Tensor:
+        """The ``steps`` values [K, B, O] that follow the sequences x [T, B, I], in their units."""
+        return self._unscaled(self._scaled_forecast(x, lengths, steps)[0], x, lengths)
+
+    def _scaled_forecast(self, x: Tensor, lengths: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """K scaled values ahead [K, B, O], and one-step-ahead values of the window [T, B, O]."""
+        scaled = self._scaled(x, x, lengths)
+        y, state = run_padded(self.rnn, scaled, lengths)
+        inside = self.head(self.dropout(y))  # [T, B, O]
+        at = (lengths.to(x.device) - 1).view(1, -1, 1).expand(1, -1, inside.shape[-1])
+        ahead = [inside.gather(0, at)]
+        for _ in range(steps - 1):
+            y, state = self.rnn(ahead[-1], state)
+            ahead.append(self.head(self.dropout(y)))
+        return torch.cat(ahead), inside
+
+    def _last(self, x: Tensor, lengths: Tensor) -> Tensor:  # [1, B, I]: the last known values
+        at = (lengths.to(x.device) - 1).view(1, -1, 1).expand(1, -1, x.shape[-1])
+        return x.gather(0, at)
+
+    def _scaled(self, values: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
+        if self.centre:
+            return (values - self._last(x, lengths)) / self.scale
+        return (values - self.mean) / self.scale
+
+    def _unscaled(self, values: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
+        if "columns" not in self.spec:
+            return values  # a regression's target is in its own units already
+        origin = self._last(x, lengths) if self.centre else self.mean
+        return values * self.scale + origin
+
+    def _losses(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """The training loss, and the forecast [K, B, O] in the data's units."""
+        ahead, inside = self._scaled_forecast(batch.x, batch.lengths, len(batch.y))
+        series = "columns" in self.spec
+        target = self._scaled(batch.y, batch.x, batch.lengths) if series else batch.y
+        loss = self.error(ahead, target)
+        if self.one_step:
+            known = self._scaled(batch.x, batch.x, batch.lengths)[1:]
+            loss = loss + self.one_step * self.error(inside[:-1], known)
+        return loss, self._unscaled(ahead, batch.x, batch.lengths)
+
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        loss, ahead = self._losses(batch)
+        size = batch.y.shape[1]
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log("train/rmse", F.mse_loss(ahead.detach(), batch.y).sqrt(), batch_size=size)
+        return loss * batch.weight
+
+    def _evaluate(self, batch: SequenceBatch, stage: str) -> None:
+        loss, ahead = self._losses(batch)
+        self.log(f"{stage}/loss", loss, batch_size=batch.y.shape[1], sync_dist=True)
+        self.rmse[stage].update(ahead, batch.y)
+        self.mae[stage].update(ahead, batch.y)
+        self._shown.append((batch.x, batch.y, ahead))
+
+    def _finish(self, stage: str) -> None:
+        self.log(f"{stage}/rmse", self.rmse[stage].compute(), prog_bar=True)
+        self.log(f"{stage}/mae", self.mae[stage].compute())
+        self.rmse[stage].reset()
+        self.mae[stage].reset()
+
+    def on_validation_epoch_start(self) -> None:
+        self._shown.clear()
+
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._shown.clear()
+
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+        if "columns" in self.spec:
+            self.naive.update(self._naive(batch), batch.y)
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+        if "columns" in self.spec:
+            self.log("test/naive_rmse", self.naive.compute())
+            self.naive.reset()
+
+    def _naive(self, batch: SequenceBatch) -> Tensor:  # [K, B, I]
+        season = self.spec.get("season") or 1
+        steps = torch.arange(len(batch.y)) % season
+        return batch.x[len(batch.x) - season + steps]
+
+    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        """[K, B, O] in the data's units."""
+        return self(batch.x, batch.lengths, len(batch.y))
+
+    def flow_losses(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        return {"loss": self._losses(batch)[0]}
+
+    def exhibits(self) -> Iterator[tuple[str, Figure | str]]:
+        if not self._shown or "columns" not in self.spec:
+            return
+        past, future, ahead = (
+            torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*self._shown, strict=True)
+        )
+        some = torch.linspace(0, past.shape[1] - 1, 4).long().tolist()
+        for i, name in enumerate(self.spec["columns"]):
+            yield (
+                f"Forecast of {name}",
+                plots.forecast(past[:, some, i].T, future[:, some, i].T, ahead[:, some, i].T, name),
+            )
