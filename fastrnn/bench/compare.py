@@ -47,7 +47,7 @@ def compare(argv: list[str]) -> int:
     if not pairs:
         console.print("fastrnn: the files have no case in common", style="red")
         return 2
-    for name in ("cpu", "torch"):
+    for name in ("cpu", "kernels", "torch"):
         if old.environment[name] != new.environment[name]:
             values = f"{old.environment[name]} and {new.environment[name]}"
             console.print(f"The runs differ in {name}: {values}", style="yellow")

@@ -17,7 +17,7 @@ MIN_TURN = 0.02  # seconds; a shorter call is repeated within its turn, beyond t
 PAUSE = 0.002  # seconds before a turn, in which the other's worker threads stop spinning
 # Of another process's CPU time a round bears 5 % of its length, and two ticks of /proc/stat.
 OTHERS_SHARE, OTHERS_SECONDS = 0.05, 0.02
-PATIENCE = 4  # times the asked rounds and seconds, after which disturbed rounds are taken too
+PATIENCE = 3  # times the asked rounds and seconds, after which disturbed rounds are taken too
 
 STAT = Path("/proc/stat")
 BUSY_FIELDS = (1, 2, 3, 6, 7, 8)  # user, nice, system, irq, softirq, steal

@@ -71,6 +71,7 @@ def describe_environment(peaks: dict[int, Peak]) -> dict[str, object]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": torch.ops.fastrnn.cpu_isa(),
         "peaks": {str(threads): asdict(peak) for threads, peak in peaks.items()},
         "python": platform.python_version(),
         "torch": torch.__version__,

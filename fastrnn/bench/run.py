@@ -68,16 +68,21 @@ def run(argv: list[str]) -> int:
         _measure(console, chosen, options, peaks, records, failures)
     except KeyboardInterrupt:
         failures.append("interrupted")
-    if records:
-        console.print(summary_table(records))
-        results = Results(environment, records)
-        if options.json:
-            results.save(options.json)
-        if options.plot:
-            plot_ratios(results, options.plot)
+    finally:  # what was measured before an error is kept
+        _report(console, Results(environment, records), options)
     for failure in failures:
         console.print(f"FAILED {failure}", style="bold red")
     return 1 if failures else 0
+
+
+def _report(console: Console, results: Results, options: argparse.Namespace) -> None:
+    if not results.records:
+        return
+    console.print(summary_table(results.records))
+    if options.json:
+        results.save(options.json)
+    if options.plot:
+        plot_ratios(results, options.plot)
 
 
 def choose(options: argparse.Namespace) -> list[tuple[Case, str]]:
@@ -144,8 +149,8 @@ def _show_environment(
     console: Console, environment: dict[str, object], peaks: dict[int, Peak]
 ) -> None:
     console.print(
-        f"{environment['cpu']}, {environment['capability']}, torch {environment['torch']}, "
-        f"load {environment['load']}"
+        f"{environment['cpu']}, kernels {environment['kernels']}, torch {environment['torch']} "
+        f"({environment['capability']}), load {environment['load']}"
     )
     for threads, peak in peaks.items():
         console.print(f"FMA peak, {threads} threads: {peak.gflops:.0f} GF/s ({peak.source})")
