@@ -1,14 +1,17 @@
 # make train and make test set everything up by themselves, in .venv, and are safe to run again.
 PYTHON ?= python3
 BIN := .venv/bin
+NATIVE := $(shell find csrc -path csrc/testing -prune -o -type f -print)
+CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test bench build lint sanitize clean
+.PHONY: train test bench build lint format sanitize wheel clean
 
 train: build
-	$(BIN)/python -m fastrnn train fit --config fastrnn/training/configs/shakespeare.yaml
+	$(BIN)/python -m fastrnn train fit --config shakespeare
 
-test: build lint
+test: lint build
 	$(BIN)/python -m pytest tests
+	$(MAKE) sanitize
 
 bench: build
 	$(BIN)/python -m fastrnn bench
@@ -17,18 +20,32 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-# The extension is built against the torch in .venv: isolation would fetch another one.
-build: .venv/ready
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+format: .venv/ready
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
+sanitize: build
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/sanitize.sh
+
+wheel: .venv/ready
+	$(BIN)/python -m build --no-isolation
+
+build: fastrnn/_C.abi3.so
+
+fastrnn/_C.abi3.so: .venv/ready setup.py $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# torch comes first: the extension is built against it, and isolation would fetch another one.
 .venv/ready: pyproject.toml constraints.txt
+	@echo "Setting up .venv: torch, the tools and the extension, some minutes the first time."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt "$$($(PYTHON) -c 'print(1)' >/dev/null && echo setuptools)" wheel ninja pybind11
-	touch $@
+	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel ninja
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info fastrnn/*.so
