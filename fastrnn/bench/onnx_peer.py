@@ -52,9 +52,7 @@ def build_model(module: nn.Module) -> bytes:
     direction = "bidirectional" if D == 2 else "forward"
     constants = {"joined": np.array([0, 0, -1], np.int64), "split": np.full(L, D, np.int64)}
     nodes = [
-        helper.make_node(
-            "Split", [f"s{k}", "split"], [f"s{k}_{layer}" for layer in range(L)], axis=0
-        )
+        helper.make_node("Split", [f"s{k}", "split"], [f"s{k}_{layer}" for layer in range(L)], axis=0)
         for k in range(states)
     ]
     y = "x"

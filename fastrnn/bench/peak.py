@@ -15,9 +15,7 @@ from threading import Thread
 
 import torch
 
-CHAINS = (
-    14  # independent accumulators, registers 0..13: latency 4-5 x 2 issued per cycle, and spare
-)
+CHAINS = 14  # independent accumulators, registers 0..13: latency 4-5 x 2 issued per cycle, and spare
 ROUNDS = 2_000_000  # of the loop, 5-15 ms: long enough that starting the threads does not count
 TRIES = 10
 
@@ -81,10 +79,7 @@ def _rate_together(loop: Callable[[int], None], threads: int) -> float:
 def _avx2_loop() -> bytes:
     """vfmadd231ps ymm<k>, ymm14, ymm15 (VEX.256.66.0F38.W0 B8) for every chain k."""
     return _loop(
-        b"".join(
-            bytes([0xC4, (k < 8) << 7 | 0x42, 0x0D, 0xB8, 0xC7 | (k & 7) << 3])
-            for k in range(CHAINS)
-        )
+        b"".join(bytes([0xC4, (k < 8) << 7 | 0x42, 0x0D, 0xB8, 0xC7 | (k & 7) << 3]) for k in range(CHAINS))
     )
 
 
@@ -92,8 +87,7 @@ def _avx512_loop() -> bytes:
     """vfmadd231ps zmm<k>, zmm14, zmm15 (EVEX.512.66.0F38.W0 B8) for every chain k."""
     return _loop(
         b"".join(
-            bytes([0x62, (k < 8) << 7 | 0x52, 0x0D, 0x48, 0xB8, 0xC7 | (k & 7) << 3])
-            for k in range(CHAINS)
+            bytes([0x62, (k < 8) << 7 | 0x52, 0x0D, 0x48, 0xB8, 0xC7 | (k & 7) << 3]) for k in range(CHAINS)
         )
     )
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from fastrnn.bench.results import RIVAL, SUBJECT, Record, Results
 
@@ -16,7 +16,7 @@ def plot_ratios(results: Results, path: Path) -> None:
     figure = Figure(figsize=(9, 1.4 + 0.22 * len(records)), layout="constrained")
     axes = figure.subplots()
     axes.barh(
-        [f"{record.case} {record.mode} ({record.threads})" for record in records],
+        [_label(record) for record in records],
         [ratio.median - 1 for ratio in ratios],
         left=1,
         color=[f"C{groups.index(record.group) % 10}" for record in records],
@@ -28,11 +28,17 @@ def plot_ratios(results: Results, path: Path) -> None:
     )
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(y=0.01)
-    axes.set_xlabel("torch time / fastrnn time (threads in brackets; whiskers: quartiles)")
+    axes.set_xlabel("torch time / fastrnn time (in brackets: threads, ! disturbed; whiskers: quartiles)")
     axes.set_title(f"{results.environment['cpu']}\ntorch {results.environment['torch']}")
     _save(figure, path)
+
+
+def _label(record: Record) -> str:
+    return f"{record.case} {record.mode} ({record.threads}{'!' if record.disturbed else ''})"
 
 
 def plot_curves(curves: dict[str, dict[int, Record]], path: Path) -> None:

@@ -50,9 +50,7 @@ def run(argv: list[str]) -> int:
     chosen = choose(options)
     missing = [name for name in options.peers if not (find_spec(name) and find_spec("onnx"))]
     if not chosen or missing:
-        reason = (
-            f"not installed: {', '.join(missing)}, onnx" if missing else "no case has that name"
-        )
+        reason = f"not installed: {', '.join(missing)}, onnx" if missing else "no case has that name"
         console.print(f"fastrnn: {reason}", style="red")
         return 2
     if options.list:
@@ -145,9 +143,7 @@ def _measure(
                 console.print(class_table(group, records[start:]))
 
 
-def _show_environment(
-    console: Console, environment: dict[str, object], peaks: dict[int, Peak]
-) -> None:
+def _show_environment(console: Console, environment: dict[str, object], peaks: dict[int, Peak]) -> None:
     console.print(
         f"{environment['cpu']}, kernels {environment['kernels']}, torch {environment['torch']} "
         f"({environment['capability']}), load {environment['load']}"

@@ -38,9 +38,7 @@ def measure_case(
     check(subject, expected)
     contenders: dict[str, Callable[[], object]] = {RIVAL: rival, SUBJECT: subject}
     if mode == INFER:
-        contenders |= {
-            name: call for name in peers if (call := _peer(name, rival, threads, expected))
-        }
+        contenders |= {name: call for name in peers if (call := _peer(name, rival, threads, expected))}
     timing = paired(contenders, SUBJECT, seconds)
     gflops = case.flops(mode) / timing.seconds[SUBJECT] / 1e9
     attainable = peak.gflops / (2 if case.dtype == torch.float64 else 1)
@@ -60,9 +58,7 @@ def measure_case(
     )
 
 
-def _peer(
-    name: str, rival: Workload, threads: int, expected: list[Tensor]
-) -> Callable[[], object] | None:
+def _peer(name: str, rival: Workload, threads: int, expected: list[Tensor]) -> Callable[[], object] | None:
     """The peer's call, checked; None where it has no such network."""
     peer = import_module(PEERS[name])
     if not peer.supports(rival.case):

@@ -12,7 +12,7 @@ from fastrnn.bench.peak import measure_peak
 from fastrnn.bench.plots import plot_curves
 from fastrnn.bench.results import RIVAL, SUBJECT, Record, Results, describe_environment
 from fastrnn.bench.runner import measure_case
-from fastrnn.bench.tables import make_console, make_table, milliseconds, ratio_text
+from fastrnn.bench.tables import make_console, make_table, milliseconds, ratio_text, rounds_text
 
 STEPS = (10, 100, 1_000, 10_000, 100_000)  # T, at B=1 and H=64
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # B, at T=50 and H=128
@@ -25,9 +25,7 @@ def scaling(argv: list[str]) -> int:
     parser.add_argument("--mode", choices=[TRAIN, INFER], default=TRAIN)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     parser.add_argument("--seconds", type=float, default=1.0, help="for a point, at least")
-    parser.add_argument(
-        "--longest", type=int, default=STEPS[-1], help="leave out T and B above this"
-    )
+    parser.add_argument("--longest", type=int, default=STEPS[-1], help="leave out T and B above this")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
@@ -62,10 +60,11 @@ def scaling(argv: list[str]) -> int:
 def _table(title: str, points: dict[int, Record]) -> Table:
     size_name = title[-1]
     per_unit = [f"{name} us / {size_name}" for name in (RIVAL, SUBJECT)]
-    table = make_table(title, size_name, "torch ms", "fastrnn ms", *per_unit, "torch / fastrnn")
+    columns = ("torch ms", "fastrnn ms", *per_unit, "torch / fastrnn", "rounds")
+    table = make_table(title, size_name, *columns)
     for size, record in points.items():
         times = [record.ms[name] for name in (RIVAL, SUBJECT)]
         texts = [milliseconds(time) for time in times]
         texts += [f"{1e3 * time / size:.2f}" for time in times]
-        table.add_row(f"{size:,}", *texts, ratio_text(record, RIVAL))
+        table.add_row(f"{size:,}", *texts, ratio_text(record, RIVAL), rounds_text(record))
     return table

@@ -26,9 +26,7 @@ class Disagreement(AssertionError):
 class Workload:
     """``case`` on ``library``, torch.nn or fastrnn; every library gets the same numbers."""
 
-    def __init__(
-        self, case: Case, library: ModuleType, mode: str, dtype: torch.dtype | None = None
-    ):
+    def __init__(self, case: Case, library: ModuleType, mode: str, dtype: torch.dtype | None = None):
         self.case, self.mode = case, mode
         dtype = dtype or case.dtype
         D = 2 if case.bidirectional else 1
