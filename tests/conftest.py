@@ -1,0 +1,39 @@
+"""What the core tests share: the internals of the extension as a module, and a fixed random state."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "testing"
+
+
+def build_internals():
+    """The module fastrnn_testing of csrc/testing, built if anything that it includes has changed."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    subprocess.run(
+        [
+            sys.executable, ROOT / "csrc/testing/setup.py", "-q", "build_clib", "--build-clib", BUILD,
+            "--build-temp", BUILD, "build_ext", "--build-lib", BUILD, "--build-temp", BUILD,
+        ],
+        check=True,
+    )  # fmt: skip
+    newest = max(BUILD.glob("fastrnn_testing.*.so"), key=lambda path: path.stat().st_mtime)
+    spec = importlib.util.spec_from_file_location("fastrnn_testing", newest)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def internals():
+    return build_internals()
+
+
+@pytest.fixture(autouse=True)
+def fixed_random_state():
+    torch.manual_seed(0)

@@ -1,0 +1,112 @@
+"""Random arguments for the operators, and the reference's answers in float64."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrnn import reference
+from fastrnn.reference import CELLS, Layout
+
+CELL_NAMES = list(CELLS)
+
+
+@dataclass
+class Scan:
+    """The arguments of one operator call: T steps of B rows in D directions."""
+
+    name: str
+    gx: list[Tensor]  # D x [N, G*H]
+    h0: Tensor  # [D, B, P]
+    c0: Tensor | None  # [D, B, H]
+    w_hh: list[Tensor]  # D x [G*H, P]
+    b_hh: list[Tensor]  # D x [G*H] or none
+    w_hr: list[Tensor]  # D x [P, H] or none
+    batch_sizes: Tensor | None
+    batch_first: bool
+
+    @property
+    def layout(self) -> Layout:
+        sizes = None if self.batch_sizes is None else self.batch_sizes.tolist()
+        return Layout(self.gx[0].shape[0], self.h0.shape[1], self.batch_first, sizes)
+
+    def map(self, f) -> "Scan":
+        """f on every tensor of numbers."""
+        return Scan(
+            self.name, [f(t) for t in self.gx], f(self.h0), None if self.c0 is None else f(self.c0),
+            [f(t) for t in self.w_hh], [f(t) for t in self.b_hh], [f(t) for t in self.w_hr],
+            self.batch_sizes, self.batch_first,
+        )  # fmt: skip
+
+    def arguments(self, save: bool = True) -> tuple:
+        return (
+            self.gx, self.h0, self.c0, self.w_hh, self.b_hh, self.w_hr, self.batch_sizes,
+            self.batch_first, save,
+        )  # fmt: skip
+
+    def kernel(self, save: bool = True) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.fastrnn, self.name)(*self.arguments(save))
+
+    def reference(self) -> tuple[Tensor, ...]:
+        return reference.forward(
+            CELLS[self.name], self.layout, self.gx, self.h0, self.c0, self.w_hh, self.b_hh, self.w_hr
+        )
+
+    def backward_arguments(self, outputs: tuple, gradients: tuple) -> tuple:
+        """outputs are those of the forward scan, gradients theirs (None: not wanted)."""
+        y, _, _, saved, saved_c = outputs
+        return (
+            *gradients, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, self.batch_sizes,
+            self.batch_first,
+        )  # fmt: skip
+
+    def kernel_backward(self, outputs: tuple, gradients: tuple) -> tuple[Tensor, ...]:
+        operator = getattr(torch.ops.fastrnn, self.name + "_backward")
+        return operator(*self.backward_arguments(outputs, gradients))
+
+    def reference_backward(self, outputs: tuple, gradients: tuple) -> tuple[Tensor, ...]:
+        *arguments, _, _ = self.backward_arguments(outputs, gradients)
+        return reference.backward(CELLS[self.name], self.layout, *arguments)
+
+    def gradients(self, outputs: tuple, wanted: str = "all", seed: int = 1) -> tuple:
+        """Random gradients of y, h_n, c_n, saved, saved_c; ``wanted``: all, first (no saved ones), y, h or c."""
+        g = torch.Generator().manual_seed(seed)
+        made = [
+            torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) if o.dim() > 1 else None
+            for o in outputs
+        ]
+        if not CELLS[self.name].saved:
+            made[3] = None
+        kept = {"all": (0, 1, 2, 3, 4), "first": (0, 1, 2), "y": (0,), "h": (1,), "c": (2,), "saved": (3, 4)}
+        return tuple(m if i in kept[wanted] else None for i, m in enumerate(made))
+
+
+def make_scan(
+    name: str, T: int, B: int, H: int, *, D: int = 1, P: int | None = None, bias: bool = True,
+    batch_first: bool = False, packed: bool = False, dtype=torch.float64, seed: int = 0,
+) -> Scan:  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    cell = CELLS[name]
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    batch_sizes = None
+    N, width, bound = T * B, P or H, H**-0.5
+    if packed:
+        lengths = torch.randint(1, T + 1, (B,), generator=g)
+        lengths[0] = T
+        batch_sizes = (torch.arange(T)[:, None] < lengths).sum(1)
+        N = int(batch_sizes.sum())
+    scan = Scan(
+        name,
+        [normal(N, cell.gates * H) for _ in range(D)],
+        normal(D, B, width),
+        normal(D, B, H) if cell.has_c else None,
+        [normal(cell.gates * H, width, scale=bound) for _ in range(D)],
+        [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias else [],
+        [normal(P, H, scale=bound) for _ in range(D)] if P else [],
+        batch_sizes,
+        batch_first,
+    )
+    return scan.map(lambda t: t.to(dtype))

@@ -1,0 +1,270 @@
+"""The operators, forward and backward, give what the reference gives, for every way rows can lie."""
+
+import itertools
+
+import pytest
+import torch
+from scans import CELL_NAMES, make_scan
+
+from fastrnn import reference
+from fastrnn.reference import CELLS
+
+ODD_SIZES = (1, 3, 7, 17, 65, 129)
+FORMS = {"time_major": {}, "batch_first": {"batch_first": True}, "packed": {"packed": True}}
+NAMES = ("y", "h_n", "c_n", "saved", "saved_c")
+GRADIENT_NAMES = ("dgates", "dh0", "dc0", "dh")
+
+
+def assert_same(ours, theirs, names, tolerance=1e-12):
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def assert_scan_is_reference(scan, wanted=("all",)):
+    expected = scan.reference()
+    assert_same(scan.kernel(), expected, NAMES)
+    assert_same(scan.kernel(save=False)[:3], expected[:3], NAMES[:3])
+    for which in wanted:
+        gradients = scan.gradients(expected, which)
+        assert_same(
+            scan.kernel_backward(expected, gradients),
+            scan.reference_backward(expected, gradients),
+            GRADIENT_NAMES,
+        )
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("H", ODD_SIZES)
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels_equal_the_reference_at_every_size(name, H, form):
+    for B, D, T in [(1, 1, 1), (1, 2, 4), (2, 1, 4), (5, 2, 1), (5, 1, 4)]:
+        assert_scan_is_reference(make_scan(name, T, B, H, D=D, bias=B != 2, **FORMS[form]))
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wanted", ["first", "y", "h", "c", "saved"])
+def test_any_combination_of_gradients_may_be_missing(name, form, wanted):
+    for P in (None, 7) if name == "lstm" else (None,):
+        assert_scan_is_reference(make_scan(name, 3, 4, 17, D=2, P=P, **FORMS[form]), (wanted,))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("H", "P"), [(2, 1), (7, 3), (17, 16), (65, 33), (129, 128), (3, 7)])
+def test_projection_equals_the_reference(form, H, P):
+    for B, D, T in [(1, 1, 1), (1, 2, 5), (4, 1, 5), (4, 2, 1)]:
+        assert_scan_is_reference(make_scan("lstm", T, B, H, D=D, P=P, **FORMS[form]))
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_work_shared_among_threads_equals_the_reference(name, threads):
+    # B = 1: by units. B = 33: by rows. H = 257: several blocks of units, the last one ragged.
+    for B, form in [(1, "time_major"), (2, "batch_first"), (33, "time_major"), (9, "packed")]:
+        for P in (None, 130) if name == "lstm" else (None,):
+            assert_scan_is_reference(make_scan(name, 4, B, 257, D=2, P=P, **FORMS[form]))
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("B", [48, 49, 97])
+def test_more_rows_than_one_chunk_equal_the_reference(name, B):
+    for form in FORMS:
+        assert_scan_is_reference(make_scan(name, 3, B, 19, **FORMS[form]))
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_long_sequences_equal_the_reference(name):
+    assert_scan_is_reference(make_scan(name, 200, 3, 9, D=2))
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_empty_batch_gives_empty_results(name, batch_first):
+    scan = make_scan(name, 3, 0, 5, D=2, batch_first=batch_first)
+    outputs = scan.kernel()
+    cell = CELLS[name]
+    assert [tuple(o.shape) for o in outputs] == [
+        (0, 10),
+        (2, 0, 5),
+        (2, 0, 5) if cell.has_c else (0,),
+        (2, 0, cell.saved * 5),
+        (2, 0, 5) if cell.has_c else (0,),
+    ]
+    dgates, dh0, _, _ = scan.kernel_backward(outputs, scan.gradients(outputs))
+    assert dgates.shape == (2, 0, cell.gradients * 5)
+    assert dh0.shape == (2, 0, 5)
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_the_reference_backward_is_the_derivative_of_the_reference_forward(name):
+    """Autograd through the forward specification is the independent judge of the backward one."""
+    for form, P in itertools.product(FORMS.values(), (None, 2) if name == "lstm" else (None,)):
+        scan = make_scan(name, 4, 3, 5, D=2, P=P, **form)
+        leaves = [*scan.gx, scan.h0, *scan.w_hh]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        outputs = scan.reference()
+        gradients = scan.gradients(outputs, "first")
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+        ends, given = zip(*pairs, strict=True)
+        expected = torch.autograd.grad(ends, leaves, given)
+        detached = scan.map(torch.Tensor.detach)
+        dgates, dh0, _, _ = detached.reference_backward(tuple(o.detach() for o in outputs), gradients)
+        cell = CELLS[name]
+        for d in range(2):
+            torch.testing.assert_close(reference.input_gradients(cell, dgates[d]), expected[d])
+        torch.testing.assert_close(dh0, expected[2])
+
+
+# ---- Memory: kernels see numbers, not arrangements ----------------------------------------------------
+
+
+def column_major(t):
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else every_other(t)
+
+
+def every_other(t):
+    return torch.stack((t, torch.full_like(t, float("nan"))), -1).flatten(-2)[..., ::2]
+
+
+def inside_a_wider_one(t):
+    wider = torch.full((*t.shape[:-1], t.shape[-1] + 3), float("nan"), dtype=t.dtype)
+    wider[..., 1:-2] = t
+    return wider[..., 1:-2]
+
+
+@pytest.mark.parametrize("arrange", [column_major, every_other, inside_a_wider_one])
+@pytest.mark.parametrize(("name", "P"), [*((name, None) for name in CELL_NAMES), ("lstm", 5)])
+@pytest.mark.parametrize("B", [2, 6])
+def test_strides_of_no_argument_matter(name, P, arrange, B):
+    scan = make_scan(name, 4, B, 17, D=2, P=P)
+    expected = scan.reference()
+    strided = scan.map(arrange)
+    assert_same(strided.kernel(), expected, NAMES)
+    gradients = scan.gradients(expected)
+    strided_outputs = tuple(arrange(o) if o.dim() > 1 and o.numel() else o for o in expected)
+    strided_gradients = tuple(None if g is None else arrange(g) for g in gradients)
+    assert_same(
+        strided.kernel_backward(strided_outputs, strided_gradients),
+        scan.reference_backward(expected, gradients),
+        GRADIENT_NAMES,
+    )
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_expanded_arguments_read_as_their_values(name):
+    scan = make_scan(name, 4, 5, 7)
+
+    def expand(t):
+        return t[:1].expand(t.shape)
+
+    expanded = scan.map(expand)
+    copied = scan.map(lambda t: expand(t).clone())
+    expected = copied.reference()
+    assert_same(expanded.kernel(), expected, NAMES)
+    ones = tuple(torch.ones(()).double().expand(o.shape) for o in expected[:2])
+    gradients = (*ones, None, None, None)
+    assert_same(
+        expanded.kernel_backward(expected, gradients),
+        copied.reference_backward(expected, gradients),
+        GRADIENT_NAMES,
+    )
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_arguments_are_never_written_to(name):
+    scan = make_scan(name, 4, 5, 7, D=2)
+    tensors = [*scan.gx, scan.h0, *scan.w_hh, *scan.b_hh, *([scan.c0] if scan.c0 is not None else [])]
+    before = [t.clone() for t in tensors]
+    outputs = scan.kernel()
+    gradients = scan.gradients(outputs)
+    given = [*outputs, *(g for g in gradients if g is not None)]
+    given_before = [t.clone() for t in given]
+    scan.kernel_backward(outputs, gradients)
+    for t, copy in zip([*tensors, *given], [*before, *given_before], strict=True):
+        assert torch.equal(t, copy)
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_results_are_the_same_bits_every_time(name, threads):
+    scan = make_scan(name, 20, 3, 200, D=2, dtype=torch.float32)
+    first = scan.kernel()
+    gradients = scan.gradients(first)
+    first_backward = scan.kernel_backward(first, gradients)
+    for _ in range(5):
+        for a, b in zip(scan.kernel(), first, strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(scan.kernel_backward(first, gradients), first_backward, strict=True):
+            assert torch.equal(a, b)
+
+
+# ---- NaN and infinity --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("B", [1, 5])
+def test_nan_and_infinity_reach_what_they_reach_in_the_reference(name, dtype, poison, B):
+    for where in range(3):  # of every 21 numbers of the first gate, the last gate, h0
+        scan = make_scan(name, 4, B, 21, dtype=dtype)
+        target = [scan.gx[0][0, :21], scan.gx[0][0, -21:], scan.h0[0, 0]][where]
+        target[11] = poison
+        expected, got = scan.reference(), scan.kernel()
+        for a, b in zip(got[:3], expected[:3], strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
+            assert torch.equal(a.isinf(), b.isinf())
+            torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_a_nan_of_one_row_stays_in_its_row(name):
+    scan = make_scan(name, 5, 8, 17)
+    scan.h0[0, 3, 2] = float("nan")
+    y = scan.kernel()[0].view(5, 8, 17)
+    assert y[:, 3].isnan().any()
+    others = torch.cat((y[:, :3], y[:, 4:]), 1)
+    assert not others.isnan().any()
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_nan_gradients_reach_what_they_reach_in_the_reference(name):
+    scan = make_scan(name, 4, 5, 21)
+    outputs = scan.reference()
+    gradients = scan.gradients(outputs, "first")
+    gradients[0][7, 3] = float("nan")
+    for a, b in zip(
+        scan.kernel_backward(outputs, gradients),
+        scan.reference_backward(outputs, gradients),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+# ---- float32 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize(("T", "B", "H"), [(30, 1, 65), (30, 9, 129), (100, 3, 17)])
+def test_float32_is_as_close_to_float64_as_the_reference_in_float32(name, T, B, H):
+    exact = make_scan(name, T, B, H)
+    single = exact.map(torch.Tensor.float)
+    expected, plain, ours = exact.reference(), single.reference(), single.kernel()
+    for e, p, o in zip(expected, plain, ours, strict=True):
+        assert (o - e).abs().mean() <= 2 * (p - e).abs().mean() + 1e-7 if e.numel() else True
+    gradients = exact.gradients(expected, "first")
+    rounded = tuple(None if g is None else g.float() for g in gradients)
+    single_outputs = tuple(o.float() for o in expected)
+    e = exact.reference_backward(expected, gradients)[0]
+    p = single.reference_backward(single_outputs, rounded)[0]
+    o = single.kernel_backward(single_outputs, rounded)[0]
+    assert (o - e).abs().mean() <= 2 * (p - e).abs().mean() + 1e-7
