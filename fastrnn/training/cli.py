@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from fastrnn.training import sweep
 from fastrnn.training.clipping import GradientClipping
 from fastrnn.training.data.module import SequenceData
 from fastrnn.training.errors import InputError
@@ -39,6 +40,10 @@ class SequenceCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """The configuration decides, not the checkpoint; a task refuses one that differs."""
 
+    def before_instantiate_classes(self) -> None:
+        if self._get(self.config, "trainer").enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(RichProgressBar(leave=False))
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         folder, name = self._get(self.config, "runs"), self._get(self.config, "name")
         log = RunLog(folder, name if self.subcommand == "fit" else f"{name}-{self.subcommand}")
@@ -58,34 +63,43 @@ class SequenceCLI(LightningCLI):
             if isinstance(callback, Report) and callback.path:
                 print(f"report: {callback.path.resolve()}")
 
-    def save_predictions(self, predictions: Any) -> None:
-        """As JSON in the run's folder."""
+    def _run_subcommand(self, subcommand: str) -> None:
+        """The command; predictions are written as JSON, for Lightning hands them to nobody."""
+        if subcommand != "predict":
+            super()._run_subcommand(subcommand)
+            return
+        found = self.trainer.predict(
+            self.model, datamodule=self.datamodule, ckpt_path=self._get(self.config, "ckpt_path")
+        )
         path = Path(self.trainer.log_dir) / "predictions.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(predictions, ensure_ascii=False, indent=1, default=plain))
+        text = json.dumps(found, ensure_ascii=False, indent=1, default=lambda t: t.tolist())
+        path.write_text(text, encoding="utf-8")
         print(f"predictions: {path.resolve()}")
 
 
-def plain(value: Any) -> Any:
-    return value.tolist()
+def with_shipped_configs(argv: list[str]) -> list[str]:
+    """The arguments, with the bare names of shipped configurations replaced by their paths."""
+    configs = {i + 1 for i, argument in enumerate(argv) if argument in ("-c", "--config")}
+    return [shipped_config(a) if i in configs else a for i, a in enumerate(argv)]
 
 
-def shipped_config(argument: str) -> str:
-    """The path of a shipped configuration for its bare name; anything else as it is."""
-    path = CONFIGS / f"{argument}.yaml"
-    return str(path) if not Path(argument).exists() and path.is_file() else argument
+def shipped_config(name: str) -> str:
+    path = CONFIGS / f"{name}.yaml"
+    if Path(name).is_file() or name.startswith("-"):
+        return name
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise InputError(f"no configuration {name}: give a file, or one of {known}")
+    return str(path)
 
 
 def main(argv: list[str]) -> int:
     """Run one command; bad input ends with one line on stderr and status 2."""
-    if argv[:1] == ["sweep"]:
-        from fastrnn.training import sweep
-
-        return sweep.main(argv[1:])
-    configs = {i + 1 for i, argument in enumerate(argv) if argument in ("-c", "--config")}
-    argv = [shipped_config(a) if i in configs else a for i, a in enumerate(argv)]
     try:
-        run(argv)
+        if argv[:1] == ["sweep"]:
+            return sweep.main(argv[1:])
+        run(with_shipped_configs(argv))
     except InputError as error:
         print(f"fastrnn train: {error}", file=sys.stderr)
         return 2
@@ -106,12 +120,7 @@ def run(argv: list[str]) -> SequenceCLI:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
-            "callbacks": [
-                Throughput(),
-                Resume(),
-                LearningRateMonitor("step"),
-                RichProgressBar(leave=False),
-            ],
+            "callbacks": [Throughput(), Resume(), LearningRateMonitor("step")],
             "log_every_n_steps": 10,
             "enable_model_summary": True,
         },

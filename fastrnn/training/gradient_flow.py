@@ -53,8 +53,7 @@ class GradientFlow(L.Callback):
         few = batch.narrow(self.rows)
         flows = state_gradients(pl_module, lambda: pl_module.flow_losses(few))
         norms = {
-            loss: {key: v.tolist() for key, v in quantities.items()}
-            for loss, quantities in flows.items()
+            loss: {key: v.tolist() for key, v in quantities.items()} for loss, quantities in flows.items()
         }
         self.records.append({"step": trainer.global_step, "norms": norms, "parameters": {}})
         self.seconds += time.perf_counter() - start
@@ -67,9 +66,7 @@ class GradientFlow(L.Callback):
     ) -> None:
         if self._due:
             self.records[-1]["parameters"] = {
-                name: float(p.grad.norm())
-                for name, p in pl_module.named_parameters()
-                if p.grad is not None
+                name: float(p.grad.norm()) for name, p in pl_module.named_parameters() if p.grad is not None
             }
 
     def _last_profile(self, record: int = -1) -> np.ndarray:

@@ -52,9 +52,7 @@ class LanguageModel(SequenceTask):
         sampling: Sampling | None = None,
     ) -> None:
         super().__init__(spec, stack, optim)
-        self.sampling = (
-            Sampling(**sampling) if isinstance(sampling, dict) else sampling or Sampling()
-        )
+        self.sampling = Sampling(**sampling) if isinstance(sampling, dict) else sampling or Sampling()
         self.save_hyperparameters()
         if self.stack.bidirectional:
             raise InputError("a language model cannot be bidirectional: it would see the future")
@@ -67,9 +65,7 @@ class LanguageModel(SequenceTask):
         self.carriers = {"train": StateCarrier(), "val": StateCarrier(), "test": StateCarrier()}
         self.nats = nn.ModuleDict({stage: MeanMetric() for stage in ("val", "test")})
 
-    def forward(
-        self, x: Tensor, state: State = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """Logits [T, B, V] of the next symbols, and the state after x [T, B]."""
         reset = torch.zeros_like(x, dtype=torch.bool) if reset is None else reset
         y, state = scan(self.rnn, self.dropout(self.embed(x)), state, reset)
@@ -143,9 +139,7 @@ class LanguageModel(SequenceTask):
             InputError: the prompt is empty or holds unknown characters.
         """
         if self.vocabulary is None:
-            raise InputError(
-                "this model's symbols are not characters: there is no text to generate"
-            )
+            raise InputError("this model's symbols are not characters: there is no text to generate")
         if not prompt:
             raise InputError("prompt must hold at least one character")
         training = self.training
@@ -174,14 +168,10 @@ class LanguageModel(SequenceTask):
     def on_train_start(self) -> None:
         saved, self._saved_state = getattr(self, "_saved_state", None), None
         rank, world = self.global_rank, self.trainer.world_size
-        self.carriers["train"].scatter(
-            self.transfer_batch_to_device(saved, self.device, 0), rank, world
-        )
+        self.carriers["train"].scatter(self.transfer_batch_to_device(saved, self.device, 0), rank, world)
 
 
-def draw(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
-) -> Tensor:
+def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
     """One symbol [B] for each row of logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1)

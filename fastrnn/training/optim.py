@@ -73,9 +73,7 @@ class Optim:
         share = min(1.0, (step - self.warmup) / max(1, total - self.warmup))
         return max(self.floor, SCHEDULES[self.schedule](share))
 
-    def scheduler(
-        self, optimizer: torch.optim.Optimizer, total: float
-    ) -> torch.optim.lr_scheduler.LambdaLR:
+    def scheduler(self, optimizer: torch.optim.Optimizer, total: float) -> torch.optim.lr_scheduler.LambdaLR:
         """A schedule to be stepped after every optimizer step.
 
         Raises:

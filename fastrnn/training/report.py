@@ -81,9 +81,7 @@ class Report(L.Callback):
 
 
 def page(title: str, parts: list[Section]) -> str:
-    body = "\n".join(
-        f"<h2>{html.escape(name)}</h2>\n{content}" for name, content in parts if content
-    )
+    body = "\n".join(f"<h2>{html.escape(name)}</h2>\n{content}" for name, content in parts if content)
     head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang='en'>{head}<h1>{html.escape(title)}</h1>\n{body}</html>\n"
 
@@ -109,9 +107,7 @@ def number(value: Any) -> str:
 def results(rows: plots.Rows) -> str:
     """The last and the best value of each metric."""
     found = {}
-    for key in sorted(
-        {k for row in rows for k in row if k.startswith(("train/", "val/", "test/"))}
-    ):
+    for key in sorted({k for row in rows for k in row if k.startswith(("train/", "val/", "test/"))}):
         _, values = plots.series(rows, key)
         rising = key.rpartition("/")[2] in ("accuracy", "f1")
         found[key] = (values[-1], (max if rising else min)(values))

@@ -19,9 +19,7 @@ from fastrnn.training.errors import InputError
 class RunLog(CSVLogger):
     """``metrics.csv``, and the same rows in memory for the report and for the checkpoint."""
 
-    def __init__(
-        self, save_dir: str = "runs", name: str = "run", version: int | None = None
-    ) -> None:
+    def __init__(self, save_dir: str = "runs", name: str = "run", version: int | None = None) -> None:
         super().__init__(save_dir, name, version, flush_logs_every_n_steps=20)
         self.rows: list[dict[str, float]] = []
 
@@ -90,9 +88,7 @@ def restore_generators(states: dict[str, Any]) -> None:
 class AtomicCheckpoints(TorchCheckpointIO):
     """Writes beside the target, then renames: a kill or a full disk leaves the old file whole."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")

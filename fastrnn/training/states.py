@@ -2,14 +2,15 @@
 
 Inside ``recorded`` each recurrent module runs one step and one layer at a time, so that every h_t
 and c_t is a tensor of its own in the graph: what autograd returns for it is the whole dL/dh_t, the
-part that comes down from the output and the part that comes back from later steps. dL/dc_t is that
-of the cell state handed to step t + 1, with h_t held: the state (h_t, c_t) has independent parts.
+part that comes down from the output and the part that comes back from later steps. For c_t
+autograd sees only what later steps say; what comes through h_t = o_t tanh(c_t) is added by that
+formula, with o_t recomputed from the weights; a cell that does not follow it (checked against its
+h_t) has no c.
 The function computed is the same; only its cost is higher, which is why callers sample.
 """
 
 import copy
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,8 +29,15 @@ class Track:
     """The states of one direction of one layer, in the order they were computed."""
 
     reverse: bool
-    h: list[Tensor] = field(default_factory=list)  # each [n_t, P]
-    c: list[Tensor] = field(default_factory=list)  # each [n_t, H], LSTM only
+    h: list[Tensor] = field(default_factory=list)  # each [1, n_t, P]
+    c: list[Tensor] = field(default_factory=list)  # each [1, n_t, H], LSTM only
+    slope: list[Tensor] = field(default_factory=list)  # dh_t / dc_t before projection, like c
+    w_hr: Tensor | None = None  # [P, H] of an LSTM with projection
+
+    def gradients_of_c(self, from_h: list[Tensor], from_later: list[Tensor]) -> list[Tensor]:
+        """The whole dL/dc_t from dL/dh_t and from what step t + 1 says of c_t."""
+        down = from_h if self.w_hr is None else [g @ self.w_hr for g in from_h]
+        return [b + a * s for a, b, s in zip(down, from_later, self.slope, strict=True)]
 
 
 Tracks = dict[str, Track]  # by name, such as "layer 1"
@@ -40,9 +48,7 @@ def direction_of(rnn: nn.RNNBase, layer: int, reverse: bool) -> nn.RNNBase:
     one = copy.copy(rnn)
     suffix = f"_l{layer}{'_reverse' if reverse else ''}"
     one._parameters = {
-        f"{name.removesuffix(suffix)}_l0": p
-        for name, p in rnn._parameters.items()
-        if name.endswith(suffix)
+        f"{name.removesuffix(suffix)}_l0": p for name, p in rnn._parameters.items() if name.endswith(suffix)
     }
     one._flat_weights_names = list(one._parameters)
     one._flat_weights = list(one._parameters.values())
@@ -73,6 +79,7 @@ def run_direction(
         track.h.append(h)
         if lstm:
             track.c.append(new[1])
+            track.slope.append(slope(one, x[t, :n], state[0][:, :n], new))
         outputs[t] = F.pad(h[0], (0, 0, 0, x.shape[1] - n))
         pairs = zip(new, state, strict=True) if lstm else [(new, state)]
         whole = [torch.cat([a, b[:, n:]], dim=1) if n < b.shape[1] else a for a, b in pairs]
@@ -80,9 +87,19 @@ def run_direction(
     return torch.stack(outputs), state
 
 
-def stepwise(
-    rnn: nn.RNNBase, tracks: Tracks, name: str, x: Any, hx: State = None
-) -> tuple[Any, State]:
+@torch.no_grad()
+def slope(one: nn.RNNBase, x: Tensor, h_prev: Tensor, new: tuple[Tensor, Tensor]) -> Tensor:
+    """dh_t / dc_t = o (1 - tanh(c)^2) of an LSTM [1, n, H]; NaN if the cell is another one."""
+    pre = F.linear(x, one.weight_ih_l0) + F.linear(h_prev, one.weight_hh_l0)
+    if one.bias:
+        pre = pre + one.bias_ih_l0 + one.bias_hh_l0
+    o, tanh_c = pre.chunk(4, dim=-1)[3].sigmoid(), new[1].tanh()
+    h = F.linear(o * tanh_c, one.weight_hr_l0) if one.proj_size else o * tanh_c
+    same = torch.allclose(h, new[0], atol=1e-3)
+    return o * (1 - tanh_c.square()) if same else torch.full_like(o, torch.nan)
+
+
+def stepwise(rnn: nn.RNNBase, tracks: Tracks, name: str, x: Any, hx: State = None) -> tuple[Any, State]:
     """``rnn(x, hx)`` computed step by step; every state is added to ``tracks``."""
     packed = x if isinstance(x, PackedSequence) else None
     if packed is not None:
@@ -102,8 +119,9 @@ def stepwise(
         for direction in range(directions):
             index = layer * directions + direction
             key = f"{name}layer {layer + 1}{' reverse' if direction else ''}"
-            track = tracks.setdefault(key, Track(bool(direction)))
             one = direction_of(rnn, layer, bool(direction))
+            w_hr = one.weight_hr_l0.detach() if rnn.proj_size else None
+            track = tracks.setdefault(key, Track(bool(direction), w_hr=w_hr))
             start = map_state(lambda s, i=index: s[i : i + 1], hx)
             y, final = run_direction(one, x, rows, start, track)
             outputs.append(y)
@@ -181,23 +199,21 @@ def state_gradients(
         loss name -> "h layer 1" (or "c layer 1", ...) -> norms [K], entry k being k steps back.
     """
     devices = list({p.device for p in model.parameters() if p.is_cuda})
+    found: dict[str, dict[str, Tensor]] = {}
     with torch.random.fork_rng(devices), torch.enable_grad(), recorded(model) as tracks:
-        scalars = losses()
-        wanted = [
-            (f"{kind} {name}", track.reverse, states)
-            for name, track in tracks.items()
-            for kind, states in (("h", track.h), ("c", track.c))
-            if states
-        ]
-        flat = [s for _, _, states in wanted for s in states]
-        found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for loss_name, loss in scalars.items():
-            gradients = iter(
-                torch.autograd.grad(
-                    loss, flat, retain_graph=True, allow_unused=True, materialize_grads=True
+        for name, loss in losses().items():
+            found[name] = {}
+            for key, track in tracks.items():
+                flat = torch.autograd.grad(
+                    loss,
+                    [*track.h, *track.c],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
                 )
-            )
-            for key, reverse, states in wanted:
-                own = [next(gradients) for _ in states]
-                found[loss_name][key] = by_steps_back(own, reverse)
-    return dict(found)
+                of_h, of_c = list(flat[: len(track.h)]), list(flat[len(track.h) :])
+                found[name][f"h {key}"] = by_steps_back(of_h, track.reverse)
+                if of_c and not any(s.isnan().any() for s in track.slope):
+                    whole = track.gradients_of_c(of_h, of_c)
+                    found[name][f"c {key}"] = by_steps_back(whole, track.reverse)
+    return found

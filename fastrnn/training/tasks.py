@@ -68,9 +68,7 @@ class SequenceTask(L.LightningModule):
         saved, here = checkpoint.get("structure", {}), self.structure()
         differing = [k for k in here if saved.get(k) != here[k]]
         if differing:
-            each = "; ".join(
-                f"{k} is {short(saved.get(k))} there, {short(here[k])} here" for k in differing
-            )
+            each = "; ".join(f"{k} is {short(saved.get(k))} there, {short(here[k])} here" for k in differing)
             raise InputError(f"the checkpoint is of another configuration: {each}")
 
 

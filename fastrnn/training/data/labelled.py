@@ -51,8 +51,7 @@ class LabelledData(SequenceData):
             for i, sequence in enumerate(sequences):
                 if sequence.shape[1] != features:
                     raise InputError(
-                        f"{name}[{i}] must have {features} features as train[0], "
-                        f"got {sequence.shape[1]}"
+                        f"{name}[{i}] must have {features} features as train[0], got {sequence.shape[1]}"
                     )
             if absent := sorted(set(labels) - known):
                 raise InputError(f"classes of {name} absent from training: {', '.join(absent)}")
@@ -130,7 +129,5 @@ def parse_ts(text: str) -> tuple[list[np.ndarray], list[str]]:
     """Series [T, I] and labels of a ``.ts`` file: dimensions split by ``:``, the label last."""
     lines = text[text.index("@data") :].splitlines()[1:]
     rows = [line.split(":") for line in lines if line.strip()]
-    series = [
-        np.array([d.split(",") for d in dimensions], dtype=np.float32).T for *dimensions, _ in rows
-    ]
+    series = [np.array([d.split(",") for d in dimensions], dtype=np.float32).T for *dimensions, _ in rows]
     return series, [row[-1].strip() for row in rows]

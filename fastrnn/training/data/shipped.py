@@ -25,7 +25,5 @@ def read(name: str) -> str:
     packed = (FILES / f"{name}.xz").read_bytes()
     found, wanted = hashlib.sha256(packed).hexdigest(), manifest[name]["sha256"]
     if found != wanted:
-        raise InputError(
-            f"{name}.xz is damaged: SHA-256 is {found}, expected {wanted}; reinstall fastrnn"
-        )
+        raise InputError(f"{name}.xz is damaged: SHA-256 is {found}, expected {wanted}; reinstall fastrnn")
     return lzma.decompress(packed).decode("utf-8")

@@ -1,0 +1,99 @@
+"""Clipping, its figures, and the three policies for gradients that are not finite."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import language_model, trainer
+from torch import nn
+
+from fastrnn.training import GradientClipping, InputError, Optim, TextData, clip
+
+
+def test_clip_returns_the_norm_before_and_limits_norm_and_value() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.tensor([3.0, -4.0, 0.0, 0.0])
+    assert clip([p], norm=1.0, value=0.7) == pytest.approx(5.0)
+    torch.testing.assert_close(p.grad, torch.tensor([0.6, -0.7, 0.0, 0.0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "share"), [(1e-6, 1.0), (1e6, 0.0)])
+@pytest.mark.parametrize("kind", ["norm", "value"])
+def test_share_of_clipped_steps_is_logged(
+    text: TextData, tmp_path: Path, kind: str, limit: float, share: float
+) -> None:
+    run = trainer(tmp_path, GradientClipping(**{kind: limit}), max_steps=3)
+    run.fit(language_model(text), datamodule=text)
+    assert run.logged_metrics["gradient/clipped"] == share
+    assert run.logged_metrics["gradient/norm"] > 0.01
+
+
+class Poison(nn.Module):
+    """Linear whose gradient is NaN."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x)
+        y.register_hook(lambda g: g * float("nan"))
+        return y
+
+
+def poisoned(text: TextData, tmp_path: Path, policy: str) -> tuple[dict, dict, GradientClipping]:
+    model = language_model(text)
+    model.head = Poison(model.head)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    clipping = GradientClipping(norm=1.0, nonfinite=policy)
+    trainer(tmp_path, clipping, max_steps=2).fit(model, datamodule=text)
+    return before, model.state_dict(), clipping
+
+
+def test_a_nan_gradient_stops_the_run_with_the_parameters_names(text: TextData, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"step 0: .*weight_hh_l0"):
+        poisoned(text, tmp_path, "raise")
+
+
+def test_a_nan_gradient_is_skipped_and_counted(text: TextData, tmp_path: Path) -> None:
+    before, after, clipping = poisoned(text, tmp_path, "skip")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert clipping.counts == {"steps": 2, "clipped": 0, "skipped": 2}
+
+
+def test_a_nan_gradient_is_ignored_when_asked(text: TextData, tmp_path: Path) -> None:
+    _, after, _ = poisoned(text, tmp_path, "ignore")
+    assert any(v.isnan().any() for v in after.values())
+
+
+def test_unknown_policy_is_refused() -> None:
+    with pytest.raises(InputError, match="raise, skip, ignore"):
+        GradientClipping(nonfinite="hope")
+
+
+def test_biases_and_norms_are_left_alone_by_weight_decay_unless_asked() -> None:
+    model = nn.LSTM(3, 4)
+    groups = Optim(name="adamw", weight_decay=0.1).optimizer(model.parameters()).param_groups
+    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 2), (0.0, 2)]
+    optim = Optim(name="sgd", weight_decay=0.1, decay_all=True)
+    assert [len(g["params"]) for g in optim.optimizer(model.parameters()).param_groups] == [4]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "exponential"])
+def test_schedules_warm_up_to_lr_and_end_at_the_floor(schedule: str) -> None:
+    optim = Optim(schedule=schedule, warmup=10, floor=0.05)
+    factors = [optim.factor(step, 100) for step in range(101)]
+    assert factors[:10] == [(i + 1) / 10 for i in range(10)]
+    assert max(factors) == 1.0
+    assert factors[-1] == (1.0 if schedule == "constant" else 0.05)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop"])
+def test_every_optimizer_lowers_a_loss(name: str) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Optim(name=name, lr=0.05).optimizer([p])
+    for _ in range(20):
+        optimizer.zero_grad()
+        p.square().sum().backward()
+        optimizer.step()
+    assert p.square().sum() < 1.0

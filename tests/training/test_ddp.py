@@ -1,0 +1,78 @@
+"""Two processes: the same gradients as one, and each keeps the state of its own rows."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import TEXT, trainer
+
+from fastrnn.training import (
+    Forecaster,
+    InputError,
+    JapaneseVowels,
+    LanguageModel,
+    MemoryData,
+    Optim,
+    SequenceClassifier,
+    Stack,
+    TextData,
+)
+
+
+class Keep(L.Callback):
+    """Writes every step's gradients, and the carried state of each process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:  # type: ignore
+        grads = {n: p.grad.clone() for n, p in pl_module.named_parameters()}
+        if trainer.is_global_zero:
+            torch.save(grads, self.folder / f"grads{trainer.global_step}.pt")
+
+    def on_train_end(self, trainer, pl_module) -> None:  # type: ignore
+        if hasattr(pl_module, "carriers"):
+            state = pl_module.carriers["train"].state
+            torch.save(state, self.folder / f"state{trainer.global_rank}.pt")
+
+
+def task_and_data(name: str, folder: Path) -> tuple[L.LightningModule, L.LightningDataModule]:
+    torch.manual_seed(3)
+    stack, optim = Stack(hidden_size=12), Optim(lr=0.01)
+    if name == "text":
+        (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+        halves = [str(folder / "text.txt")] * 2  # two documents: a reset in one process's rows
+        text = TextData(halves, rows=4, k1=16, k2=20)
+        return LanguageModel(text.spec, stack, optim, embedding_size=8), text
+    if name == "vowels":
+        vowels = JapaneseVowels(batch_size=31)  # odd: the processes' parts differ in size
+        return SequenceClassifier(vowels.spec, stack, optim), vowels
+    adding = MemoryData("adding", length=10, batch_size=6, epoch=5, evaluation=1)
+    return Forecaster(adding.spec, stack, optim), adding
+
+
+@pytest.mark.parametrize("name", ["text", "vowels", "adding"])
+def test_two_gloo_processes_have_the_gradients_of_one(name: str, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, parallel in zip(folders, [{}, {"strategy": "ddp_fork", "devices": 2}], strict=True):
+        folder.mkdir()
+        task, data = task_and_data(name, tmp_path)
+        settings = {"max_steps": 4, "limit_val_batches": 1, **parallel}
+        run = trainer(folder, Keep(folder), **settings)
+        run.fit(task, datamodule=data)
+    for step in range(4):
+        one, two = (torch.load(f / f"grads{step}.pt", weights_only=True) for f in folders)
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-4)
+    if name == "text":
+        whole = torch.load(folders[0] / "state0.pt", weights_only=True)
+        parts = [torch.load(folders[1] / f"state{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for w, a, b in zip(whole, *parts, strict=True):
+            torch.testing.assert_close(torch.cat([a, b], dim=1), w, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
+    _, text = task_and_data("text", tmp_path)
+    with pytest.raises(InputError, match="rows must be divisible by the 3 processes, got 4"):
+        text.batches("train", 0, 3)

@@ -1,0 +1,149 @@
+"""Stopping and going on: the same weights as without a stop, whatever the stop was."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TEXT, language_model, trainer
+
+from fastrnn.training import GradientFlow, InputError, LanguageModel, Stack, TextData
+from fastrnn.training.run import AtomicCheckpoints
+
+
+@pytest.mark.parametrize("backend", ["fastrnn", "torch"])
+@pytest.mark.parametrize("stop", [5, 7, 12, 20])
+def test_resuming_in_mid_epoch_is_bit_for_bit(
+    text: TextData, tmp_path: Path, backend: str, stop: int
+) -> None:
+    """An epoch has 73 chunks; dropout, schedule, momenta and hidden state all matter."""
+    whole = language_model(text, backend)
+    run = trainer(tmp_path, GradientFlow(4), max_steps=23, val_check_interval=7)
+    run.fit(whole, datamodule=text)
+
+    first = language_model(text, backend)
+    # The schedule needs the whole run's length, so the run is stopped from outside.
+    run = trainer(tmp_path, Stopper(stop), max_steps=23, val_check_interval=7)
+    run.fit(first, datamodule=text)
+    run.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    torch.manual_seed(99)
+    second = language_model(TextData(text.paths, rows=4, k1=16), backend)
+    run = trainer(tmp_path, GradientFlow(4), max_steps=23, val_check_interval=7)
+    run.fit(second, datamodule=text, ckpt_path=tmp_path / "stopped.ckpt")
+    assert run.global_step == 23
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    for a, b in zip(whole.carriers["train"].state, second.carriers["train"].state, strict=True):
+        assert torch.equal(a, b)
+
+
+class Stopper(__import__("lightning").Callback):
+    """Ends the run after a step, as an interrupt would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args) -> None:  # type: ignore[no-untyped-def]
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    settings = {
+        "name": "killed",
+        "runs": str(tmp_path / "runs"),
+        "seed_everything": 1,
+        "model": {
+            "class_path": "fastrnn.training.LanguageModel",
+            "init_args": {"stack": {"hidden_size": 16}, "embedding_size": 8, "dropout": 0.1},
+        },
+        "data": {
+            "class_path": "fastrnn.training.TextData",
+            "init_args": {"paths": [str(tmp_path / "text.txt")], "rows": 4, "k1": 16},
+        },
+        "last": {"every_n_train_steps": 5},
+        "trainer": {"max_steps": 400, "accelerator": "cpu", "enable_progress_bar": False},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def command(config: Path, *more: str) -> subprocess.Popen:
+    arguments = ["-m", "fastrnn", "train", "fit", "--config", str(config), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL)
+
+
+def final_weights(config: Path, version: int) -> dict[str, torch.Tensor]:
+    path = config.parent / f"runs/killed/version_{version}/checkpoints/last.ckpt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_kill_9_and_resume_end_with_the_same_weights(config: Path) -> None:
+    victim = command(config)
+    last = config.parent / "runs/killed/version_0/checkpoints/last.ckpt"
+    while not last.exists():
+        assert victim.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    time.sleep(torch.rand(()).item())
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    assert command(config, "--ckpt_path", str(last)).wait() == 0
+    assert command(config).wait() == 0
+    resumed, uninterrupted = final_weights(config, 1), final_weights(config, 2)
+    for name, value in uninterrupted.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpoints().save_checkpoint({"weights": torch.ones(10)}, path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*last\.ckpt.* are intact"):
+            AtomicCheckpoints().save_checkpoint({"weights": torch.ones(10**6)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert AtomicCheckpoints().load_checkpoint(path)["weights"].sum() == 10
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_damaged_and_absent_checkpoints_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "half.ckpt"
+    AtomicCheckpoints().save_checkpoint({"weights": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match=r"half\.ckpt is not a readable checkpoint"):
+        AtomicCheckpoints().load_checkpoint(path)
+    with pytest.raises(InputError, match="no checkpoint at"):
+        AtomicCheckpoints().load_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_with_the_difference(
+    text: TextData, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(language_model(text), datamodule=text)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    other = LanguageModel(text.spec, Stack(hidden_size=24, num_layers=2))
+    with pytest.raises(InputError, match=r"stack\.hidden_size is 16 there, 24 here"):
+        trainer(tmp_path, max_steps=2).fit(other, datamodule=text, ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_a_checkpoint_alone_gives_the_model_back(text: TextData, tmp_path: Path) -> None:
+    model = language_model(text)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(model, datamodule=text)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    again = LanguageModel.load_from_checkpoint(tmp_path / "one.ckpt")
+    assert again.generate("line", 40) == model.generate("line", 40)
