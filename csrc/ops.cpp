@@ -4,7 +4,7 @@
 //   torch.ops.fastrnn.<cell>           one layer: the scan over time of each direction
 //   torch.ops.fastrnn.<cell>_backward  back-propagation through it: gate gradients, never weight gradients
 //
-// gx, y and all that is saved are rows [N, *]: dense time-major, dense batch-first or packed (batch_sizes).
+// x, y and all that is saved are rows [N, *]: dense time-major, dense batch-first or packed (batch_sizes).
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -22,18 +22,21 @@ extern "C" PyMODINIT_FUNC PyInit__C() {
 namespace fastrnn {
 namespace {
 
-// gx D x [N, G*H], h0 [D, B, P], c0 [D, B, H], w_hh D x [G*H, P], b_hh D x [G*H] or none,
-// w_hr D x [P, H] or none, batch_sizes int64 [T] or none
+// x [N, I], h0 [D, B, P], c0 [D, B, H], w_ih D x [G*H, I], w_hh D x [G*H, P], b_ih and b_hh D x [G*H] or none,
+// w_hr D x [P, H] or none, batch_sizes int64 [T] (packed) or none, lengths int64 [B] (dense) or none,
+// reset bool [N] or none
 // -> y [N, D*P], h_n [D, B, P], c_n [D, B, H], saved [D, N, S*H], saved_c [D, N, H]
 constexpr const char* kForward =
-    "(Tensor[] gx, Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor[] b_hh, Tensor[] w_hr, Tensor? batch_sizes, "
-    "bool batch_first, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)";
+    "(Tensor x, Tensor h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
+    "Tensor[] w_hr, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool save) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)";
 
 // -> dgates [D, N, E*H], dh0 [D, B, P], dc0 [D, B, H], dh [D, N, P] (complete dL/dh_t; only with w_hr)
 constexpr const char* kBackward =
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dsaved, Tensor? dsaved_c, Tensor saved, "
     "Tensor saved_c, Tensor y, Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? batch_sizes, "
-    "bool batch_first) -> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh)";
+    "Tensor? lengths, Tensor? reset, bool batch_first) "
+    "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh)";
 
 std::string cpu_isa() { return instruction_set().name; }
 

@@ -1,10 +1,10 @@
 """The operators as differentiable functions: one autograd Function a scan, registered from the table of cells.
 
-Only the recurrence is an operator. The products with the input and the gradients of all weights are ordinary
-torch operations around it, so that autograd, vmap and torch.compile treat them natively.
+The operators do what torch cannot do in parallel, the scan over time; all gradients of weights and input are
+ordinary torch products around them, so that autograd, vmap and torch.compile treat those natively.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,19 @@ from .reference import CELLS, Layout
 
 Maybe = Tensor | None
 
+
+class Sequence(NamedTuple):
+    """How the rows [N, *] are laid out, and which of them take part."""
+
+    batch_first: bool
+    batch_sizes: Maybe = None  # packed: int64 [T] on the CPU
+    lengths: Maybe = None  # dense: int64 [B] on the CPU
+    reset: Maybe = None  # bool [N]
+
+    def layout(self, N: int, B: int) -> Layout:
+        return Layout(N, B, *self)
+
+
 # ---- Fake kernels: the shapes of the results ---------------------------------------------------------
 
 
@@ -22,9 +35,9 @@ def _register_fakes(name: str) -> None:
     cell = CELLS[name]
 
     @torch.library.register_fake(f"fastrnn::{name}")
-    def _(gx, h0, c0, w_hh, b_hh, w_hr, batch_sizes, batch_first, save):
+    def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset, batch_first, save):
         D, B, P = h0.shape
-        N, H = gx[0].shape[0], w_hh[0].shape[0] // cell.gates
+        N, H = x.shape[0], w_hh[0].shape[0] // cell.gates
         return (
             h0.new_empty(N, D * P),
             h0.new_empty(D, B, P),
@@ -35,8 +48,9 @@ def _register_fakes(name: str) -> None:
 
     @torch.library.register_fake(f"fastrnn::{name}_backward")
     def _(
-        dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, batch_sizes, batch_first
-    ):
+        dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, batch_sizes, lengths,
+        reset, batch_first,
+    ):  # fmt: skip
         D, B, P = h0.shape
         N, H = y.shape[0], w_hh[0].shape[0] // cell.gates
         return (
@@ -52,20 +66,15 @@ for _name in CELLS:
 
 
 # ---- Autograd ----------------------------------------------------------------------------------------
-# Functions take tensors one by one: `weights` is gx, w_hh, b_hh, w_hr of every direction, one after the other.
+# Functions take tensors one by one: after x, h0 and c0 come w_ih, w_hh, b_ih, b_hh and w_hr of all directions.
 
 
-def _split(tensors: tuple, D: int, bias: bool, projected: bool) -> tuple[list, list, list, list]:
+def _split(tensors: tuple, D: int, bias: bool, projected: bool) -> list[list]:
     lists, i = [], 0
-    for present in (True, True, bias, projected):
+    for present in (True, True, bias, bias, projected):
         lists.append(list(tensors[i : i + D]) if present else [])
         i += D if present else 0
-    return lists[0], lists[1], lists[2], lists[3]
-
-
-def _layout(rows: Tensor, h0: Tensor, batch_sizes: Maybe, batch_first: bool) -> Layout:
-    sizes = None if batch_sizes is None else batch_sizes.tolist()
-    return Layout(rows.shape[0], h0.shape[1], batch_first, sizes)
+    return lists
 
 
 class Scan(torch.autograd.Function):
@@ -73,73 +82,80 @@ class Scan(torch.autograd.Function):
     is how the second derivative finds its way back through them."""
 
     @staticmethod
-    def forward(name, batch_first, bias, projected, h0, c0, batch_sizes, *tensors):
-        gx, w_hh, b_hh, w_hr = _split(tensors, h0.shape[0], bias, projected)
+    def forward(name, batch_first, bias, projected, batch_sizes, lengths, reset, x, h0, c0, *weights):
         op = getattr(torch.ops.fastrnn, name)
-        return op(gx, h0, c0, w_hh, b_hh, w_hr, batch_sizes, batch_first, True)
+        lists = _split(weights, h0.shape[0], bias, projected)
+        return op(x, h0, c0, *lists, batch_sizes, lengths, reset, batch_first, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        name, batch_first, bias, projected, h0, c0, batch_sizes, *tensors = inputs
+        name, batch_first, bias, projected, batch_sizes, lengths, reset, x, h0, c0, *weights = inputs
         y, _, _, saved, saved_c = output
         D = h0.shape[0]
         ctx.options = name, batch_first, bias, projected, D
         ctx.set_materialize_grads(False)
-        _, w_hh, _, w_hr = _split(tuple(tensors), D, bias, projected)
-        ctx.save_for_backward(saved, saved_c, y, h0, c0, batch_sizes, *w_hh, *w_hr)
+        w_ih, w_hh, _, _, w_hr = _split(tuple(weights), D, bias, projected)
+        ctx.save_for_backward(
+            batch_sizes, lengths, reset, saved, saved_c, y, x, h0, c0, *w_ih, *w_hh, *w_hr
+        )
 
     @staticmethod
     def backward(ctx: Any, dy, dh_n, dc_n, dsaved, dsaved_c):  # type: ignore[override]
         name, batch_first, bias, projected, D = ctx.options
         cell = CELLS[name]
-        saved, saved_c, y, h0, c0, batch_sizes, *weights = ctx.saved_tensors
+        batch_sizes, lengths, reset, saved, saved_c, y, x, h0, c0, *weights = ctx.saved_tensors
+        sequence = Sequence(batch_first, batch_sizes, lengths, reset)
+        w_ih, recurrent_weights = weights[:D], weights[D:]
         if not cell.has_c:
             dc_n = dsaved_c = None
         if not cell.saved:
             dsaved = None
         arguments = (
-            name, batch_first, projected, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0,
-            batch_sizes, *weights,
+            name, batch_first, projected, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c,
+            saved, saved_c, y, h0, c0, *recurrent_weights,
         )  # fmt: skip
         function = ScanBackward.apply if _needs_function(arguments[3:]) else ScanBackward.forward
         dgates, dh0, dc0, dh = function(*arguments)
+
         needs = ctx.needs_input_grad[7:]
-        needs_gx, needs_w, needs_b, needs_r = _split(needs, D, bias, projected)
-        d_gx, d_w, d_b, d_r = [], [], [], []
-        P = h0.shape[2]
+        wants = _split(needs[3:], D, bias, projected)
+        dx, P = None, h0.shape[2]
+        gradients: list[list[Maybe]] = [[], [], [], [], []]
         for d in range(D):
-            dg = dgates[d]
-            recurrent = dg[:, : cell.gates * (dg.shape[1] // cell.gradients)]
-            d_gx.append(reference.input_gradients(cell, dg) if needs_gx[d] else None)
-            gradient = None
-            if needs_w[d]:
-                before = previous_rows(y[:, d * P : (d + 1) * P], h0[d], batch_sizes, batch_first, d)
-                gradient = reference.unrotate(cell, recurrent.T @ before, 0)
-            d_w.append(gradient)
-            if bias:
-                d_b.append(reference.unrotate(cell, recurrent.sum(0), 0) if needs_b[d] else None)
-            if projected:
+            w_wants = [want[d] if want else False for want in wants]
+            dgx = reference.input_gradients(cell, dgates[d])
+            dga = dgates[d][:, : dgx.shape[1]]  # of the recurrent product, its gates rotated
+            if needs[0]:
+                dx = dgx @ w_ih[d] if dx is None else torch.addmm(dx, dgx, w_ih[d])
+            dw_ih = dgx.T @ x if w_wants[0] else None
+            dw_hh = None
+            if w_wants[1]:
+                before = previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d)
+                dw_hh = reference.unrotate(cell, dga.T @ before, 0)
+            db_ih = dgx.sum(0) if w_wants[2] or (cell.one_bias and w_wants[3]) else None
+            db_hh = db_ih
+            if not cell.one_bias and w_wants[3]:
+                db_hh = reference.unrotate(cell, dga.sum(0), 0)
+            dw_hr = None
+            if w_wants[4]:
                 H = saved_c.shape[2]
-                m = saved[d][:, 3 * H :] * torch.tanh(saved_c[d])
-                d_r.append(dh[d].T @ m if needs_r[d] else None)
-        return (
-            None, None, None, None, dh0, dc0 if cell.has_c else None, None, *d_gx, *d_w, *d_b, *d_r,
-        )  # fmt: skip
+                dw_hr = dh[d].T @ (saved[d][:, 3 * H :] * torch.tanh(saved_c[d]))
+            for part, gradient in zip(gradients, (dw_ih, dw_hh, db_ih, db_hh, dw_hr), strict=True):
+                part.append(gradient)
+        flat = [g for part, want in zip(gradients, wants, strict=True) if want for g in part]
+        return (None,) * 7 + (dx, dh0, dc0 if cell.has_c else None, *flat)
 
     @staticmethod
-    def vmap(info, in_dims, name, batch_first, bias, projected, h0, c0, batch_sizes, *tensors):
-        V, D = info.batch_size, (h0.shape[1] if in_dims[4] == 0 else h0.shape[0])
-        args = (h0, c0, batch_sizes, *tensors)
-        dims = in_dims[4:]
-        if batch_sizes is not None or any(d is not None for d in dims[3 + D :]):
-            options = (name, batch_first, bias, projected)
-            return _one_by_one(Scan, V, options, args, dims)
+    def vmap(info, in_dims, name, batch_first, bias, projected, *args):
+        V, dims = info.batch_size, in_dims[4:]
+        if any(a is not None for a in args[:3]) or any(d is not None for d in dims[6:]):
+            return _one_by_one(Scan, V, (name, batch_first, bias, projected), args, dims)
         # Shared weights: the mapped dimension is a part of the batch.
-        h0, c0, *gx = (_front(a, d, V) for a, d in zip((h0, c0, *tensors[:D]), (*dims[:2], *dims[3 : 3 + D]), strict=True))  # noqa: E501  # fmt: skip
+        x, h0, c0 = (_front(a, d, V) for a, d in zip(args[3:6], dims[3:6], strict=True))
         B = h0.shape[2]
         y, h_n, c_n, saved, saved_c = Scan.apply(
-            name, batch_first, bias, projected, _fold_state(h0), _fold_state(c0), None,
-            *(_fold_rows(g, B, batch_first) for g in gx), *tensors[D:],
+            name, batch_first, bias, projected, None, None, None, _fold_rows(x, B, batch_first),
+            _fold_state(h0), _fold_state(c0), *args[6:],
         )  # fmt: skip
         outputs = (
             _unfold_rows(y, V, B, batch_first),
@@ -156,68 +172,57 @@ class ScanBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        name, batch_first, projected, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0,
-        batch_sizes, *weights,
+        name, batch_first, projected, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c, saved,
+        saved_c, y, h0, c0, *weights,
     ):  # fmt: skip
-        w_hh, w_hr = weights[: h0.shape[0]], weights[h0.shape[0] :]
+        D = h0.shape[0]
         op = getattr(torch.ops.fastrnn, name + "_backward")
         return op(
-            dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, batch_sizes,
-            batch_first,
+            dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, weights[:D], weights[D:],
+            batch_sizes, lengths, reset, batch_first,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.options = inputs[:3]
+        ctx.options = inputs[:2]
         ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):  # type: ignore[override]
-        name, batch_first, _ = ctx.options
-        tensors = ctx.saved_tensors
-        batch_sizes = tensors[10]
-        D = tensors[8].shape[0]
-        wanted = [
-            i for i, t in enumerate(tensors) if t is not None and i != 10 and t.numel() > 0
-        ]
+        name, batch_first = ctx.options
+        batch_sizes, lengths, reset, *tensors = ctx.saved_tensors
+        sequence = Sequence(batch_first, batch_sizes, lengths, reset)
+        present = [i for i, t in enumerate(tensors) if t is not None and t.numel() > 0]
 
         def function(*given: Tensor):
             full = list(tensors)
-            for i, t in zip(wanted, given, strict=True):
+            for i, t in zip(present, given, strict=True):
                 full[i] = t
-            dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, _, *weights = full
-            layout = _layout(y, h0, batch_sizes, batch_first)
-            return reference.backward(
-                CELLS[name], layout, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0,
-                weights[:D], weights[D:],
-            )  # fmt: skip
+            y, h0 = full[7:9]
+            D = h0.shape[0]
+            layout = sequence.layout(y.shape[0], h0.shape[1])
+            return reference.backward(CELLS[name], layout, *full[:10], full[10 : 10 + D], full[10 + D :])
 
-        _, vjp = torch.func.vjp(function, *(tensors[i] for i in wanted))
+        _, vjp = torch.func.vjp(function, *(tensors[i] for i in present))
         result: list[Maybe] = [None] * len(tensors)
-        for i, gradient in zip(wanted, vjp(tuple(gradients)), strict=True):
+        for i, gradient in zip(present, vjp(tuple(gradients)), strict=True):
             result[i] = gradient
-        return None, None, None, *result
+        return (None,) * 6 + tuple(result)
 
     @staticmethod
     def vmap(info, in_dims, name, batch_first, projected, *args):
-        V = info.batch_size
-        dims = in_dims[3:]
-        if args[10] is not None or any(d is not None for d in dims[11:]):
+        V, dims = info.batch_size, in_dims[3:]
+        if any(a is not None for a in args[:3]) or any(d is not None for d in dims[13:]):
             return _one_by_one(ScanBackward, V, (name, batch_first, projected), args, dims)
         dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0 = (
-            _front(a, d, V) for a, d in zip(args[:10], dims[:10], strict=True)
+            _front(a, d, V) for a, d in zip(args[3:13], dims[3:13], strict=True)
         )
         B = h0.shape[2]
-        rows = [None if t is None else _fold_rows(t, B, batch_first) for t in (dy, y)]
-        saves = [
-            None if t is None or t.dim() < 4 else _fold_saved(t, B, batch_first)
-            for t in (dsaved, dsaved_c, saved, saved_c)
-        ]
-        if saves[3] is None:
-            saves[3] = saved.new_empty(0)
+        saves = [_fold_saved(t, B, batch_first) for t in (dsaved, dsaved_c, saved, saved_c)]
         dgates, dh0, dc0, dh = ScanBackward.apply(
-            name, batch_first, projected, rows[0], _fold_state(dh_n), _fold_state(dc_n), *saves, rows[1],
-            _fold_state(h0), _fold_state(c0), None, *args[11:],
+            name, batch_first, projected, None, None, None, _fold_rows(dy, B, batch_first),
+            _fold_state(dh_n), _fold_state(dc_n), *saves, _fold_rows(y, B, batch_first), _fold_state(h0),
+            _fold_state(c0), *args[13:],
         )  # fmt: skip
         outputs = (
             _unfold_saved(dgates, V, B, batch_first),
@@ -240,18 +245,20 @@ class DualScan(Scan):
     @staticmethod
     def jvp(ctx: Any, *tangents):
         name, batch_first, bias, projected, D = ctx.options
-        tensors = ctx.saved_tensors
-        tangents = tangents[4:]
+        batch_sizes, lengths, reset, *tensors = ctx.saved_tensors
+        sequence = Sequence(batch_first, batch_sizes, lengths, reset)
+        tangents = tangents[7:]
         moving = [i for i, t in enumerate(tangents) if t is not None]
 
         def function(*given):
             full = list(tensors)
             for i, t in zip(moving, given, strict=True):
                 full[i] = t
-            h0, c0, batch_sizes, *rest = full
-            gx, w_hh, b_hh, w_hr = _split(tuple(rest), D, bias, projected)
-            layout = _layout(gx[0], h0, batch_sizes, batch_first)
-            return reference.forward(CELLS[name], layout, gx, h0, c0, w_hh, b_hh, w_hr)
+            x, h0, c0, *weights = full
+            layout = sequence.layout(x.shape[0], h0.shape[1])
+            return reference.forward(
+                CELLS[name], layout, x, h0, c0, *_split(tuple(weights), D, bias, projected)
+            )
 
         # J v as the transpose of v -> v^T J: forward mode cannot be nested inside a jvp rule.
         outputs, vjp = torch.func.vjp(function, *(tensors[i] for i in moving))
@@ -269,7 +276,7 @@ def _front(t: Maybe, dim: int | None, V: int) -> Maybe:
 
 
 def _one_by_one(function, V: int, options: tuple, args: tuple, dims: tuple):
-    """Mapped weights or packed sequences: one call each."""
+    """Mapped weights, packed or ragged sequences: one call each."""
     results = [
         function.apply(
             *options, *(a if d is None else a.select(d, v) for a, d in zip(args, dims, strict=True))
@@ -288,9 +295,9 @@ def _unfold_state(t: Tensor, V: int) -> Tensor:
     return t if t.dim() == 1 else t.unflatten(1, (V, -1)).movedim(1, 0)
 
 
-def _fold_rows(t: Tensor, B: int, batch_first: bool) -> Tensor:  # [V, N, *] -> [V*N, *]
-    if batch_first:
-        return t.flatten(0, 1)
+def _fold_rows(t: Maybe, B: int, batch_first: bool) -> Maybe:  # [V, N, *] -> [V*N, *]
+    if t is None or batch_first:
+        return None if t is None else t.flatten(0, 1)
     return t.unflatten(1, (-1, B)).movedim(0, 1).flatten(0, 2)
 
 
@@ -300,8 +307,10 @@ def _unfold_rows(t: Tensor, V: int, B: int, batch_first: bool) -> Tensor:
     return t.unflatten(0, (-1, V, B)).movedim(1, 0).flatten(1, 2)
 
 
-def _fold_saved(t: Tensor, B: int, batch_first: bool) -> Tensor:  # [V, D, N, *] -> [D, V*N, *]
-    return torch.stack([_fold_rows(t[:, d], B, batch_first) for d in range(t.shape[1])])
+def _fold_saved(t: Maybe, B: int, batch_first: bool) -> Maybe:  # [V, D, N, *] -> [D, V*N, *]
+    if t is None or t.dim() < 4:  # [V, 0]: nothing is saved
+        return None if t is None else t.new_empty(0)
+    return torch.stack([_fold_rows(t[:, d], B, batch_first) for d in range(t.shape[1])])  # type: ignore[misc]
 
 
 def _unfold_saved(t: Tensor, V: int, B: int, batch_first: bool) -> Tensor:
@@ -313,21 +322,28 @@ def _unfold_saved(t: Tensor, V: int, B: int, batch_first: bool) -> Tensor:
 # ---- What the layers call ----------------------------------------------------------------------------
 
 
-def previous_rows(y: Tensor, h0: Tensor, batch_sizes: Maybe, batch_first: bool, direction: int) -> Tensor:
-    """h_{t-1} of every row: y [N, P] one step later, and h0 [B, P] where a row begins."""
-    B = h0.shape[0]
+def previous_rows(y: Tensor, h0: Tensor, sequence: Sequence, direction: int) -> Tensor:
+    """h_{t-1} of every row: y [N, P] one step later, h0 [B, P] where a row begins, zero after a reset."""
+    batch_first, batch_sizes, lengths, reset = sequence
+    B, N = h0.shape[0], y.shape[0]
     if B == 0:
         return y
     if batch_sizes is not None:
-        return torch.cat((h0, y))[_previous_index(batch_sizes, B, y.shape[0], direction)]
-    dim = 1 if batch_first else 0
-    steps = y.unflatten(0, (B, -1) if batch_first else (-1, B))
-    T = steps.shape[dim]
-    if direction == 0:
-        parts = (h0.unsqueeze(dim), steps.narrow(dim, 0, T - 1))
+        before = torch.cat((h0, y))[_previous_index(batch_sizes, B, N, direction)]
     else:
-        parts = (steps.narrow(dim, 1, T - 1), h0.unsqueeze(dim))
-    return torch.cat(parts, dim).flatten(0, 1)
+        dim = 1 if batch_first else 0
+        steps = y.unflatten(0, (B, -1) if batch_first else (-1, B))
+        T = steps.shape[dim]
+        if direction == 0:
+            parts = (h0.unsqueeze(dim), steps.narrow(dim, 0, T - 1))
+        else:
+            parts = (steps.narrow(dim, 1, T - 1), h0.unsqueeze(dim))
+        shifted = torch.cat(parts, dim)
+        if direction == 1 and lengths is not None:
+            last = torch.arange(T).unsqueeze(1 - dim) == (lengths - 1).unsqueeze(dim)
+            shifted = torch.where(last.unsqueeze(-1), h0.unsqueeze(dim), shifted)
+        before = shifted.flatten(0, 1)
+    return before if reset is None else torch.where(reset.unsqueeze(1), torch.zeros_like(before), before)
 
 
 def _previous_index(batch_sizes: Tensor, B: int, N: int, direction: int) -> Tensor:
@@ -342,29 +358,35 @@ def _previous_index(batch_sizes: Tensor, B: int, N: int, direction: int) -> Tens
     return torch.where(exists, B + first[inside] + b, b)
 
 
-def scan(
-    name: str,
-    gx: list[Tensor],
-    h0: Tensor,
-    c0: Maybe,
-    w_hh: list[Tensor],
-    b_hh: list[Tensor],
-    w_hr: list[Tensor],
-    batch_sizes: Maybe,
-    batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [N, D*P], h_n [D, B, P], c_n [D, B, H]) of one layer, D = 1 or 2 directions.
+class Weights(NamedTuple):
+    """The parameters of one layer, for each of its D directions."""
 
-    gx D x [N, G*H] is the input's part of the gates; h0 [D, B, P]; c0 [D, B, H] or None; w_hh D x [G*H, P];
-    b_hh D x [G*H] or empty; w_hr D x [P, H] or empty; batch_sizes int64 [T] for packed rows or None.
+    w_ih: list[Tensor]  # [G*H, I]
+    w_hh: list[Tensor]  # [G*H, P]
+    b_ih: list[Tensor]  # [G*H], or none
+    b_hh: list[Tensor]  # [G*H], or none
+    w_hr: list[Tensor]  # [P, H], or none
+
+
+def scan(
+    name: str, x: Tensor, h0: Tensor, c0: Maybe, weights: Weights, sequence: Sequence, all_c: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H] if all_c).
+
+    x [N, I]; h0 [D, B, P]; c0 [D, B, H] for cells that have one, else None.
     """
+    tensors = (x, h0, c0, *(t for part in weights for t in part))
+    options = (sequence.batch_sizes, sequence.lengths, sequence.reset)
     dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    tensors = (*gx, *w_hh, *b_hh, *w_hr)
-    if dual or _needs_function((h0, c0, *tensors)):
+    if dual or _needs_function(tensors):
         function = DualScan if dual else Scan
-        return function.apply(name, batch_first, bool(b_hh), bool(w_hr), h0, c0, batch_sizes, *tensors)[:3]
-    op = getattr(torch.ops.fastrnn, name)
-    return op(gx, h0, c0, w_hh, b_hh, w_hr, batch_sizes, batch_first, False)[:3]
+        y, h_n, c_n, _, c = function.apply(
+            name, sequence.batch_first, bool(weights.b_ih), bool(weights.w_hr), *options, *tensors
+        )
+    else:
+        op = getattr(torch.ops.fastrnn, name)
+        y, h_n, c_n, _, c = op(x, h0, c0, *weights, *options, sequence.batch_first, all_c)
+    return y, h_n, c_n, c
 
 
 def _needs_function(tensors: tuple) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _ops
@@ -116,19 +115,12 @@ def layer(
     x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None; params: for each of the D directions (w_ih [G*H, I],
     w_hh [G*H, P], then b_ih and b_hh [G*H] with biases, then w_hr [P, H] with a projection).
     """
-    cell = CELLS[name]
-    gx, w_hh, b_hh, w_hr = [], [], [], []
-    for w_ih, w, *rest in params:
-        bias = None
-        if has_biases:
-            bias = rest[0] + rest[1] if cell.one_bias else rest[0]
-            if not cell.one_bias:
-                b_hh.append(rest[1])
-        gx.append(F.linear(x, w_ih, bias).to(w.dtype))  # autocast may have made it narrower
-        w_hh.append(w)
-        if len(rest) % 2:
-            w_hr.append(rest[-1])
-    return _ops.scan(name, gx, h0, c0, w_hh, b_hh, w_hr, rows.batch_sizes, rows.batch_first)
+    columns = [list(column) for column in zip(*params, strict=True)]
+    biases = columns[2:4] if has_biases else [[], []]
+    w_hr = columns[-1] if len(columns) % 2 else []
+    weights = _ops.Weights(columns[0], columns[1], *biases, w_hr)
+    sequence = _ops.Sequence(rows.batch_first, rows.batch_sizes)
+    return _ops.scan(name, x.to(h0.dtype), h0, c0, weights, sequence)[:3]
 
 
 def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:

@@ -106,30 +106,51 @@ CELLS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the rows of each step lie among the N rows of a sequence."""
+    """Where the rows of each step lie among the N rows of a sequence. Inside a scan the batch is ordered by
+    length, so that the rows of a step are always the first ones."""
 
     N: int
     B: int
     batch_first: bool
-    batch_sizes: Sequence[int] | None  # packed: rows of each step; else None
+    batch_sizes: Tensor | None = None  # packed: int64 [T]
+    lengths: Tensor | None = None  # dense: int64 [B]
+    reset: Tensor | None = None  # bool [N]: the state is zeroed before this row
 
     @property
     def T(self) -> int:
         return len(self.batch_sizes) if self.batch_sizes is not None else self.N // max(self.B, 1)
 
-    def steps(self) -> list[slice]:
+    @property
+    def order(self) -> Tensor:
+        """The batch index of each row of a step, the longest first."""
+        if self.lengths is None:
+            return torch.arange(self.B)
+        return torch.argsort(self.lengths, descending=True, stable=True)
+
+    def steps(self) -> list[Tensor]:
+        """The row numbers of each step."""
         if self.batch_sizes is not None:
-            ends = torch.tensor(self.batch_sizes).cumsum(0).tolist()
-            return [slice(e - n, e) for e, n in zip(ends, self.batch_sizes, strict=True)]
-        if self.batch_first:
-            return [slice(t, None, self.T) for t in range(self.T)]
-        return [slice(t * self.B, (t + 1) * self.B) for t in range(self.T)]
+            return list(torch.arange(self.N).split(self.batch_sizes.tolist()))
+        batch, time = (self.T, 1) if self.batch_first else (1, self.B)
+        alive = [self.B if self.lengths is None else int((self.lengths > t).sum()) for t in range(self.T)]
+        return [t * time + self.order[:n] * batch for t, n in enumerate(alive)]
 
     def assemble(self, steps: list[Tensor]) -> Tensor:
-        """The rows [N, *] from those of each step, in the order of time."""
-        if self.batch_sizes is None and self.batch_first:
-            return torch.stack(steps, 1).flatten(0, 1)
-        return torch.cat(steps)
+        """The rows [N, *] from those of each step; zeros where no step has a row."""
+        rows = torch.cat(self.steps())
+        if len(rows) == self.N:
+            return torch.cat(steps)[torch.argsort(rows)]
+        values = torch.cat(steps)
+        values = torch.cat((values, values.new_zeros(1, values.shape[1])))
+        source = torch.full((self.N,), len(rows))
+        source[rows] = torch.arange(len(rows))
+        return values[source]
+
+    def keep(self, rows: Tensor, state: Tensor) -> Tensor:
+        """The state [n, *] before the given rows, zero where it is reset."""
+        if self.reset is None:
+            return state
+        return torch.where(self.reset[rows].unsqueeze(1), torch.zeros_like(state), state)
 
 
 def _blocks(v: Tensor, H: int) -> tuple[Tensor, ...]:
@@ -144,30 +165,32 @@ def _join(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.cat(tuple(parts), -1) if parts else like[..., :0]
 
 
-def forward(cell: Cell, layout: Layout, gx, h0, c0, w_hh, b_hh, w_hr):
+def forward(cell: Cell, layout: Layout, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
     """The operator ``fastrnn::<cell>``; shapes as in csrc/ops.cpp."""
     H = w_hh[0].shape[0] // cell.gates
+    steps, order = layout.steps(), layout.order
+    back = torch.argsort(order)
     y, h_n, c_n, saved, saved_c = [], [], [], [], []
-    for d in range(len(gx)):
-        h, c = h0[d], c0[d] if cell.has_c else None
-        steps = layout.steps()
+    for d in range(len(w_hh)):
+        gx = torch.nn.functional.linear(x, w_ih[d], b_ih[d] if b_ih else None)
+        h, c = h0[d][order], c0[d][order] if cell.has_c else None
         ys, saves, cs = ([None] * layout.T for _ in range(3))
         for t in _order(d, layout.T):
-            x = gx[d][steps[t]]
-            n = x.shape[0]
-            a = h[:n] @ w_hh[d].T + (b_hh[d] if b_hh else 0)
-            new_h, new_c, save = cell.step(
-                _blocks(x, H), _blocks(a, H), h[:n], c[:n] if cell.has_c else None
-            )
+            rows = steps[t]
+            n = len(rows)
+            h_prev = layout.keep(rows, h[:n])
+            c_prev = layout.keep(rows, c[:n]) if cell.has_c else None
+            a = torch.nn.functional.linear(h_prev, w_hh[d], b_hh[d] if b_hh else None)
+            new_h, new_c, save = cell.step(_blocks(gx[rows], H), _blocks(a, H), h_prev, c_prev)
             ys[t] = new_h @ w_hr[d].T if w_hr else new_h
             saves[t], cs[t] = _join(save, new_h), new_c
             h = torch.cat((ys[t], h[n:]))
             c = torch.cat((new_c, c[n:])) if cell.has_c else None
         y.append(layout.assemble(ys))
-        h_n.append(h)
+        h_n.append(h[back])
         saved.append(layout.assemble(saves))
         if cell.has_c:
-            c_n.append(c)
+            c_n.append(c[back])
             saved_c.append(layout.assemble(cs))
     none = h0.new_empty(0)
     return (
@@ -185,53 +208,56 @@ def backward(
     """The operator ``fastrnn::<cell>_backward``; shapes as in csrc/ops.cpp."""
     D, _, P = h0.shape
     H = w_hh[0].shape[0] // cell.gates
-    steps = layout.steps()
+    steps, batch = layout.steps(), layout.order
+    back = torch.argsort(batch)
     all_dgates, dh0, dc0, all_dh = [], [], [], []
     for d in range(D):
         y_d = y[:, d * P : (d + 1) * P]
-        dh = dh_n[d] if dh_n is not None else torch.zeros_like(h0[d])
+        dh = dh_n[d][batch] if dh_n is not None else torch.zeros_like(h0[d])
         dc = None
         if cell.has_c:
-            dc = dc_n[d] if dc_n is not None else torch.zeros_like(c0[d])
+            dc = dc_n[d][batch] if dc_n is not None else torch.zeros_like(c0[d])
         dgates, dhs = [None] * layout.T, [None] * layout.T
         order = list(_order(d, layout.T))
         for s in reversed(range(layout.T)):
             t = order[s]
-            row = steps[t]
-            n = saved[d][row].shape[0]
+            rows = steps[t]
+            n = len(rows)
 
-            def previous(rows, initial, s=s, n=n):
-                if s == 0:
-                    return initial[:n]
-                before = rows[steps[order[s - 1]]][:n]
-                return torch.cat((before, initial[before.shape[0] : n]))
+            def previous(values, initial, s=s, rows=rows):
+                state = initial[batch][: len(rows)]
+                if s > 0:
+                    before = values[steps[order[s - 1]][: len(rows)]]
+                    state = torch.cat((before, state[len(before) :]))
+                return layout.keep(rows, state)
 
-            dh_t = dh[:n] + dy[row][:, d * P : (d + 1) * P] if dy is not None else dh[:n]
+            dh_t = dh[:n] + dy[rows][:, d * P : (d + 1) * P] if dy is not None else dh[:n]
             dhs[t] = dh_t
             c = c_prev = dc_t = None
             if cell.has_c:
-                c, c_prev = saved_c[d][row], previous(saved_c[d], c0[d])
-                dc_t = dc[:n] + dsaved_c[d][row] if dsaved_c is not None else dc[:n]
+                c, c_prev = saved_c[d][rows], previous(saved_c[d], c0[d])
+                dc_t = dc[:n] + dsaved_c[d][rows] if dsaved_c is not None else dc[:n]
             dgate, direct, dc_prev = cell.step_backward(
-                _blocks(saved[d][row], H),
-                y_d[row],
+                _blocks(saved[d][rows], H),
+                y_d[rows],
                 previous(y_d, h0[d]),
                 c,
                 c_prev,
                 dh_t @ w_hr[d] if w_hr else dh_t,
                 dc_t,
-                _blocks(dsaved[d][row], H) if dsaved is not None and cell.saved else None,
+                _blocks(dsaved[d][rows], H) if dsaved is not None and cell.saved else None,
             )
             dgates[t] = torch.cat(dgate, -1)
             dh_prev = recurrent_gradients(cell, dgates[t]) @ w_hh[d]
             if direct is not None:
                 dh_prev = dh_prev + direct
-            dh = torch.cat((dh_prev, dh[n:]))
-            dc = torch.cat((dc_prev, dc[n:])) if cell.has_c else None
+            dh = torch.cat((layout.keep(rows, dh_prev), dh[n:]))
+            dc = torch.cat((layout.keep(rows, dc_prev), dc[n:])) if cell.has_c else None
         all_dgates.append(layout.assemble(dgates))
         all_dh.append(layout.assemble(dhs))
-        dh0.append(dh)
-        dc0.append(dc)
+        dh0.append(dh[back])
+        if cell.has_c:
+            dc0.append(dc[back])
     none = h0.new_empty(0)
     return (
         torch.stack(all_dgates),

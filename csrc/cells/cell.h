@@ -9,10 +9,12 @@
 //     static constexpr int kGradients;         // E: gate gradients per unit that the backward step gives
 //     static constexpr bool kCellState;        // has a second state c beside h
 //     static constexpr bool kDirect;           // h_prev also reaches h without passing W_hh
+//     static constexpr int kApart;             // so many last gates need the products of input and state apart
 //
 //     forward<M>(x, a, h_prev, c, saved) -> h
 //       x [G]      W_ih x_t + b_ih, in torch's gate order
 //       a [G]      W_hh h_{t-1} + b_hh
+//                  Of gates that are not kept apart only the sum x + a may be used.
 //       c          in: c_{t-1}; out: c_t (only with kCellState)
 //       saved [S]  what backward wants
 //

@@ -13,7 +13,7 @@ struct Gru {
   // In this order the gradients of x (r, z, n) and of a (q, r, z) are each contiguous.
   enum Gradient { kGradProduct, kGradReset, kGradUpdate, kGradNew };
   static constexpr const char* kName = "gru";
-  static constexpr int kGates = 3, kSaved = 4, kGradients = 4;
+  static constexpr int kGates = 3, kSaved = 4, kGradients = 4, kApart = 1;
   static constexpr bool kCellState = false, kDirect = true;
 
   FASTRNN_CELL constexpr int recurrent(int gate) { return gate == kNew ? kGradProduct : gate + 1; }

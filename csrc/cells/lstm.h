@@ -8,7 +8,7 @@ namespace fastrnn {
 struct Lstm {
   enum Gate { kInput, kForget, kCandidate, kOutput };
   static constexpr const char* kName = "lstm";
-  static constexpr int kGates = 4, kSaved = 4, kGradients = 4;
+  static constexpr int kGates = 4, kSaved = 4, kGradients = 4, kApart = 0;
   static constexpr bool kCellState = true, kDirect = false;
 
   FASTRNN_CELL constexpr int recurrent(int gate) { return gate; }

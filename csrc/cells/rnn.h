@@ -8,7 +8,7 @@ namespace fastrnn {
 template <class Activation>
 struct Rnn {
   static constexpr const char* kName = Activation::kName;
-  static constexpr int kGates = 1, kSaved = 0, kGradients = 1;
+  static constexpr int kGates = 1, kSaved = 0, kGradients = 1, kApart = 0;
   static constexpr bool kCellState = false, kDirect = false;
 
   FASTRNN_CELL constexpr int recurrent(int gate) { return gate; }

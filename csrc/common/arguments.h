@@ -92,21 +92,49 @@ Rows<S> direction_rows(const Tensor& tensor, int64_t direction) {
   return {static_cast<S*>(tensor.data_ptr()) + direction * tensor.size(1) * width, width};
 }
 
-/// The layout of the rows. Packed: batch_sizes [T], positive, non-increasing, and B first.
+/// The layout of the rows. batch_sizes [T] (packed): positive, non-increasing, and B first. lengths [B] (dense):
+/// from 0 to T, in any order. reset [N]: bool.
 class SequenceLayout {
  public:
-  SequenceLayout(int64_t N, int64_t B, const MaybeTensor& batch_sizes, bool batch_first) {
-    if (!batch_sizes) {
-      STD_TORCH_CHECK(N > 0 || B == 0, "Expected sequence length to be larger than 0 in RNN");
-      STD_TORCH_CHECK(B == 0 ? N == 0 : N % B == 0, "gx must have T*B rows for B = ", B, ", got ", N);
-      const int64_t T = B == 0 ? 0 : N / B;
-      sequence_ = batch_first ? Sequence{T, B, 1, T, nullptr} : Sequence{T, B, B, 1, nullptr};
-      return;
+  SequenceLayout(int64_t N, int64_t B, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+                 const MaybeTensor& reset, bool batch_first) {
+    if (batch_sizes)
+      packed(N, B, *batch_sizes);
+    else
+      dense(N, B, batch_first);
+    if (lengths) {
+      STD_TORCH_CHECK(!batch_sizes, "a packed sequence has its lengths already");
+      set_lengths(*lengths);
     }
-    STD_TORCH_CHECK(batch_sizes->is_cpu() && batch_sizes->dim() == 1 &&
-                        batch_sizes->scalar_type() == torch::headeronly::ScalarType::Long,
-                    "batch_sizes must be a 1-D int64 tensor on the CPU");
-    const Tensor sizes = as_contiguous(*batch_sizes);
+    if (!reset) return;
+    STD_TORCH_CHECK(reset->scalar_type() == torch::headeronly::ScalarType::Bool, "reset must be bool");
+    STD_TORCH_CHECK(sizes_of(*reset) == std::vector<int64_t>{N}, "reset must be [N] = [", N, "], got ",
+                    to_string(sizes_of(*reset)));
+    reset_ = as_contiguous(*reset);
+    sequence_.reset = reset_->const_data_ptr<bool>();
+  }
+  SequenceLayout(const SequenceLayout&) = delete;
+  SequenceLayout& operator=(const SequenceLayout&) = delete;
+
+  const Sequence& get() const { return sequence_; }
+
+ private:
+  void dense(int64_t N, int64_t B, bool batch_first) {
+    STD_TORCH_CHECK(N > 0 || B == 0, "Expected sequence length to be larger than 0 in RNN");
+    STD_TORCH_CHECK(B == 0 ? N == 0 : N % B == 0, "x must have T*B rows for B = ", B, ", got ", N);
+    const int64_t T = B == 0 ? 0 : N / B;
+    sequence_ = {.T = T, .B = B, .t_stride = batch_first ? 1 : B, .b_stride = batch_first ? T : 1};
+  }
+
+  static Tensor integers(const Tensor& tensor, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 &&
+                        tensor.scalar_type() == torch::headeronly::ScalarType::Long,
+                    name, " must be a 1-D int64 tensor on the CPU");
+    return as_contiguous(tensor);
+  }
+
+  void packed(int64_t N, int64_t B, const Tensor& batch_sizes) {
+    const Tensor sizes = integers(batch_sizes, "batch_sizes");
     const int64_t* const size = sizes.const_data_ptr<int64_t>();
     const int64_t T = sizes.numel();
     offsets_.assign(1, 0);
@@ -116,17 +144,30 @@ class SequenceLayout {
       offsets_.push_back(offsets_.back() + size[t]);
     }
     STD_TORCH_CHECK(T > 0 && size[0] == B, "batch_sizes must begin with the batch size of h0, ", B);
-    STD_TORCH_CHECK(offsets_.back() == N, "batch_sizes must add up to the rows of gx, ", N, ", got ",
+    STD_TORCH_CHECK(offsets_.back() == N, "batch_sizes must add up to the rows of x, ", N, ", got ",
                     offsets_.back());
-    sequence_ = Sequence{T, B, 0, 1, offsets_.data()};
+    sequence_ = {.T = T, .B = B, .t_stride = 0, .b_stride = 1, .offsets = offsets_.data()};
   }
-  SequenceLayout(const SequenceLayout&) = delete;
-  SequenceLayout& operator=(const SequenceLayout&) = delete;
 
-  const Sequence& get() const { return sequence_; }
+  void set_lengths(const Tensor& lengths) {
+    const Tensor given = integers(lengths, "lengths");
+    const int64_t* const length = given.const_data_ptr<int64_t>();
+    STD_TORCH_CHECK(given.numel() == sequence_.B, "lengths must be [B] = [", sequence_.B, "], got [",
+                    given.numel(), "]");
+    counts_.assign(static_cast<size_t>(sequence_.T), 0);
+    for (int64_t b = 0; b < sequence_.B; ++b) {
+      STD_TORCH_CHECK(length[b] >= 0 && length[b] <= sequence_.T, "lengths must be between 0 and T = ",
+                      sequence_.T, ", got ", length[b], " at ", b);
+      for (int64_t t = 0; t < length[b]; ++t) ++counts_[static_cast<size_t>(t)];
+      order_.push_back(b);
+    }
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return length[a] > length[b]; });
+    sequence_.counts = counts_.data();
+    sequence_.order = order_.data();
+  }
 
- private:
-  std::vector<int64_t> offsets_;
+  std::vector<int64_t> offsets_, counts_, order_;
+  MaybeTensor reset_;
   Sequence sequence_{};
 };
 

@@ -10,16 +10,31 @@
 
 namespace fastrnn {
 
-/// A sequence is rows. Row (t, b) of every row-shaped tensor [N, *] is row(t, b), whether the sequence
-/// is dense time-major (t * B + b), dense batch-first (b * T + t) or packed (offsets[t] + b).
+/// A sequence is rows. Row (t, b) of every row-shaped tensor [N, *] is row(t, b), whether the sequence is
+/// dense time-major (t * B + b), dense batch-first (b * T + t) or packed (offsets[t] + b). Rows are numbered
+/// by length, the longest first, so that those that take part in a step are always the first ones.
 struct Sequence {
   int64_t T, B;
   int64_t t_stride, b_stride;  // in rows; t_stride is unused when packed
-  const int64_t* offsets;      // [T + 1], packed: first row of each step; null when dense
+  const int64_t* offsets;      // [T + 1], packed: first row of each step; else null
+  const int64_t* counts;       // [T], dense with lengths: rows of each step; else null
+  const int64_t* order;        // [B], dense with lengths: batch index of each row; else null
+  const bool* reset;           // [N] the state is zeroed before this row; or null
 
-  FASTRNN_INLINE int64_t rows(int64_t t) const { return offsets ? offsets[t + 1] - offsets[t] : B; }
+  FASTRNN_INLINE int64_t rows(int64_t t) const {
+    return offsets ? offsets[t + 1] - offsets[t] : counts ? counts[t] : B;
+  }
+  FASTRNN_INLINE int64_t batch(int64_t b) const { return order ? order[b] : b; }
   FASTRNN_INLINE int64_t row(int64_t t, int64_t b) const {
-    return (offsets ? offsets[t] : t * t_stride) + b * b_stride;
+    return (offsets ? offsets[t] : t * t_stride) + batch(b) * b_stride;
+  }
+  FASTRNN_INLINE bool resets(int64_t t, int64_t b) const { return reset && reset[row(t, b)]; }
+  /// The last step that row b takes part in, or -1.
+  FASTRNN_INLINE int64_t last_step(int64_t b) const {
+    if (!offsets && !counts) return T - 1;
+    int64_t t = T - 1;
+    while (t >= 0 && rows(t) <= b) --t;
+    return t;
   }
 };
 
@@ -36,15 +51,15 @@ struct Rows {
 /// The weights of one direction.
 template <class S>
 struct Weights {
-  Rows<const S> w_hh;  // [G*H, P]
-  const S* b_hh;       // [G*H] or null
-  Rows<const S> w_hr;  // [P, H], or null without projection
+  Rows<const S> w_ih;        // [G*H, I]; null in the backward problem
+  Rows<const S> w_hh;        // [G*H, P]
+  const S *b_ih, *b_hh;      // [G*H] or null
+  Rows<const S> w_hr;        // [P, H], or null without projection
 };
 
 template <class S>
 struct ForwardDirection {
   Weights<S> weights;
-  Rows<const S> gx;  // [N, G*H] W_ih x + b_ih
   Rows<const S> h0;  // [B, P]
   Rows<S> y;         // [N, P], its columns of the concatenated output
   Rows<S> h_n;       // [B, P]
@@ -95,7 +110,10 @@ struct Problem {
 };
 
 template <class S>
-using ForwardProblem = Problem<ForwardDirection<S>>;
+struct ForwardProblem : Problem<ForwardDirection<S>> {
+  Rows<const S> x;  // [N, I]
+  int64_t I;
+};
 template <class S>
 using BackwardProblem = Problem<BackwardDirection<S>>;
 

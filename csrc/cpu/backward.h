@@ -100,8 +100,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     for (int team = static_cast<int>(worker); team < this->teams(); team += static_cast<int>(workers)) {
       const TeamRows rows = this->rows_of(team);
       for (int64_t i = 0; i < rows.count(sequence.B); ++i)
-        copy_row(dh_buffer(team)[i], problem.direction[this->direction_of(team)].dh[rows.batch(i)],
-                 problem.P);
+        copy_row(dh_buffer(team)[i],
+                 problem.direction[this->direction_of(team)].dh[sequence.batch(rows.position(i))], problem.P);
     }
   }
 
@@ -115,7 +115,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const Range blocks = share(outputs.count(), part, plan.parts);
     const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = sequence.row(t, rows.batch(i));
+      const int64_t row = sequence.row(t, rows.position(i));
       each_vector<S>(first, static_cast<int>(end - first), [&](auto io, int64_t u, int) {
         V<S> v = io.load(dh[i] + u);
         if (dir.dy) v += io.load(dir.dy[row] + u);
@@ -164,9 +164,11 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const Rows<S> dgates_now = dgates_buffer(team, s);
     const bool add_dy = dir.dy && !projected();
     for (int64_t k = 0; k < n; ++k) {
-      const int64_t i = i_begin + k, b = rows.batch(i), row = sequence.row(t, b);
-      const bool begins = b >= rows_prev;  // its previous state is the initial one
-      const int64_t row_prev = begins ? 0 : sequence.row(t_prev, b);
+      const int64_t i = i_begin + k, position = rows.position(i), b = sequence.batch(position);
+      const int64_t row = sequence.row(t, position);
+      const bool begins = position >= rows_prev;  // its previous state is the initial one
+      const bool forgets = sequence.resets(t, position);  // its previous state counts as zero
+      const int64_t row_prev = begins ? 0 : sequence.row(t_prev, position);
       const S* const saved_row = dir.saved[row];
       S* const dgates_row = dir.dgates[row];
       each_vector<S>(block * kBlock<S>, units.in_block(block), [&](auto io, int64_t u, int offset) {
@@ -177,10 +179,10 @@ class Backward : public Scan<S, BackwardProblem<S>> {
           dsaved[j] = dir.dsaved ? io.load(dir.dsaved[row] + j * H + u) : V<S>{};
         }
         if constexpr (Cell::kSaved == 0) h = io.load(dir.y[row] + u);
-        if constexpr (Cell::kDirect) h_prev = io.load((begins ? dir.h0[b] : dir.y[row_prev]) + u);
+        if (Cell::kDirect && !forgets) h_prev = io.load((begins ? dir.h0[b] : dir.y[row_prev]) + u);
         if constexpr (Cell::kCellState) {
           c = io.load(dir.saved_c[row] + u);
-          c_prev = io.load((begins ? dir.c0[b] : dir.saved_c[row_prev]) + u);
+          if (!forgets) c_prev = io.load((begins ? dir.c0[b] : dir.saved_c[row_prev]) + u);
           dc = io.load(dir.dc[b] + u);
           if (dir.dsaved_c) dc += io.load(dir.dsaved_c[row] + u);
         }
@@ -190,7 +192,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
                                                dh_prev);
         for (int e = 0; e < Cell::kGradients; ++e) io.store(dgates_row + e * H + u, dgates[e]);
         for (int g = 0; g < G; ++g) io.store(dgates_now[i] + g * H + u, dgates[Cell::recurrent(g)]);
-        if constexpr (Cell::kCellState) io.store(dir.dc[b] + u, dc);
+        if constexpr (Cell::kCellState) io.store(dir.dc[b] + u, forgets ? V<S>{} : dc);
         if constexpr (Cell::kDirect) io.store(dh_rows[k] + offset, dh_prev);
       });
     }
@@ -198,6 +200,18 @@ class Backward : public Scan<S, BackwardProblem<S>> {
 
   /// The recurrent part of dL/dh_{t-1} = dgates W_hh (+ the direct part), for the part's outputs.
   void state_gradient(int team, int64_t s, int part) {
+    state_product(team, s, part);
+    if (!sequence.reset) return;
+    const int64_t t = this->time(this->direction_of(team), s);
+    const TeamRows rows = this->rows_of(team);
+    const Range blocks = share(outputs.count(), part, plan.parts);
+    const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
+    const Rows<S> dh = dh_buffer(team);
+    for (int64_t i = 0; i < rows.count(sequence.rows(t)); ++i)
+      if (sequence.resets(t, rows.position(i))) __builtin_memset(dh[i] + first, 0, (end - first) * sizeof(S));
+  }
+
+  void state_product(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
     const int64_t n = this->rows_of(team).count(sequence.rows(this->time(d, s))), K = G * problem.H;
     const Rows<S> dh = dh_buffer(team), dgates = dgates_buffer(team, s);
@@ -217,10 +231,19 @@ class Backward : public Scan<S, BackwardProblem<S>> {
                          {dh.data + first, dh.stride});
   }
 
+  /// dL/dh_0, and zeros in the rows beyond the lengths.
   void initial_gradient(int team) const {
+    const BackwardDirection<S>& dir = problem.direction[this->direction_of(team)];
     const TeamRows rows = this->rows_of(team);
-    for (int64_t i = 0; i < rows.count(sequence.B); ++i)
-      copy_row(problem.direction[this->direction_of(team)].dh[rows.batch(i)], dh_buffer(team)[i], problem.P);
+    for (int64_t i = 0; i < rows.count(sequence.B); ++i) {
+      const int64_t position = rows.position(i);
+      copy_row(dir.dh[sequence.batch(position)], dh_buffer(team)[i], problem.P);
+      for (int64_t t = sequence.last_step(position) + 1; sequence.counts && t < sequence.T; ++t) {
+        const int64_t row = sequence.row(t, position);
+        __builtin_memset(dir.dgates[row], 0, Cell::kGradients * problem.H * sizeof(S));
+        if (dir.dh_rows) __builtin_memset(dir.dh_rows[row], 0, problem.P * sizeof(S));
+      }
+    }
   }
 
   Team* members_ = nullptr;

@@ -1,5 +1,6 @@
-// The forward scan on the CPU. A step multiplies h_{t-1} with one block of W_hh after the other and runs the
-// cell on the block while its products are in the L1 cache; a projection is a second phase of the step.
+// The forward scan on the CPU. A step multiplies x_t and h_{t-1} with one block of W_ih and W_hh after the
+// other and runs the cell on the block while its products are in the L1 cache; a projection is a second phase
+// of the step. With few rows a step, the products with x are made for several steps at once.
 #pragma once
 #include "cpu/math.h"
 #include "cpu/scan.h"
@@ -12,23 +13,29 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   using Base = Scan<S, ForwardProblem<S>>;
   using Base::outputs, Base::plan, Base::problem, Base::sequence, Base::units;
   static constexpr int G = Cell::kGates;
-  static constexpr int kWidth = G * kBlock<S>;
+  // Products of a unit: one a gate, x and h together, and one more for each gate that keeps them apart.
+  static constexpr int kProducts = G + Cell::kApart;
+  static constexpr int64_t kWidth = G * kBlock<S>, kProductWidth = kProducts * kBlock<S>;
   // Rows whose products for one block are kept at a time: about 24 KB.
   static constexpr int64_t kChunk = 48;
+  // Rows that a product with x wants at least, from as many steps as it takes.
+  static constexpr int64_t kInputRows = 2 * kTileRows;
 
  public:
   FASTRNN_INLINE explicit Forward(const ForwardProblem<S>& given)
       : Base(given, choose_plan({.T = given.sequence.T,
-                                         .B = given.sequence.B,
-                                         .blocks = Blocks<S>{given.H}.count(),
-                                         .block_weights = given.P * kWidth,
-                                         .element_bytes = sizeof(S),
-                                         .directions = given.directions,
-                                         .threads = given.parallel.threads})) {}
+                                 .B = given.sequence.B,
+                                 .blocks = Blocks<S>{given.H}.count(),
+                                 .block_weights = given.P * kWidth,
+                                 .element_bytes = sizeof(S),
+                                 .directions = given.directions,
+                                 .threads = given.parallel.threads})) {}
 
   /// False when there is no memory for the working arrays.
   bool run() {
     if (sequence.T == 0 || sequence.B == 0) return true;
+    const int64_t most = this->most_rows();
+    steps_at_once_ = most >= kInputRows ? 1 : min(sequence.T, (kInputRows + most - 1) / most);
     const Scratch scratch([this](Scratch& s) { lay_out(s); });
     if (scratch.failed()) return false;
     for (int team = 0; team < this->teams(); ++team) ::new (&members_[team]) Team(plan.parts);
@@ -49,22 +56,32 @@ class Forward : public Scan<S, ForwardProblem<S>> {
 
  private:
   bool projected() const { return static_cast<bool>(problem.direction[0].weights.w_hr); }
-  bool packed() const { return this->most_rows() > kFewRows; }
+  // Few rows read the weights as they lie.
+  bool packed_hh() const { return this->most_rows() > kFewRows; }
+  bool packed_ih() const { return this->most_rows() * steps_at_once_ > kFewRows; }
 
   void lay_out(Scratch& s) {
     members_ = s.take<Team>(this->teams());
-    const int64_t most = this->most_rows();
+    const int64_t most = this->most_rows(), input_rows = most * steps_at_once_;
     h_stride_ = padded<S>(problem.P, kBlock<S>);
     m_stride_ = projected() ? padded<S>(problem.H, kBlock<S>) : 0;
+    x_stride_ = padded<S>(problem.I, kBlock<S>);
     h_ = s.take<S>(this->teams() * 2 * most * h_stride_);
     m_ = s.take<S>(this->teams() * most * m_stride_);
+    x_ = s.take<S>(this->workers() * input_rows * x_stride_);
+    part_blocks_ = (units.count() + plan.parts - 1) / plan.parts;
+    if (steps_at_once_ > 1) products_ = s.take<S>(this->workers() * part_blocks_ * input_rows * kProductWidth);
     for (int d = 0; d < problem.directions; ++d) {
-      bias_[d] = s.take<S>(G * problem.H);
-      if (!packed()) continue;
+      bias_[d] = s.take<S>(kProducts * problem.H);
+      if (packed_ih()) input_panels_[d] = s.take<S>(units.count() * problem.I * kWidth);
+      if (!packed_hh()) continue;
       panels_[d] = s.take<S>(units.count() * problem.P * kWidth);
       projection_[d] = projected() ? s.take<S>(outputs.count() * problem.H * kBlock<S>) : nullptr;
     }
   }
+
+  /// Which product holds the input's part of a gate; the recurrent part of gate g is product g.
+  static constexpr int input_product(int gate) { return gate < G - Cell::kApart ? gate : gate + Cell::kApart; }
 
   /// h of the team's rows: step s reads buffer s % 2 and writes the other one.
   FASTRNN_INLINE Rows<S> h_buffer(int team, int64_t s) const {
@@ -75,73 +92,171 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   FASTRNN_INLINE Rows<S> m_buffer(int team) const {
     return {m_ + team * this->most_rows() * m_stride_, m_stride_};
   }
-  FASTRNN_INLINE S* panel(int direction, int64_t block, int gate) const {
-    const int width = units.vectors(block) * kLanes<S>;
-    return panels_[direction] + problem.P * (block * kWidth + gate * width);
+  /// x of the part's rows, close together: of one step, or of steps_at_once_.
+  FASTRNN_INLINE Rows<S> x_buffer(int team, int part) const {
+    return {x_ + (team * plan.parts + part) * steps_at_once_ * this->most_rows() * x_stride_, x_stride_};
+  }
+  /// Products of several steps: [block of the part][step][row][kProducts][width].
+  FASTRNN_INLINE S* products(int team, int part, int64_t block) const {
+    const int64_t rows = steps_at_once_ * this->most_rows();
+    const int64_t index = (team * plan.parts + part) * part_blocks_ + block - blocks_of(part).begin;
+    return products_ + index * rows * kProductWidth;
+  }
+  FASTRNN_INLINE Range blocks_of(int part) const { return share(units.count(), part, plan.parts); }
+  FASTRNN_INLINE int width_of(int64_t block) const { return units.vectors(block) * kLanes<S>; }
+  FASTRNN_INLINE int64_t rows_at(int team, int64_t s) const {
+    return this->rows_of(team).count(sequence.rows(this->time(this->direction_of(team), s)));
   }
 
   void prepare(int64_t worker) {
-    const int64_t workers = this->workers();
+    const int64_t workers = this->workers(), H = problem.H;
     for (int d = 0; d < problem.directions; ++d) {
       const Weights<S>& w = problem.direction[d].weights;
-      if (worker == 0) {
-        if (w.b_hh)
-          copy_row(bias_[d], w.b_hh, G * problem.H);
-        else
-          __builtin_memset(bias_[d], 0, G * problem.H * sizeof(S));
-      }
-      if (!packed()) continue;
+      if (worker == 0) fill_bias(bias_[d], w);
       for (int64_t block = worker; block < units.count(); block += workers)
         for (int gate = 0; gate < G; ++gate) {
-          const Rows<const S> rows{w.w_hh[gate * problem.H + block * kBlock<S>], w.w_hh.stride};
-          pack_transposed(rows, problem.P, units.in_block(block), units.vectors(block),
-                          panel(d, block, gate));
+          const auto pack_gate = [&](Rows<const S> weights, int64_t K, S* panels) {
+            pack_transposed<S>({weights[gate * H + block * kBlock<S>], weights.stride}, K,
+                               units.in_block(block), units.vectors(block), panel(panels, K, block, gate));
+          };
+          if (packed_ih()) pack_gate(w.w_ih, problem.I, input_panels_[d]);
+          if (packed_hh()) pack_gate(w.w_hh, problem.P, panels_[d]);
         }
-      if (!projected()) continue;
+      if (!projected() || !packed_hh()) continue;
       for (int64_t block = worker; block < outputs.count(); block += workers)
-        pack_transposed({w.w_hr[block * kBlock<S>], w.w_hr.stride}, problem.H, outputs.in_block(block),
-                        outputs.vectors(block), projection_[d] + block * problem.H * kBlock<S>);
+        pack_transposed({w.w_hr[block * kBlock<S>], w.w_hr.stride}, H, outputs.in_block(block),
+                        outputs.vectors(block), projection_[d] + block * H * kBlock<S>);
     }
-    // Both buffers hold h0, so that a row of a reversed packed sequence finds it at whichever step it begins.
-    for (int team = static_cast<int>(worker); team < this->teams(); team += static_cast<int>(workers)) {
-      const TeamRows rows = this->rows_of(team);
-      for (int64_t i = 0; i < rows.count(sequence.B); ++i)
-        for (int buffer = 0; buffer < 2; ++buffer)
-          copy_row(h_buffer(team, buffer)[i],
-                   problem.direction[this->direction_of(team)].h0[rows.batch(i)], problem.P);
+    for (int team = static_cast<int>(worker); team < this->teams(); team += static_cast<int>(workers))
+      initial_states(team);
+  }
+
+  FASTRNN_INLINE S* panel(S* panels, int64_t K, int64_t block, int gate) const {
+    return panels + K * (block * kWidth + gate * width_of(block));
+  }
+
+  void fill_bias(S* bias, const Weights<S>& w) const {
+    const int64_t H = problem.H;
+    __builtin_memset(bias, 0, kProducts * H * sizeof(S));
+    if (!w.b_ih) return;
+    for (int gate = 0; gate < G; ++gate)
+      for (int64_t u = 0; u < H; ++u) {
+        bias[gate * H + u] += w.b_hh[gate * H + u];
+        bias[input_product(gate) * H + u] += w.b_ih[gate * H + u];
+      }
+  }
+
+  /// Both buffers hold h0, so that a row of a reversed sequence finds it at whichever step it begins.
+  void initial_states(int team) {
+    const int d = this->direction_of(team);
+    const ForwardDirection<S>& dir = problem.direction[d];
+    const TeamRows rows = this->rows_of(team);
+    for (int64_t i = 0; i < rows.count(sequence.B); ++i) {
+      const int64_t position = rows.position(i), b = sequence.batch(position);
+      const int64_t last = sequence.last_step(position);
+      const bool zero = last >= 0 && sequence.resets(d == 0 ? 0 : last, position);
+      for (int buffer = 0; buffer < 2; ++buffer) {
+        S* const h = h_buffer(team, buffer)[i];
+        if (zero)
+          __builtin_memset(h, 0, problem.P * sizeof(S));
+        else
+          copy_row(h, dir.h0[b], problem.P);
+      }
+      if (zero && Cell::kCellState) __builtin_memset(dir.c[b], 0, problem.H * sizeof(S));
     }
   }
 
+  void gather_x(int team, int64_t s, Rows<S> x) {
+    const TeamRows rows = this->rows_of(team);
+    const int64_t t = this->time(this->direction_of(team), s), n = rows_at(team, s);
+    for (int64_t i = 0; i < n; ++i)
+      copy_row(x[i], problem.x[sequence.row(t, rows.position(i))], problem.I);
+  }
+
   void step(int team, int64_t s, int part) {
-    const int64_t n = this->rows_of(team).count(sequence.rows(this->time(this->direction_of(team), s)));
-    const Range blocks = share(units.count(), part, plan.parts);
+    const Range blocks = blocks_of(part);
+    const int64_t n = rows_at(team, s), offset = s % steps_at_once_ * this->most_rows();
+    if (steps_at_once_ > 1) {
+      if (offset == 0) input_products(team, s, part);
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        S* const product = products(team, part, block) + offset * kProducts * width_of(block);
+        recurrent_product(team, s, block, 0, n, product);
+        finish(team, s, block, 0, n, product);
+      }
+      return;
+    }
+    const Rows<S> x = x_buffer(team, part);
+    gather_x(team, s, x);
+    alignas(64) S product[kChunk * kProductWidth];
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
       for (int64_t i = 0, left = (n + kChunk - 1) / kChunk; left > 0; --left) {
         const int64_t rows = (n - i + left - 1) / left;
-        step_block(team, s, block, i, rows);
+        input_product_of(this->direction_of(team), block, {x[i], x.stride}, rows, product);
+        recurrent_product(team, s, block, i, rows, product);
+        finish(team, s, block, i, rows, product);
         i += rows;
       }
   }
 
-  /// One block of units for the team's rows i .. i + n.
-  void step_block(int team, int64_t s, int64_t block, int64_t i, int64_t n) {
-    alignas(64) S product[kChunk * kWidth];  // [n][G][width]
+  /// The products with x of the part's blocks, for step s and as many after it as are made at once.
+  void input_products(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
-    const int vectors = units.vectors(block), width = vectors * kLanes<S>;
-    const int64_t first = block * kBlock<S>;
+    const int64_t most = this->most_rows(), steps = min(steps_at_once_, sequence.T - s);
+    const Rows<S> x = x_buffer(team, part);
+    bool even = true;  // all steps have the same rows
+    for (int64_t k = 0; k < steps; ++k) {
+      gather_x(team, s + k, {x[k * most], x.stride});
+      even &= rows_at(team, s + k) == most;
+    }
+    const Range blocks = blocks_of(part);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      S* const product = products(team, part, block);
+      if (even) {
+        input_product_of(d, block, {x.data, x.stride}, steps * most, product);
+        continue;
+      }
+      for (int64_t k = 0; k < steps; ++k)
+        input_product_of(d, block, {x[k * most], x.stride}, rows_at(team, s + k),
+                         product + k * most * kProducts * width_of(block));
+    }
+  }
+
+  void input_product_of(int d, int64_t block, Rows<const S> x, int64_t n, S* product) {
+    const int width = width_of(block);
+    for (int gate = 0; gate < G; ++gate) {
+      S* const c = product + input_product(gate) * width;
+      if (packed_ih()) {
+        multiply<S>(x, n, problem.I, panel(input_panels_[d], problem.I, block, gate), units.vectors(block), c,
+                    kProducts * width, false);
+      } else {
+        const Rows<const S>& w = problem.direction[d].weights.w_ih;
+        multiply_transposed<S>(x, n, problem.I, {w[gate * problem.H + block * kBlock<S>], w.stride},
+                               units.in_block(block), c, kProducts * width, false);
+      }
+    }
+  }
+
+  /// Adds W_hh h of the team's rows i .. i + n to the products of a block.
+  void recurrent_product(int team, int64_t s, int64_t block, int64_t i, int64_t n, S* product) {
+    const int d = this->direction_of(team), width = width_of(block);
     const Rows<S> h = h_buffer(team, s);
     const Rows<const S> a{h[i], h.stride};
     for (int gate = 0; gate < G; ++gate) {
       S* const c = product + gate * width;
-      if (packed()) {
-        multiply<S>(a, n, problem.P, panel(d, block, gate), vectors, c, G * width, false);
+      const bool together = input_product(gate) == gate;
+      if (packed_hh()) {
+        multiply<S>(a, n, problem.P, panel(panels_[d], problem.P, block, gate), units.vectors(block), c,
+                    kProducts * width, together);
       } else {
         const Rows<const S>& w = problem.direction[d].weights.w_hh;
-        multiply_transposed<S>(a, n, problem.P, {w[gate * problem.H + first], w.stride},
-                               units.in_block(block), c, G * width);
+        multiply_transposed<S>(a, n, problem.P, {w[gate * problem.H + block * kBlock<S>], w.stride},
+                               units.in_block(block), c, kProducts * width, together);
       }
     }
-    if (problem.direction[d].saved)
+  }
+
+  void finish(int team, int64_t s, int64_t block, int64_t i, int64_t n, const S* product) {
+    if (problem.direction[this->direction_of(team)].saved)
       cells<true>(team, s, block, i, n, product);
     else
       cells<false>(team, s, block, i, n, product);
@@ -153,32 +268,41 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const ForwardDirection<S>& dir = problem.direction[d];
     const TeamRows rows = this->rows_of(team);
     const int64_t t = this->time(d, s), H = problem.H;
-    const int width = units.vectors(block) * kLanes<S>;
+    const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
+    const int width = width_of(block);
+    const S* const bias = bias_[d];
     const Rows<S> h_now = h_buffer(team, s), h_next = h_buffer(team, s + 1), m = m_buffer(team);
+    const bool projected = this->projected();
     for (int64_t k = 0; k < n; ++k) {
-      const int64_t i = i_begin + k, b = rows.batch(i), row = sequence.row(t, b);
-      const S* const gx = dir.gx[row];
-      const S* const gh = product + k * G * width;
+      const int64_t i = i_begin + k, position = rows.position(i), b = sequence.batch(position);
+      const int64_t row = sequence.row(t, position);
+      const S* const sums = product + k * kProducts * width;
+      // The state after this step is forgotten before the next one begins.
+      const bool forget = position < rows_after && sequence.resets(this->time(d, s + 1), position);
+      S* const y_row = projected ? nullptr : dir.y[row];
+      S* const h_row = projected ? m[i] : h_next[i];
+      S* const c_row = Cell::kCellState ? dir.c[b] : nullptr;
+      S* const saved_row = kSave ? dir.saved[row] : nullptr;
+      S* const saved_c_row = kSave && Cell::kCellState ? dir.saved_c[row] : nullptr;
       each_vector<S>(block * kBlock<S>, units.in_block(block), [&](auto io, int64_t u, int offset) {
         V<S> x[G], a[G], saved[Cell::kSaved + 1], h_prev{}, c{};
         for (int g = 0; g < G; ++g) {
-          x[g] = io.load(gx + g * H + u);
-          a[g] = load(gh + g * width + offset) + io.load(bias_[d] + g * H + u);
+          a[g] = load(sums + g * width + offset);
+          x[g] = io.load(bias + input_product(g) * H + u);
+          if (input_product(g) == g) continue;
+          a[g] += io.load(bias + g * H + u);
+          x[g] += load(sums + input_product(g) * width + offset);
         }
         if constexpr (Cell::kDirect) h_prev = io.load(h_now[i] + u);
-        if constexpr (Cell::kCellState) c = io.load(dir.c[b] + u);
+        if constexpr (Cell::kCellState) c = io.load(c_row + u);
         const V<S> h = Cell::template forward<Math<S>, V<S>>(x, a, h_prev, c, saved);
-        if constexpr (Cell::kCellState) io.store(dir.c[b] + u, c);
         if constexpr (kSave) {
-          for (int j = 0; j < Cell::kSaved; ++j) io.store(dir.saved[row] + j * H + u, saved[j]);
-          if constexpr (Cell::kCellState) io.store(dir.saved_c[row] + u, c);
+          for (int j = 0; j < Cell::kSaved; ++j) io.store(saved_row + j * H + u, saved[j]);
+          if constexpr (Cell::kCellState) io.store(saved_c_row + u, c);
         }
-        if (projected()) {
-          io.store(m[i] + u, h);
-        } else {
-          io.store(h_next[i] + u, h);
-          io.store(dir.y[row] + u, h);
-        }
+        if constexpr (Cell::kCellState) io.store(c_row + u, forget ? V<S>{} : c);
+        if (!projected) io.store(y_row + u, h);
+        io.store(h_row + u, forget && !projected ? V<S>{} : h);
       });
     }
   }
@@ -188,38 +312,53 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const int d = this->direction_of(team);
     const ForwardDirection<S>& dir = problem.direction[d];
     const TeamRows rows = this->rows_of(team);
-    const int64_t t = this->time(d, s), n = rows.count(sequence.rows(t));
+    const int64_t t = this->time(d, s), n = rows_at(team, s);
+    const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
     const Rows<S> h_next = h_buffer(team, s + 1), m = m_buffer(team);
     const Range blocks = share(outputs.count(), part, plan.parts);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t first = block * kBlock<S>;
       const int count = outputs.in_block(block);
       S* const c = h_next.data + first;
-      if (packed())
+      if (packed_hh())
         multiply<S>({m.data, m.stride}, n, problem.H, projection_[d] + first * problem.H,
                     outputs.vectors(block), c, h_next.stride, false);
       else
         multiply_transposed<S>({m.data, m.stride}, n, problem.H,
-                               {dir.weights.w_hr[first], dir.weights.w_hr.stride}, count, c,
-                               h_next.stride);
-      for (int64_t i = 0; i < n; ++i)
-        copy_row(dir.y[sequence.row(t, rows.batch(i))] + first, h_next[i] + first, count);
+                               {dir.weights.w_hr[first], dir.weights.w_hr.stride}, count, c, h_next.stride,
+                               false);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t position = rows.position(i);
+        copy_row(dir.y[sequence.row(t, position)] + first, h_next[i] + first, count);
+        if (position < rows_after && sequence.resets(this->time(d, s + 1), position))
+          __builtin_memset(h_next[i] + first, 0, count * sizeof(S));
+      }
     }
   }
 
-  /// h_n of a row is its y at the last step that it takes part in.
+  /// h_n of a row is its y at the last step that it takes part in; y is zero beyond the lengths.
   void final_states(int d) const {
     const ForwardDirection<S>& dir = problem.direction[d];
-    for (int64_t b = 0, t = sequence.T - 1; b < sequence.B; ++b) {
-      while (sequence.rows(t) <= b) --t;
-      copy_row(dir.h_n[b], dir.y[sequence.row(d == 0 ? t : 0, b)], problem.P);
+    for (int64_t position = 0; position < sequence.B; ++position) {
+      const int64_t b = sequence.batch(position), last = sequence.last_step(position);
+      const S* const h = last < 0 ? dir.h0[b] : dir.y[sequence.row(d == 0 ? last : 0, position)];
+      copy_row(dir.h_n[b], h, problem.P);
+      for (int64_t t = last + 1; sequence.counts && t < sequence.T; ++t)
+        clear_row(dir, sequence.row(t, position));
     }
+  }
+
+  void clear_row(const ForwardDirection<S>& dir, int64_t row) const {
+    __builtin_memset(dir.y[row], 0, problem.P * sizeof(S));
+    if (dir.saved) __builtin_memset(dir.saved[row], 0, Cell::kSaved * problem.H * sizeof(S));
+    if (dir.saved_c) __builtin_memset(dir.saved_c[row], 0, problem.H * sizeof(S));
   }
 
   Team* members_ = nullptr;
-  S *h_ = nullptr, *m_ = nullptr;
-  int64_t h_stride_ = 0, m_stride_ = 0;
+  S *h_ = nullptr, *m_ = nullptr, *x_ = nullptr, *products_ = nullptr;
+  int64_t h_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0, steps_at_once_ = 1;
   S* bias_[kMaxDirections] = {};
+  S* input_panels_[kMaxDirections] = {};
   S* panels_[kMaxDirections] = {};
   S* projection_[kMaxDirections] = {};
 };

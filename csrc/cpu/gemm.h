@@ -122,9 +122,9 @@ void pack(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
 
 constexpr int64_t kFewRows = 3;
 
-// c[i][j] = a[i] . w[j] for MR rows of A and NJ rows of W.
+// c[i][j] (+)= a[i] . w[j] for MR rows of A and NJ rows of W.
 template <int MR, int NJ, class S>
-void dots(Rows<const S> a, Rows<const S> w, int64_t K, S* c, int64_t ldc) {
+void dots(Rows<const S> a, Rows<const S> w, int64_t K, S* c, int64_t ldc, bool accumulate) {
   V<S> acc[MR][NJ] = {};
   int64_t k = 0;
   for (; k + kLanes<S> <= K; k += kLanes<S>)
@@ -138,19 +138,20 @@ void dots(Rows<const S> a, Rows<const S> w, int64_t K, S* c, int64_t ldc) {
       for (int i = 0; i < MR; ++i) acc[i][j] += load(a[i] + k, rest) * weights;
     }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NJ; ++j) c[i * ldc + j] = sum<S>(acc[i][j]);
+    for (int j = 0; j < NJ; ++j)
+      c[i * ldc + j] = sum<S>(acc[i][j]) + (accumulate ? c[i * ldc + j] : S{0});
 }
 
-// C[n, units] = A[n, K] W[units, K]^T, n <= kFewRows.
+// C[n, units] (+)= A[n, K] W[units, K]^T, n <= kFewRows.
 template <class S>
 void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int units, S* c,
-                         int64_t ldc) {
+                         int64_t ldc, bool accumulate) {
   const auto sweep = [&](auto rows) FASTRNN_LAMBDA_INLINE {
     constexpr int kRows = decltype(rows)::value, kAtOnce = kRows == 1 ? 8 : 4;
     int j = 0;
     for (; j + kAtOnce <= units; j += kAtOnce)
-      dots<kRows, kAtOnce, S>(a, {w[j], w.stride}, K, c + j, ldc);
-    for (; j < units; ++j) dots<kRows, 1, S>(a, {w[j], w.stride}, K, c + j, ldc);
+      dots<kRows, kAtOnce, S>(a, {w[j], w.stride}, K, c + j, ldc, accumulate);
+    for (; j < units; ++j) dots<kRows, 1, S>(a, {w[j], w.stride}, K, c + j, ldc, accumulate);
   };
   n == 1 ? sweep(Constant<1>{}) : n == 2 ? sweep(Constant<2>{}) : sweep(Constant<3>{});
 }

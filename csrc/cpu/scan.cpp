@@ -40,10 +40,14 @@ void with_type(const Tensor& like, F f) {
 void check_memory(bool enough) { STD_TORCH_CHECK(enough, "fastrnn: not enough memory for the working arrays"); }
 
 template <class S>
-Weights<S> weights_of(const Tensors& w_hh, const Tensors& b_hh, const Tensors& w_hr, int64_t direction) {
+Weights<S> weights_of(const Tensors& w_ih, const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh,
+                      const Tensors& w_hr, int64_t direction) {
   const auto d = static_cast<size_t>(direction);
-  return {rows<S>(w_hh[d]), b_hh.empty() ? nullptr : b_hh[d].const_data_ptr<S>(),
-          w_hr.empty() ? Rows<const S>{} : rows<S>(w_hr[d])};
+  return {.w_ih = w_ih.empty() ? Rows<const S>{} : rows<S>(w_ih[d]),
+          .w_hh = rows<S>(w_hh[d]),
+          .b_ih = b_ih.empty() ? nullptr : b_ih[d].const_data_ptr<S>(),
+          .b_hh = b_hh.empty() ? nullptr : b_hh[d].const_data_ptr<S>(),
+          .w_hr = w_hr.empty() ? Rows<const S>{} : rows<S>(w_hr[d])};
 }
 
 Tensors each_with_rows(const Tensors& matrices) {
@@ -79,17 +83,23 @@ Sizes check_weights(const Tensor& h0, const MaybeTensor& c0, const Tensors& w_hh
 
 template <class Cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    Tensors gx, const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors b_hh, Tensors w_hr,
-    const MaybeTensor& batch_sizes, bool batch_first, bool save) {
+    const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
+    Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    const MaybeTensor& reset, bool batch_first, bool save) {
   const auto [D, B, P, H, G] = check_weights<Cell>(h0, c0, w_hh, w_hr);
-  STD_TORCH_CHECK(!gx.empty() && gx[0].dim() == 2, "gx must be matrices [N, G*H]");
-  const int64_t N = gx[0].size(0);
+  STD_TORCH_CHECK(x.dim() == 2, "x must be [N, I]");
+  const int64_t N = x.size(0), I = x.size(1);
   const Arguments arguments(h0, D);
-  arguments.check_each(gx, "gx", "[N, G*H]", {N, G * H});
+  arguments.check(x, "x", "[N, I]", {N, I});
+  arguments.check_each(w_ih, "w_ih", "[G*H, I]", {G * H, I});
+  STD_TORCH_CHECK(b_ih.empty() == b_hh.empty(), "b_ih and b_hh come together or not at all");
+  if (!b_ih.empty()) arguments.check_each(b_ih, "b_ih", "[G*H]", {G * H});
   if (!b_hh.empty()) arguments.check_each(b_hh, "b_hh", "[G*H]", {G * H});
-  const SequenceLayout layout(N, B, batch_sizes, batch_first);
+  const SequenceLayout layout(N, B, batch_sizes, lengths, reset, batch_first);
 
-  gx = each_with_rows(gx), w_hh = each_with_rows(w_hh), w_hr = each_with_rows(w_hr);
+  const Tensor x_rows = with_rows(x);
+  w_ih = each_with_rows(w_ih), w_hh = each_with_rows(w_hh), w_hr = each_with_rows(w_hr);
+  for (Tensor& bias : b_ih) bias = as_contiguous(bias);
   for (Tensor& bias : b_hh) bias = as_contiguous(bias);
   const Tensor h0_rows = as_contiguous(h0);
   const Tensor y = empty({N, D * P}, h0), h_n = empty({D, B, P}, h0);
@@ -98,11 +108,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor c_n = c0 ? torch::stable::clone(as_contiguous(*c0)) : empty({0}, h0);
 
   with_type(h0, [&]<class S>(S) {
-    ForwardProblem<S> problem{layout.get(), H, P, static_cast<int>(D), {}, torch_threads()};
+    ForwardProblem<S> problem{{layout.get(), H, P, static_cast<int>(D), {}, torch_threads()}, rows<S>(x_rows), I};
     for (int64_t d = 0; d < D; ++d)
       problem.direction[d] = {
-          .weights = weights_of<S>(w_hh, b_hh, w_hr, d),
-          .gx = rows<S>(gx[static_cast<size_t>(d)]),
+          .weights = weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d),
           .h0 = direction_rows<const S>(h0_rows, d),
           .y = {y.mutable_data_ptr<S>() + d * P, D * P},
           .h_n = direction_rows<S>(h_n, d),
@@ -122,7 +131,8 @@ template <class Cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved,
     const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y, const Tensor& h0,
-    const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes, bool batch_first) {
+    const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
+    const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first) {
   const auto [D, B, P, H, G] = check_weights<Cell>(h0, c0, w_hh, w_hr);
   STD_TORCH_CHECK(y.dim() == 2, "y must be [N, D*P]");
   const int64_t N = y.size(0);
@@ -139,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   check(dc_n, "dc_n", "[D, B, H]", {D, B, H});
   check(dsaved, "dsaved", "[D, N, S*H]", {D, N, Cell::kSaved * H});
   check(dsaved_c, "dsaved_c", "[D, N, H]", {D, N, H});
-  const SequenceLayout layout(N, B, batch_sizes, batch_first);
+  const SequenceLayout layout(N, B, batch_sizes, lengths, reset, batch_first);
 
   w_hh = each_with_rows(w_hh), w_hr = each_with_rows(w_hr);
   const auto contiguous_if = [](const MaybeTensor& tensor) {
@@ -165,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     BackwardProblem<S> problem{layout.get(), H, P, static_cast<int>(D), {}, torch_threads()};
     for (int64_t d = 0; d < D; ++d)
       problem.direction[d] = {
-          .weights = weights_of<S>(w_hh, {}, w_hr, d),
+          .weights = weights_of<S>({}, w_hh, {}, {}, w_hr, d),
           .dy = dy_rows ? Rows<const S>{dy_rows->const_data_ptr<S>() + d * P, dy_rows->stride(0)}
                         : Rows<const S>{},
           .dsaved = optional_rows(dsaved_rows, d),

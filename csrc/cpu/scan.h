@@ -40,11 +40,11 @@ FASTRNN_INLINE void each_vector(int64_t first, int units, F&& f) {
   if (offset < units) f(Part{units - offset}, first + offset, offset);
 }
 
-/// The rows of one team: batch rows first, first + stride, ...
+/// The rows of one team: positions first, first + stride, ... among the rows in the order of their length.
 struct TeamRows {
   int64_t first, stride;
-  FASTRNN_INLINE int64_t batch(int64_t i) const { return first + i * stride; }
-  /// How many of the first n batch rows are the team's.
+  FASTRNN_INLINE int64_t position(int64_t i) const { return first + i * stride; }
+  /// How many of the first n rows are the team's.
   FASTRNN_INLINE int64_t count(int64_t n) const {
     return n > first ? (n - first + stride - 1) / stride : 0;
   }
