@@ -66,7 +66,7 @@ class SequenceClassifier(SequenceTask):
                 lambda: MulticlassConfusionMatrix(count),
             )
         )
-        self._seen: tuple[str, Tensor] | None = None  # stage and confusion matrix [C, C]
+        self._seen: Tensor | None = None  # confusion matrix [C, C] of the last evaluation
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Logits [B, C] of padded sequences x [T, B, I] with lengths [B]."""
@@ -105,7 +105,7 @@ class SequenceClassifier(SequenceTask):
     def _finish(self, stage: str) -> None:
         self.log(f"{stage}/accuracy", self.accuracy[stage].compute(), prog_bar=True)
         self.log(f"{stage}/f1", self.f1[stage].compute())
-        self._seen = stage, self.confusion[stage].compute().cpu()
+        self._seen = self.confusion[stage].compute().cpu()
         for metric in (self.accuracy, self.f1, self.confusion):
             metric[stage].reset()
 
@@ -133,6 +133,5 @@ class SequenceClassifier(SequenceTask):
         return {"loss": F.cross_entropy(self(batch.x, batch.lengths), batch.y)}
 
     def exhibits(self) -> Iterator[tuple[str, Figure | str]]:
-        if self._seen:
-            stage, matrix = self._seen
-            yield f"Confusion matrix ({stage})", plots.confusion(matrix.numpy(), self.classes)
+        if self._seen is not None:
+            yield "Confusion matrix", plots.confusion(self._seen.numpy(), self.classes)

@@ -1,6 +1,7 @@
 """``python -m fastrnn train``: LightningCLI over the tasks and data of this package."""
 
 import json
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -43,6 +44,16 @@ class SequenceCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self._get(self.config, "trainer").enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(RichProgressBar(leave=False))
+
+    def instantiate_classes(self) -> None:
+        """All objects; a checkpoint to be used, not trained on, decides how data is numbered."""
+        super().instantiate_classes()
+        checkpoint = self._get(self.config, "ckpt_path")
+        if self.subcommand != "fit" and checkpoint:
+            saved = AtomicCheckpoints().load_checkpoint(checkpoint)
+            spec = saved.get("hyper_parameters", {}).get("spec", {})
+            self.datamodule.adopt(spec)
+            self.model = type(self.model)(**{**self.model.hparams, "spec": spec})
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         folder, name = self._get(self.config, "runs"), self._get(self.config, "name")
@@ -106,10 +117,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """False for Lightning's advertisements and for what no run here needs."""
+    return not record.getMessage().startswith(("💡", "`weights_only`", "TPU"))
+
+
 def run(argv: list[str]) -> SequenceCLI:
     """One command, in this process; the trainer and the task are attributes of what comes back."""
     for noise in ("LightningCLI's args parameter", ".*LeafSpec", ".*num_workers"):
         warnings.filterwarnings("ignore", message=noise)
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(is_news)
     return SequenceCLI(
         SequenceTask,
         SequenceData,

@@ -17,6 +17,7 @@ TEXT = "".join(f"line {i} of a small text, {i * i} words long.\n" for i in range
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # small steps: more threads only wait for each other
     warnings.filterwarnings("ignore", module="lightning")
 
 

@@ -70,6 +70,8 @@ class LabelledData(SequenceData):
     def batches(self, part: str, rank: int, world: int) -> ShuffledBatches:
         sequences, labels = self.checked[part]
         number = {c: i for i, c in enumerate(self.spec["classes"])}
+        if unknown := sorted(set(labels) - number.keys()):
+            raise InputError(f"classes of {part} that the model does not know: {unknown}")
         targets = torch.tensor([number[label] for label in labels])
         seed = self.seed if part == "train" else None
         return ShuffledBatches(sequences, targets, self.batch_size, seed, rank, world)

@@ -6,12 +6,24 @@ from typing import Any
 import lightning as L
 
 from fastrnn.training.data.batches import Batches
+from fastrnn.training.errors import InputError
 
 
 class SequenceData(L.LightningDataModule):
     """Data with a ``spec`` that a task is built from, and batches for each part and process."""
 
     spec: dict[str, Any]  # what the model must know of the data; plain values
+
+    def adopt(self, spec: dict[str, Any]) -> None:
+        """Take a trained model's spec, so that symbols and classes are numbered as it knows them.
+
+        Raises:
+            InputError: the data's columns are not the model's.
+        """
+        columns, wanted = self.spec.get("columns"), spec.get("columns")
+        if columns != wanted:
+            raise InputError(f"columns must be the model's, {wanted}, got {columns}")
+        self.__dict__["spec"] = spec
 
     @abstractmethod
     def batches(self, part: str, rank: int, world: int) -> Batches:

@@ -1,0 +1,97 @@
+"""The command line: every shipped configuration runs, and leaves a report that can be read."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrnn.training.cli import CONFIGS, main
+
+SHORT = [
+    "--trainer.max_steps=3",
+    "--trainer.max_epochs=-1",
+    "--trainer.limit_val_batches=1",
+    "--trainer.limit_test_batches=1",
+    "--trainer.val_check_interval=2",
+    "--trainer.check_val_every_n_epoch=1",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--flow.every_n_steps=2",
+]
+SMALLER = {"shakespeare": ["--data.rows=4", "--data.limit=200000", "--model.stack.num_layers=1"]}
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+def test_each_configuration_runs_and_reports(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    more = [*SHORT, *SMALLER.get(name, []), f"--runs={tmp_path}"]
+    assert main(["fit", "--config", name, *more]) == 0
+    report = Path(re.findall(r"report: (.+)", capsys.readouterr().out)[-1])
+    page = report.read_text(encoding="utf-8")
+    for part in ("Results", "Curves", "Gradient flow", "Speed", "Configuration", "Environment"):
+        assert f"<h2>{part}</h2>" in page
+    assert "test/" in page
+    assert page.count("data:image/png;base64,") == len(list((report.parent / "figures").iterdir()))
+    assert "http" not in re.sub(r"<pre>.*?</pre>", "", page, flags=re.S)  # nothing is fetched
+    with open(report.parent / "metrics.csv", encoding="utf-8") as file:
+        assert any(row.get("train/loss") for row in csv.DictReader(file))
+    checkpoints = report.parent / "checkpoints"
+    assert {p.name for p in checkpoints.iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_validate_test_and_predict_take_a_checkpoint(
+    tmp_path: Path, text_file: str, capsys: pytest.CaptureFixture
+) -> None:
+    given = ["--config", "shakespeare", f"--runs={tmp_path}", f"--data.paths=['{text_file}']"]
+    given += ["--data.rows=4", "--data.k1=16", "--model.stack.hidden_size=16"]
+    quiet = ["--trainer.enable_progress_bar=false"]
+    assert main(["fit", *given, *SHORT, "--tensorboard=true"]) == 0
+    run = tmp_path / "shakespeare/version_0"
+    assert list((run / "tensorboard").glob("events.*"))
+    best = f"--ckpt_path={run}/checkpoints/best.ckpt"
+    assert main(["validate", *given, *quiet, best]) == 0
+    assert main(["test", *given, *quiet, best]) == 0
+    prompts = "--data.prompts=['line', 'text']"
+    assert main(["predict", *given, *quiet, best, prompts]) == 0
+    text = (tmp_path / "shakespeare-predict/version_0/predictions.json").read_text()
+    assert '"line' in text
+    capsys.readouterr()
+    assert main(["predict", *given, *quiet, best, "--data.prompts=['é']"]) == 2
+    assert "does not know: 'é'" in capsys.readouterr().err
+    other = ["--model.stack.hidden_size=24"]
+    assert main(["test", *given, *other, *quiet, best]) == 2
+    assert "stack.hidden_size is 16 there, 24 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "shakespear"], "no configuration shakespear: give a file, or one of adding"),
+        (["--config", "co2", "--data.missing=raise"], "59 missing values, the first in line 8"),
+        (["--config", "co2", "--data.window=3000"], "too short for a window of 3000"),
+        (["--config", "shakespeare", "--data.paths=['/absent']"], "cannot read /absent"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["fit", *arguments, f"--runs={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+def test_sweep_writes_a_sorted_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = ["--config", "adding", *SHORT, f"--runs={tmp_path}", "--data.length=8"]
+    grid = ["--grid", "model.stack.hidden_size=4,8", "--grid", "model.optim.lr=0.01"]
+    assert main(["sweep", *given, *grid]) == 0
+    with open(tmp_path / "adding-sweep.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["model.stack.hidden_size"] for row in rows} == {"4", "8"}
+    scores = [float(row["val/rmse"]) for row in rows]
+    assert scores == sorted(scores)
+    assert "Sweep, best first" in capsys.readouterr().out

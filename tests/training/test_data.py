@@ -1,0 +1,166 @@
+"""The shipped data is what it says, and bad input is named."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastrnn.training import (
+    InputError,
+    JapaneseVowels,
+    LabelledData,
+    MemoryData,
+    SeriesData,
+    TextData,
+    Vocabulary,
+)
+from fastrnn.training.data import shipped
+from fastrnn.training.data.batches import IGNORE
+
+
+def test_shipped_files_match_their_manifest_and_say_where_they_come_from() -> None:
+    manifest = json.loads((shipped.FILES / "manifest.json").read_text())
+    assert {f.name for f in shipped.FILES.glob("*.xz")} == {f"{name}.xz" for name in manifest}
+    for name, entry in manifest.items():
+        packed = (shipped.FILES / f"{name}.xz").read_bytes()
+        assert hashlib.sha256(packed).hexdigest() == entry["sha256"]
+        assert entry["licence"]
+        assert entry["source"]
+
+
+def test_damaged_shipped_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for file in shipped.FILES.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "co2.csv.xz").write_bytes(b"not the file")
+    monkeypatch.setattr(shipped, "FILES", tmp_path)
+    with pytest.raises(InputError, match=r"co2\.csv\.xz is damaged"):
+        shipped.read("co2.csv")
+    with pytest.raises(InputError, match="no shipped data 'moon'"):
+        shipped.read("moon")
+
+
+def test_shakespeare_is_38_plays_cut_without_loss() -> None:
+    data = TextData(rows=2)
+    parts = data.parts
+    assert len(data.documents) == 38
+    pieces = {name: sum(map(len, part)) for name, part in parts.items()}
+    assert sum(pieces.values()) == sum(map(len, data.documents))
+    assert pieces["val"] == pytest.approx(0.05 * sum(pieces.values()), abs=1)
+    vocabulary = Vocabulary(data.spec["vocabulary"])
+    assert "To be, or not to be: that is the question" in "".join(data.documents)
+    assert "".join(map(vocabulary.decode, parts["test"])) in "".join(data.documents)
+
+
+def test_japanese_vowels_has_the_published_sizes() -> None:
+    data = JapaneseVowels(held_out=5)
+    sizes = {name: len(part[0]) for name, part in data.checked.items()}
+    assert sizes == {"train": 225, "val": 45, "test": 370}
+    lengths = [len(s) for part in data.checked.values() for s in part[0]]
+    assert (min(lengths), max(lengths)) == (7, 29)
+    assert data.checked["train"][0][0].shape[1] == 12
+    assert len(data.spec["classes"]) == 9
+
+
+def test_series_parts_follow_in_time_and_targets_follow_windows() -> None:
+    data = SeriesData("co2", window=60, horizon=4, missing="interpolate")
+    assert len(data.table) == 2284
+    for part in ("train", "val", "test"):
+        batch = data.batches(part, 0, 1).batch(0, 0)
+        assert batch.x.shape[0] == 60
+        assert batch.y.shape == (4, batch.x.shape[1], 1)
+    batch = data.batches("val", 0, 1).batch(0, 0)  # in the given order
+    assert torch.equal(batch.x[1:, 0], batch.x[:-1, 1])
+    assert torch.equal(batch.y[:-1, 1], batch.y[1:, 0])
+    assert torch.equal(batch.y[0, 0], batch.x[-1, 1])
+
+
+def test_memory_problems_have_the_targets_they_state() -> None:
+    adding = MemoryData("adding", length=30).batches("train", 0, 1).batch(0, 0)
+    assert (adding.x[..., 1].sum(0) == 2).all()
+    torch.testing.assert_close(adding.y[0, :, 0], adding.x.prod(-1).sum(0))
+    parity = MemoryData("parity", length=30).batches("train", 0, 1).batch(0, 0)
+    assert torch.equal(parity.y, parity.x.sum((0, 2)).long() % 2)
+    copy = MemoryData("copy", length=30).batches("train", 0, 1).batch(0, 0)
+    assert torch.equal(copy.y[copy.y != IGNORE].view(10, -1), copy.x[:10])
+
+
+def test_made_up_batches_depend_on_epoch_and_number_only() -> None:
+    one, two = (MemoryData("adding", length=9).batches("train", 0, 1) for _ in range(2))
+    assert torch.equal(one.batch(3, 5).x, two.batch(3, 5).x)
+    assert not torch.equal(one.batch(3, 5).x, one.batch(4, 5).x)
+    assert not torch.equal(one.batch(3, 5).x, one.batch(3, 6).x)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "is empty"), (b"  \n ", "is empty"), (b"ab\xff", "not UTF-8 text: byte 2")],
+)
+def test_unusable_text_files_are_named(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        TextData([str(path)]).documents  # noqa: B018
+    with pytest.raises(InputError, match="cannot read"):
+        TextData([str(tmp_path / "absent.txt")]).documents  # noqa: B018
+
+
+def test_unknown_characters_are_shown_with_their_position() -> None:
+    with pytest.raises(InputError, match=r"2 characters .*'ß', 'é'; the first is at position 1"):
+        Vocabulary("abc").encode("aßbé")
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "words"),
+    [
+        ("", {}, "is empty"),
+        ("a,b\n", {}, "a header but no rows"),
+        ("a,b\n1,2\n", {"columns": ["c"]}, "no column c; there are a, b"),
+        ("a,b\n1,2\n", {"columns": None}, "name the columns .* there are a, b"),
+        ("a,b\n1,2\nx,3\n", {}, "line 3 .* is not a number"),
+        ("a,b\n1,2\n,3\n" + "1,2\n" * 50, {}, "1 missing values, the first in line 3, column a"),
+        ("a,b\n1,2\n2,3\n3,4\n", {}, "train has 3 steps .* too short for a window of 8 and 2"),
+        ("a,b\n,2\n,3\n", {"missing": "interpolate"}, "column a .* has no values at all"),
+    ],
+)
+def test_unusable_csv_files_are_named(tmp_path: Path, text: str, settings: dict, words: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    given = {"columns": ["a", "b"], "window": 8, "horizon": 2, "held_out": (0.0, 0.0), **settings}
+    with pytest.raises(InputError, match=words):
+        SeriesData(str(path), **given).spec  # noqa: B018
+
+
+def arrays(*lengths: int, features: int = 2) -> list[np.ndarray]:
+    return [np.ones((n, features)) for n in lengths]
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"train": ([], [])}, "train must hold .* 0 arrays, 0 labels"),
+        ({"train": (arrays(3), [1, 2])}, "1 arrays, 2 labels"),
+        ({"test": (arrays(3), ["c"])}, "classes of test absent from training: c"),
+        ({"val": (arrays(3, features=5), ["a"])}, r"val\[0\] must have 2 features .* got 5"),
+        ({"val": (arrays(0), ["a"])}, r"val\[0\] must be \[T, I\], T > 0; got \[0, 2\]"),
+        ({"val": ([np.array([[1.0, np.nan]])], ["a"])}, "missing value at step 0, feature 1"),
+    ],
+)
+def test_unusable_arrays_are_named(parts: dict, words: str) -> None:
+    good = (arrays(3, 4), ["a", "b"])
+    with pytest.raises(InputError, match=words):
+        LabelledData(**{"train": good, "val": good, "test": good, **parts}).spec  # noqa: B018
+
+
+def test_a_model_keeps_its_own_numbers_for_new_data() -> None:
+    good = (arrays(3, 4), ["a", "b"])
+    data = LabelledData(good, good, (arrays(2), ["b"]))
+    data.adopt({**data.spec, "classes": ["z", "a", "b"]})
+    assert data.batches("test", 0, 1).batch(0, 0).y.tolist() == [2]
+    data.adopt({**data.spec, "classes": ["z", "a"]})
+    with pytest.raises(InputError, match=r"classes of test that the model does not know: \['b'\]"):
+        data.batches("test", 0, 1)
+    with pytest.raises(InputError, match=r"columns must be the model's, \['x'\], got \['co2'\]"):
+        SeriesData("co2", missing="interpolate").adopt({"columns": ["x"]})

@@ -1,0 +1,150 @@
+"""The three tasks learn, measure and predict, on fastrnn and on torch.nn alike."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import language_model, trainer
+from torch.nn import functional as F
+
+from fastrnn.training import (
+    Forecaster,
+    InputError,
+    JapaneseVowels,
+    LanguageModel,
+    MemoryData,
+    Optim,
+    SequenceBatch,
+    SequenceClassifier,
+    SeriesData,
+    Stack,
+    TextData,
+)
+from fastrnn.training.clipping import GradientClipping
+from fastrnn.training.speed import compare_backends
+
+BACKENDS = ["fastrnn", "torch"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_language_model_learns_and_both_backends_agree(text: TextData, tmp_path: Path, backend: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(text.spec, Stack(hidden_size=32, backend=backend), Optim(lr=0.02))
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(model, datamodule=text)
+    seen = run.logged_metrics
+    assert seen["val/bpc"] < 2.2 < math.log2(len(model.vocabulary))
+    assert seen["val/perplexity"] == pytest.approx(2 ** float(seen["val/bpc"]), rel=1e-4)
+    # The same seed gives the same curve in both libraries, up to rounding.
+    assert float(seen["val/bpc"]) == pytest.approx(CURVE.setdefault("bpc", float(seen["val/bpc"])), rel=0.02)
+
+
+CURVE: dict[str, float] = {}
+
+
+def test_generation_is_seeded_bounded_and_checked(text: TextData) -> None:
+    model = language_model(text)
+    assert model.generate("line", 20, seed=1) == model.generate("line", 20, seed=1)
+    assert len(model.generate("line", 20)) == 24
+    greedy = model.generate("line", 20, temperature=0)
+    assert greedy == model.generate("line", 20, top_k=1)
+    assert model.training
+    with pytest.raises(InputError, match="'é'"):
+        model.generate("é")
+    with pytest.raises(InputError, match="at least one character"):
+        model.generate("")
+
+
+def test_classifier_reads_only_valid_steps() -> None:
+    data = JapaneseVowels(batch_size=5)
+    batch = data.batches("test", 0, 1).batch(0, 0)
+    padded = torch.cat([batch.x, torch.full((4, *batch.x.shape[1:]), 7.0)])
+    for pool in ("last", "mean", "max"):
+        stack = Stack(hidden_size=8, bidirectional=True)
+        model = SequenceClassifier(data.spec, stack, pool=pool).eval()
+        together = model(batch.x, batch.lengths)
+        torch.testing.assert_close(model(padded, batch.lengths), together)
+        for i, n in enumerate(batch.lengths.tolist()):
+            alone = model(batch.x[:n, i : i + 1], torch.tensor([n]))
+            torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-4)
+
+
+def test_classifier_metrics_are_accuracy_and_macro_f1(tmp_path: Path) -> None:
+    data = JapaneseVowels(batch_size=64)
+    model = SequenceClassifier(data.spec, Stack(hidden_size=16), Optim(lr=0.01))
+    run = trainer(tmp_path, max_epochs=4)
+    run.fit(model, datamodule=data)
+    (found,) = run.test(model, datamodule=data, verbose=False)
+    with torch.no_grad():
+        batches = list(data.batches("test", 0, 1))
+        guess = torch.cat([model.eval()(b.x, b.lengths).argmax(-1) for b in batches])
+    truth = torch.cat([b.y for b in batches])
+    assert found["test/accuracy"] == pytest.approx(float((guess == truth).float().mean()))
+    f1 = []
+    for c in range(9):
+        hit = float(((guess == c) & (truth == c)).sum())
+        f1.append(2 * hit / float((guess == c).sum() + (truth == c).sum()))
+    assert found["test/f1"] == pytest.approx(sum(f1) / 9, rel=1e-5)
+    (predictions, *_) = run.predict(model, datamodule=data)
+    assert predictions[0]["class"] in data.spec["classes"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "function"), [("mse", F.mse_loss), ("mae", F.l1_loss), ("huber", F.huber_loss)]
+)
+@pytest.mark.parametrize("centre", [False, True])
+def test_forecaster_feeds_its_outputs_back(loss: str, function, centre: bool) -> None:  # type: ignore
+    data = SeriesData("sunspots", window=30, horizon=3, batch_size=4)
+    model = Forecaster(data.spec, Stack(hidden_size=8), loss=loss, centre=centre).eval()
+    batch = data.batches("val", 0, 1).batch(0, 0)
+    ahead = model(batch.x, batch.lengths, 3)
+    longer = batch.x
+    for k in range(3):  # each forecast, appended to the past, gives the next one
+        step = model(longer, torch.full((4,), len(longer))) if not centre else ahead[k : k + 1]
+        torch.testing.assert_close(step[0], ahead[k], atol=1e-2, rtol=1e-3)
+        longer = torch.cat([longer, ahead[k : k + 1]])
+    origin = batch.x[-1:] if centre else torch.tensor(data.spec["mean"])
+    scaled = [(v - origin) / torch.tensor(data.spec["scale"]) for v in (ahead, batch.y)]
+    assert float(model.flow_losses(batch)["loss"]) == pytest.approx(float(function(*scaled)), rel=1e-4)
+
+
+def test_seasonal_naive_forecast_is_the_value_one_season_before() -> None:
+    model = Forecaster({"mean": [0.0], "scale": [1.0], "outputs": 1, "columns": ["a"], "season": 4})
+    wave = torch.arange(16.0) % 4
+    batch = SequenceBatch(wave[:10].view(10, 1, 1), torch.tensor([10]), wave[10:16].view(6, 1, 1))
+    assert torch.equal(model._naive(batch), batch.y)
+
+
+def test_models_that_would_see_the_future_are_refused(text: TextData) -> None:
+    for make in (lambda s: LanguageModel(text.spec, s), lambda s: Forecaster({}, s)):
+        with pytest.raises(InputError, match="bidirectional"):
+            make(Stack(bidirectional=True))
+
+
+@pytest.mark.parametrize(
+    ("stack", "words"),
+    [(Stack(cell="lstn"), "cell must be one of lstm"), (Stack(backend="jax"), "backend must be")],
+)
+def test_unknown_names_are_refused(stack: Stack, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        stack.build(3)
+
+
+def test_comparison_with_torch_leaves_the_task_alone(text: TextData) -> None:
+    model = language_model(text)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = compare_backends(model, text.batches("train", 0, 1).batch(0, 0), rounds=2)
+    assert all(v > 0 for v in found.values())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_adding_problem_is_solved_over_30_steps(tmp_path: Path, cell: str) -> None:
+    """Chance is a mean squared error of 0.167; docs/results.md has the run over 200 steps."""
+    torch.manual_seed(0)
+    data = MemoryData("adding", length=30, batch_size=64, epoch=500, evaluation=4)
+    model = Forecaster(data.spec, Stack(cell=cell, hidden_size=32), Optim(lr=0.01))
+    run = trainer(tmp_path, GradientClipping(norm=1.0), max_epochs=1)
+    run.fit(model, datamodule=data)
+    assert float(run.logged_metrics["val/rmse"]) ** 2 < 0.02
