@@ -1,9 +1,16 @@
 """Drop-in torch.nn.LSTM, GRU and RNN with fused kernels: change the import, and nothing else."""
 
-from . import functional
-from .convert import convert, to_torch
-from .functional import FallbackWarning, set_strict
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+import sys
+
+try:
+    from . import functional
+    from .convert import convert, to_torch
+    from .functional import FallbackWarning, set_strict
+    from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+except ImportError as error:
+    # The doctor explains what is wrong here, so it alone gets past it.
+    if sys.argv[:2] != ["-m", "doctor"]:
+        raise ImportError(f"{error}; 'python -m fastrnn doctor' says what to do") from error
 
 __version__ = "0.1.0"
 __all__ = [
