@@ -1,0 +1,55 @@
+"""Puts the table of measured speed into README.md: ``python benchmarks/readme.py results.json``.
+
+A row is a class of shapes and a number of threads, with the geometric mean of torch.nn's time divided by
+fastrnn's and the best and the worst shape. Nothing is left out, losses least of all.
+"""
+
+import argparse
+from itertools import groupby
+from pathlib import Path
+
+from fastrnn.bench.results import RIVAL, Record, Results, geometric_mean
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+
+
+def describe(record: Record) -> str:
+    return f"{record.ratios[RIVAL].median:.2f} ({record.case})"
+
+
+def table(results: Results) -> str:
+    """Markdown, class by class in the order of the records."""
+    environment = results.environment
+    lines = [
+        f"Measured on {environment['cpu']} ({environment['kernels']} kernels), torch {environment['torch']}, "
+        f"{str(environment['date'])[:10]}.",
+        "",
+        "| class | threads | shapes | mean | best | worst | slower than torch.nn |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    groups = list(dict.fromkeys((record.group, record.threads) for record in results.records))
+    ordered = sorted(results.records, key=lambda record: groups.index((record.group, record.threads)))
+    for (group, threads), members in groupby(ordered, key=lambda record: (record.group, record.threads)):
+        records = sorted(members, key=lambda record: record.ratios[RIVAL].median)
+        ratios = [record.ratios[RIVAL].median for record in records]
+        losses = sum(ratio < 1 for ratio in ratios)
+        cells = [group, threads, len(ratios), f"**{geometric_mean(ratios):.2f}**"]
+        cells += [describe(records[-1]), describe(records[0]), losses or "none"]
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def insert(readme: str, content: str) -> str:
+    """The text with ``content`` between the two markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"README.md must hold {BEGIN} and then {END}")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    README.write_text(insert(README.read_text(), table(Results.load(parser.parse_args().results))))
