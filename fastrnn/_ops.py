@@ -4,6 +4,8 @@ The operators do what torch cannot do in parallel, the scan over time; all gradi
 ordinary torch products around them, so that autograd, vmap and torch.compile treat those natively.
 """
 
+from collections.abc import Iterable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +62,18 @@ def _register_fakes(name: str) -> None:
             h0.new_empty(D, N, P) if w_hr else h0.new_empty(0),
         )
 
+    @torch.library.register_fake(f"fastrnn::{name}_products")
+    def _(dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights):
+        D, _, P = h0.shape
+        GH, I = w_ih[0].shape
+        none = h0.new_empty(0)
+        return (
+            torch.empty_like(x, memory_format=torch.contiguous_format) if inputs else none,
+            h0.new_empty(D, GH, I) if weights else none,
+            h0.new_empty(D, GH, P) if weights else none,
+            h0.new_empty(D, dgates.shape[2]) if weights else none,
+        )
+
 
 for _name in CELLS:
     _register_fakes(_name)
@@ -95,9 +109,7 @@ class Scan(torch.autograd.Function):
         ctx.options = name, batch_first, bias, projected, D
         ctx.set_materialize_grads(False)
         w_ih, w_hh, _, _, w_hr = _split(tuple(weights), D, bias, projected)
-        ctx.save_for_backward(
-            batch_sizes, lengths, reset, saved, saved_c, y, x, h0, c0, *w_ih, *w_hh, *w_hr
-        )
+        ctx.save_for_backward(batch_sizes, lengths, reset, saved, saved_c, y, x, h0, c0, *w_ih, *w_hh, *w_hr)
 
     @staticmethod
     def backward(ctx: Any, dy, dh_n, dc_n, dsaved, dsaved_c):  # type: ignore[override]
@@ -114,46 +126,41 @@ class Scan(torch.autograd.Function):
             name, batch_first, projected, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c,
             saved, saved_c, y, h0, c0, *recurrent_weights,
         )  # fmt: skip
-        function = ScanBackward.apply if _needs_function(arguments[3:]) else ScanBackward.forward
+        needed = _is_dual() or _needs_function(arguments[3:])
+        function = _backward_function().apply if needed else ScanBackward.forward
         dgates, dh0, dc0, dh = function(*arguments)
 
-        needs = ctx.needs_input_grad[7:]
-        wants = _split(needs[3:], D, bias, projected)
-        dx, P = None, h0.shape[2]
-        gradients: list[list[Maybe]] = [[], [], [], [], []]
-        for d in range(D):
-            w_wants = [want[d] if want else False for want in wants]
-            dgx = reference.input_gradients(cell, dgates[d])
-            dga = dgates[d][:, : dgx.shape[1]]  # of the recurrent product, its gates rotated
-            if needs[0]:
-                dx = dgx @ w_ih[d] if dx is None else torch.addmm(dx, dgx, w_ih[d])
-            dw_ih = dgx.T @ x if w_wants[0] else None
-            dw_hh = None
-            if w_wants[1]:
-                before = previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d)
-                dw_hh = reference.unrotate(cell, dga.T @ before, 0)
-            db_ih = dgx.sum(0) if w_wants[2] or (cell.one_bias and w_wants[3]) else None
-            db_hh = db_ih
-            if not cell.one_bias and w_wants[3]:
-                db_hh = reference.unrotate(cell, dga.sum(0), 0)
-            dw_hr = None
-            if w_wants[4]:
-                H = saved_c.shape[2]
-                dw_hr = dh[d].T @ (saved[d][:, 3 * H :] * torch.tanh(saved_c[d]))
-            for part, gradient in zip(gradients, (dw_ih, dw_hh, db_ih, db_hh, dw_hr), strict=True):
-                part.append(gradient)
-        flat = [g for part, want in zip(gradients, wants, strict=True) if want for g in part]
-        return (None,) * 7 + (dx, dh0, dc0 if cell.has_c else None, *flat)
+        wants_x, _, _, *wants_weights = ctx.needs_input_grad[7:]
+        wants = _split(tuple(wants_weights), D, bias, projected)
+        any_weights = any(any(want) for want in wants[:4])
+        products = _composed_products if needed else getattr(torch.ops.fastrnn, name + "_products")
+        dx, dw_ih, dw_hh, db = products(
+            dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, wants_x, any_weights
+        )
+        dw_hr = None
+        if any(wants[4]):
+            dw_hr = dh.mT @ (saved[:, :, 3 * saved_c.shape[2] :] * torch.tanh(saved_c))
+        db_ih, db_hh = db, db
+        if any_weights and not cell.one_bias:
+            db_ih, db_hh = (
+                part(cell, db) for part in (reference.input_gradients, reference.recurrent_gradients)
+            )
+        flat = [
+            gradient[d] if want[d] else None
+            for gradient, want in zip((dw_ih, dw_hh, db_ih, db_hh, dw_hr), wants, strict=True)
+            for d in range(D if want else 0)
+        ]
+        return (None,) * 7 + (dx if wants_x else None, dh0, dc0 if cell.has_c else None, *flat)
 
     @staticmethod
     def vmap(info, in_dims, name, batch_first, bias, projected, *args):
         V, dims = info.batch_size, in_dims[4:]
         if any(a is not None for a in args[:3]) or any(d is not None for d in dims[6:]):
-            return _one_by_one(Scan, V, (name, batch_first, bias, projected), args, dims)
+            return _one_by_one(_scan_function(), V, (name, batch_first, bias, projected), args, dims)
         # Shared weights: the mapped dimension is a part of the batch.
         x, h0, c0 = (_front(a, d, V) for a, d in zip(args[3:6], dims[3:6], strict=True))
         B = h0.shape[2]
-        y, h_n, c_n, saved, saved_c = Scan.apply(
+        y, h_n, c_n, saved, saved_c = _scan_function().apply(
             name, batch_first, bias, projected, None, None, None, _fold_rows(x, B, batch_first),
             _fold_state(h0), _fold_state(c0), *args[6:],
         )  # fmt: skip
@@ -165,6 +172,24 @@ class Scan(torch.autograd.Function):
             _unfold_saved(saved_c, V, B, batch_first),
         )
         return outputs, tuple(0 if o.dim() > 1 else None for o in outputs)
+
+
+def _reference_backward(options: tuple, saved: Iterable[Maybe], varying: list[int]):
+    """The reference as a function of some of the tensors of a ScanBackward, the others as they were saved."""
+    name, batch_first = options
+    batch_sizes, lengths, reset, *tensors = saved
+    sequence = Sequence(batch_first, batch_sizes, lengths, reset)
+
+    def function(*given: Tensor):
+        full = list(tensors)
+        for i, t in zip(varying, given, strict=True):
+            full[i] = t
+        y, h0 = full[7:9]
+        D = h0.shape[0]
+        layout = sequence.layout(y.shape[0], h0.shape[1])
+        return reference.backward(CELLS[name], layout, *full[:10], full[10 : 10 + D], full[10 + D :])
+
+    return function
 
 
 class ScanBackward(torch.autograd.Function):
@@ -189,20 +214,9 @@ class ScanBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):  # type: ignore[override]
-        name, batch_first = ctx.options
-        batch_sizes, lengths, reset, *tensors = ctx.saved_tensors
-        sequence = Sequence(batch_first, batch_sizes, lengths, reset)
+        tensors = ctx.saved_tensors[3:]
         present = [i for i, t in enumerate(tensors) if t is not None and t.numel() > 0]
-
-        def function(*given: Tensor):
-            full = list(tensors)
-            for i, t in zip(present, given, strict=True):
-                full[i] = t
-            y, h0 = full[7:9]
-            D = h0.shape[0]
-            layout = sequence.layout(y.shape[0], h0.shape[1])
-            return reference.backward(CELLS[name], layout, *full[:10], full[10 : 10 + D], full[10 + D :])
-
+        function = _reference_backward(ctx.options, ctx.saved_tensors, present)
         _, vjp = torch.func.vjp(function, *(tensors[i] for i in present))
         result: list[Maybe] = [None] * len(tensors)
         for i, gradient in zip(present, vjp(tuple(gradients)), strict=True):
@@ -213,13 +227,13 @@ class ScanBackward(torch.autograd.Function):
     def vmap(info, in_dims, name, batch_first, projected, *args):
         V, dims = info.batch_size, in_dims[3:]
         if any(a is not None for a in args[:3]) or any(d is not None for d in dims[13:]):
-            return _one_by_one(ScanBackward, V, (name, batch_first, projected), args, dims)
+            return _one_by_one(_backward_function(), V, (name, batch_first, projected), args, dims)
         dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0 = (
             _front(a, d, V) for a, d in zip(args[3:13], dims[3:13], strict=True)
         )
         B = h0.shape[2]
         saves = [_fold_saved(t, B, batch_first) for t in (dsaved, dsaved_c, saved, saved_c)]
-        dgates, dh0, dc0, dh = ScanBackward.apply(
+        dgates, dh0, dc0, dh = _backward_function().apply(
             name, batch_first, projected, None, None, None, _fold_rows(dy, B, batch_first),
             _fold_state(dh_n), _fold_state(dc_n), *saves, _fold_rows(y, B, batch_first), _fold_state(h0),
             _fold_state(c0), *args[13:],
@@ -233,6 +247,18 @@ class ScanBackward(torch.autograd.Function):
         return outputs, tuple(0 if o.dim() > 1 else None for o in outputs)
 
 
+def _forward_mode_on(jvp):
+    """torch turns forward mode off inside a jvp rule, which then drops the tangents of the levels around it
+    in silence: the second derivative of jacfwd(jacfwd(f)) would be wrong."""
+
+    @wraps(jvp)
+    def rule(ctx: Any, *tangents):
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, *tangents)
+
+    return rule
+
+
 class DualScan(Scan):
     """Scan with a forward-mode derivative. A class of its own, because torch.compile refuses Functions that
     have one."""
@@ -243,9 +269,10 @@ class DualScan(Scan):
         ctx.save_for_forward(*inputs[4:])
 
     @staticmethod
+    @_forward_mode_on
     def jvp(ctx: Any, *tangents):
         name, batch_first, bias, projected, D = ctx.options
-        batch_sizes, lengths, reset, *tensors = ctx.saved_tensors
+        batch_sizes, lengths, reset, *tensors = _primals(ctx.saved_tensors)
         sequence = Sequence(batch_first, batch_sizes, lengths, reset)
         tangents = tangents[7:]
         moving = [i for i, t in enumerate(tangents) if t is not None]
@@ -260,10 +287,37 @@ class DualScan(Scan):
                 CELLS[name], layout, x, h0, c0, *_split(tuple(weights), D, bias, projected)
             )
 
-        # J v as the transpose of v -> v^T J: forward mode cannot be nested inside a jvp rule.
-        outputs, vjp = torch.func.vjp(function, *(tensors[i] for i in moving))
-        _, transpose = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))
-        return transpose(tuple(tangents[i] for i in moving))[0]
+        return _push_forward(function, [tensors[i] for i in moving], [tangents[i] for i in moving])
+
+
+class DualScanBackward(ScanBackward):
+    """ScanBackward with a forward-mode derivative: forward over reverse, as in torch.func.hessian."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ScanBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[3:])
+
+    @staticmethod
+    @_forward_mode_on
+    def jvp(ctx: Any, *tangents):
+        saved = _primals(ctx.saved_tensors)
+        tensors, tangents = saved[3:], tangents[6:]
+        moving = [i for i, t in enumerate(tangents) if t is not None]
+        function = _reference_backward(ctx.options, saved, moving)
+        return _push_forward(function, [tensors[i] for i in moving], [tangents[i] for i in moving])
+
+
+def _primals(tensors: tuple) -> list[Maybe]:
+    """Without the tangents of this level, but with those of the levels around it."""
+    return [None if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
+
+
+def _push_forward(function, at: list[Tensor], tangents: list[Tensor]) -> tuple:
+    """J v as the transpose of v -> v^T J: forward mode cannot be nested in a jvp rule at its own level."""
+    outputs, vjp = torch.func.vjp(function, *at)
+    _, transpose = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))
+    return transpose(tuple(tangents))[0]
 
 
 # ---- Helpers of vmap: the mapped dimension V, always first here, folded into the batch and out again ---
@@ -317,6 +371,27 @@ def _unfold_saved(t: Tensor, V: int, B: int, batch_first: bool) -> Tensor:
     if t.dim() == 1:
         return t
     return torch.stack([_unfold_rows(one, V, B, batch_first) for one in t], 1)
+
+
+# ---- The products after the backward scan from torch operations: for vmap and further derivatives --------
+
+
+def _composed_products(dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights):
+    """The operator ``fastrnn::<cell>_products``."""
+    D, _, P = h0.shape
+    GH = w_ih[0].shape[0]
+    dgx = dgates[..., dgates.shape[2] - GH :]
+    dx = sum(dgx[d] @ w_ih[d] for d in range(D)) if inputs else None
+    if not weights:
+        return dx, None, None, None
+    sequence = Sequence(batch_first, batch_sizes, lengths, reset)
+    # The gates of the recurrent product are rotated where they are not those of x.
+    shift = GH - dgates.shape[2]
+    dw_hh = [
+        (dgates[d][:, :GH].T @ previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d)).roll(shift, 0)
+        for d in range(D)
+    ]
+    return dx, dgx.mT @ x, torch.stack(dw_hh), dgates.sum(1)
 
 
 # ---- What the layers call ----------------------------------------------------------------------------
@@ -377,16 +452,27 @@ def scan(
     """
     tensors = (x, h0, c0, *(t for part in weights for t in part))
     options = (sequence.batch_sizes, sequence.lengths, sequence.reset)
-    dual = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    if dual or _needs_function(tensors):
-        function = DualScan if dual else Scan
-        y, h_n, c_n, _, c = function.apply(
+    if _is_dual() or _needs_function(tensors):
+        y, h_n, c_n, _, c = _scan_function().apply(
             name, sequence.batch_first, bool(weights.b_ih), bool(weights.w_hr), *options, *tensors
         )
     else:
         op = getattr(torch.ops.fastrnn, name)
         y, h_n, c_n, _, c = op(x, h0, c0, *weights, *options, sequence.batch_first, all_c)
     return y, h_n, c_n, c
+
+
+def _is_dual() -> bool:
+    """Whether forward-mode derivatives are being taken."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _scan_function() -> type[Scan]:
+    return DualScan if _is_dual() else Scan
+
+
+def _backward_function() -> type[ScanBackward]:
+    return DualScanBackward if _is_dual() else ScanBackward
 
 
 def _needs_function(tensors: tuple) -> bool:

@@ -25,7 +25,21 @@ def sample(dtype, count: int = 2_000_000, seed: int = 0) -> np.ndarray:
     wide = r.uniform(-limit, limit, count // 2).astype(dtype)
     small = (10.0 ** r.uniform(-12, 0, count // 2) * r.choice([-1, 1], count // 2)).astype(dtype)
     denormal = (r.integers(0, 2**20, 1000) * info.smallest_subnormal).astype(dtype)
-    corners = [0.0, info.tiny, info.smallest_subnormal, info.eps, info.max, np.inf, 1, 10, 20, 88.7, 104, 709.7, 746]
+    corners = [
+        0.0,
+        info.tiny,
+        info.smallest_subnormal,
+        info.eps,
+        info.max,
+        np.inf,
+        1,
+        10,
+        20,
+        88.7,
+        104,
+        709.7,
+        746,
+    ]
     corners = np.array(corners, dtype=dtype)
     with np.errstate(over="ignore"):
         above, below = np.nextafter(corners, dtype(np.inf)), np.nextafter(corners, dtype(0))

@@ -153,8 +153,7 @@ def run(module: nn.Module, config: Configuration, dtype=torch.float64) -> dict[s
     chosen = [o for o in outputs if r.random() < 0.7] or outputs[-1:]
     generator = torch.Generator().manual_seed(config.seed + 2)
     loss = sum(
-        (o * torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype)).sum()
-        for o in chosen
+        (o * torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype)).sum() for o in chosen
     )
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)

@@ -1,6 +1,6 @@
 """Random arguments for the operators, and the reference's answers in float64."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,48 +16,59 @@ class Scan:
     """The arguments of one operator call: T steps of B rows in D directions."""
 
     name: str
-    gx: list[Tensor]  # D x [N, G*H]
+    x: Tensor  # [N, I]
     h0: Tensor  # [D, B, P]
     c0: Tensor | None  # [D, B, H]
+    w_ih: list[Tensor]  # D x [G*H, I]
     w_hh: list[Tensor]  # D x [G*H, P]
+    b_ih: list[Tensor]  # D x [G*H] or none
     b_hh: list[Tensor]  # D x [G*H] or none
     w_hr: list[Tensor]  # D x [P, H] or none
-    batch_sizes: Tensor | None
+    batch_sizes: Tensor | None  # packed: [T]
+    lengths: Tensor | None  # dense: [B]
+    reset: Tensor | None  # [N]
     batch_first: bool
 
     @property
     def layout(self) -> Layout:
-        sizes = None if self.batch_sizes is None else self.batch_sizes.tolist()
-        return Layout(self.gx[0].shape[0], self.h0.shape[1], self.batch_first, sizes)
+        return Layout(
+            self.x.shape[0], self.h0.shape[1], self.batch_first, self.batch_sizes, self.lengths, self.reset
+        )
 
     def map(self, f) -> "Scan":
         """f on every tensor of numbers."""
-        return Scan(
-            self.name, [f(t) for t in self.gx], f(self.h0), None if self.c0 is None else f(self.c0),
-            [f(t) for t in self.w_hh], [f(t) for t in self.b_hh], [f(t) for t in self.w_hr],
-            self.batch_sizes, self.batch_first,
-        )  # fmt: skip
+        return replace(
+            self,
+            x=f(self.x),
+            h0=f(self.h0),
+            c0=None if self.c0 is None else f(self.c0),
+            **{name: [f(t) for t in getattr(self, name)] for name in self.WEIGHTS},
+        )
+
+    WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+
+    @property
+    def weights(self) -> list[list[Tensor]]:
+        return [getattr(self, name) for name in self.WEIGHTS]
+
+    @property
+    def rows(self) -> tuple:
+        return (self.batch_sizes, self.lengths, self.reset, self.batch_first)
 
     def arguments(self, save: bool = True) -> tuple:
-        return (
-            self.gx, self.h0, self.c0, self.w_hh, self.b_hh, self.w_hr, self.batch_sizes,
-            self.batch_first, save,
-        )  # fmt: skip
+        return (self.x, self.h0, self.c0, *self.weights, *self.rows, save)
 
     def kernel(self, save: bool = True) -> tuple[Tensor, ...]:
         return getattr(torch.ops.fastrnn, self.name)(*self.arguments(save))
 
     def reference(self) -> tuple[Tensor, ...]:
-        return reference.forward(
-            CELLS[self.name], self.layout, self.gx, self.h0, self.c0, self.w_hh, self.b_hh, self.w_hr
-        )
+        return reference.forward(CELLS[self.name], self.layout, self.x, self.h0, self.c0, *self.weights)
 
     def backward_arguments(self, outputs: tuple, gradients: tuple) -> tuple:
         """outputs are those of the forward scan, gradients theirs (None: not wanted)."""
         y, _, _, saved, saved_c = outputs
         return (
-            *gradients, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, self.batch_sizes,
-            self.batch_first,
+            *gradients, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, *self.rows,
         )  # fmt: skip
 
     def kernel_backward(self, outputs: tuple, gradients: tuple) -> tuple[Tensor, ...]:
@@ -65,7 +76,7 @@ class Scan:
         return operator(*self.backward_arguments(outputs, gradients))
 
     def reference_backward(self, outputs: tuple, gradients: tuple) -> tuple[Tensor, ...]:
-        *arguments, _, _ = self.backward_arguments(outputs, gradients)
+        arguments = self.backward_arguments(outputs, gradients)[: -len(self.rows)]
         return reference.backward(CELLS[self.name], self.layout, *arguments)
 
     def gradients(self, outputs: tuple, wanted: str = "all", seed: int = 1) -> tuple:
@@ -81,9 +92,21 @@ class Scan:
         return tuple(m if i in kept[wanted] else None for i, m in enumerate(made))
 
 
+FORMS = {
+    "time_major": {},
+    "batch_first": {"batch_first": True},
+    "packed": {"packed": True},
+    "lengths": {"lengths": True},
+    "lengths_batch_first": {"lengths": True, "batch_first": True, "reset": True},
+    "reset": {"reset": True},
+    "packed_reset": {"packed": True, "reset": True},
+}
+
+
 def make_scan(
-    name: str, T: int, B: int, H: int, *, D: int = 1, P: int | None = None, bias: bool = True,
-    batch_first: bool = False, packed: bool = False, dtype=torch.float64, seed: int = 0,
+    name: str, T: int, B: int, H: int, *, D: int = 1, P: int | None = None, I: int = 3, bias: bool = True,
+    batch_first: bool = False, packed: bool = False, lengths: bool = False, reset: bool = False,
+    dtype=torch.float64, seed: int = 0,
 ) -> Scan:  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     cell = CELLS[name]
@@ -91,22 +114,27 @@ def make_scan(
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return scale * torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    batch_sizes = None
-    N, width, bound = T * B, P or H, H**-0.5
+    N, width, bound, batch_sizes, given = T * B, P or H, H**-0.5, None, None
     if packed:
-        lengths = torch.randint(1, T + 1, (B,), generator=g)
-        lengths[0] = T
-        batch_sizes = (torch.arange(T)[:, None] < lengths).sum(1)
+        long = torch.randint(1, T + 1, (B,), generator=g)
+        long[0] = T
+        batch_sizes = (torch.arange(T)[:, None] < long).sum(1)
         N = int(batch_sizes.sum())
+    if lengths:
+        given = torch.randint(0, T + 1, (B,), generator=g)  # in any order, and some of no length
     scan = Scan(
         name,
-        [normal(N, cell.gates * H) for _ in range(D)],
+        normal(N, I),
         normal(D, B, width),
         normal(D, B, H) if cell.has_c else None,
+        [normal(cell.gates * H, I) for _ in range(D)],
         [normal(cell.gates * H, width, scale=bound) for _ in range(D)],
+        [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias else [],
         [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias else [],
         [normal(P, H, scale=bound) for _ in range(D)] if P else [],
         batch_sizes,
+        given,
+        torch.rand(N, generator=g) < 0.3 if reset else None,
         batch_first,
     )
     return scan.map(lambda t: t.to(dtype))

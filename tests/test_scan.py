@@ -4,13 +4,12 @@ import itertools
 
 import pytest
 import torch
-from scans import CELL_NAMES, make_scan
+from scans import CELL_NAMES, FORMS, make_scan
 
 from fastrnn import reference
 from fastrnn.reference import CELLS
 
 ODD_SIZES = (1, 3, 7, 17, 65, 129)
-FORMS = {"time_major": {}, "batch_first": {"batch_first": True}, "packed": {"packed": True}}
 NAMES = ("y", "h_n", "c_n", "saved", "saved_c")
 GRADIENT_NAMES = ("dgates", "dh0", "dc0", "dh")
 
@@ -45,14 +44,14 @@ def threads(request):
 
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize("H", ODD_SIZES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["time_major", "batch_first", "packed", "lengths_batch_first"])
 def test_kernels_equal_the_reference_at_every_size(name, H, form):
-    for B, D, T in [(1, 1, 1), (1, 2, 4), (2, 1, 4), (5, 2, 1), (5, 1, 4)]:
-        assert_scan_is_reference(make_scan(name, T, B, H, D=D, bias=B != 2, **FORMS[form]))
+    for B, D, T, I in [(1, 1, 1, 3), (1, 2, 4, 1), (2, 1, 4, 19), (5, 2, 1, 33), (5, 1, 4, 1)]:
+        assert_scan_is_reference(make_scan(name, T, B, H, D=D, I=I, bias=B != 2, **FORMS[form]))
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["time_major", "lengths_batch_first", "packed_reset"])
 @pytest.mark.parametrize("wanted", ["first", "y", "h", "c", "saved"])
 def test_any_combination_of_gradients_may_be_missing(name, form, wanted):
     for P in (None, 7) if name == "lstm" else (None,):
@@ -69,7 +68,7 @@ def test_projection_equals_the_reference(form, H, P):
 @pytest.mark.parametrize("name", CELL_NAMES)
 def test_work_shared_among_threads_equals_the_reference(name, threads):
     # B = 1: by units. B = 33: by rows. H = 257: several blocks of units, the last one ragged.
-    for B, form in [(1, "time_major"), (2, "batch_first"), (33, "time_major"), (9, "packed")]:
+    for B, form in [(1, "time_major"), (2, "batch_first"), (33, "lengths"), (9, "packed_reset")]:
         for P in (None, 130) if name == "lstm" else (None,):
             assert_scan_is_reference(make_scan(name, 4, B, 257, D=2, P=P, **FORMS[form]))
 
@@ -77,8 +76,23 @@ def test_work_shared_among_threads_equals_the_reference(name, threads):
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize("B", [48, 49, 97])
 def test_more_rows_than_one_chunk_equal_the_reference(name, B):
-    for form in FORMS:
+    for form in ("time_major", "packed_reset", "lengths"):
         assert_scan_is_reference(make_scan(name, 3, B, 19, **FORMS[form]))
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_equals_the_reference(name, form):
+    for B in (1, 6):
+        assert_scan_is_reference(make_scan(name, 5, B, 17, D=2, **FORMS[form]))
+
+
+@pytest.mark.parametrize("P", [None, 33])
+@pytest.mark.parametrize("form", ["lengths", "packed"])
+def test_a_thread_without_rows_in_a_step_writes_nothing(form, P, threads):
+    """Rows that end early leave whole teams without work, and reversed ones begin without any."""
+    for seed in range(4):
+        assert_scan_is_reference(make_scan("lstm", 7, 3, 66, D=2, P=P, seed=seed, **FORMS[form]))
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
@@ -109,7 +123,7 @@ def test_the_reference_backward_is_the_derivative_of_the_reference_forward(name)
     """Autograd through the forward specification is the independent judge of the backward one."""
     for form, P in itertools.product(FORMS.values(), (None, 2) if name == "lstm" else (None,)):
         scan = make_scan(name, 4, 3, 5, D=2, P=P, **form)
-        leaves = [*scan.gx, scan.h0, *scan.w_hh]
+        leaves = [scan.x, scan.h0, *scan.b_ih]
         for leaf in leaves:
             leaf.requires_grad_()
         outputs = scan.reference()
@@ -120,9 +134,12 @@ def test_the_reference_backward_is_the_derivative_of_the_reference_forward(name)
         detached = scan.map(torch.Tensor.detach)
         dgates, dh0, _, _ = detached.reference_backward(tuple(o.detach() for o in outputs), gradients)
         cell = CELLS[name]
+        dgx = [reference.input_gradients(cell, dgates[d]) for d in range(2)]
+        dx = sum(dgx[d] @ detached.w_ih[d] for d in range(2))
+        torch.testing.assert_close(dx, expected[0])
+        torch.testing.assert_close(dh0, expected[1])
         for d in range(2):
-            torch.testing.assert_close(reference.input_gradients(cell, dgates[d]), expected[d])
-        torch.testing.assert_close(dh0, expected[2])
+            torch.testing.assert_close(dgx[d].sum(0), expected[2 + d])
 
 
 # ---- Memory: kernels see numbers, not arrangements ----------------------------------------------------
@@ -183,7 +200,7 @@ def test_expanded_arguments_read_as_their_values(name):
 @pytest.mark.parametrize("name", CELL_NAMES)
 def test_arguments_are_never_written_to(name):
     scan = make_scan(name, 4, 5, 7, D=2)
-    tensors = [*scan.gx, scan.h0, *scan.w_hh, *scan.b_hh, *([scan.c0] if scan.c0 is not None else [])]
+    tensors = [scan.x, scan.h0, *sum(scan.weights, []), *([scan.c0] if scan.c0 is not None else [])]
     before = [t.clone() for t in tensors]
     outputs = scan.kernel()
     gradients = scan.gradients(outputs)
@@ -215,10 +232,10 @@ def test_results_are_the_same_bits_every_time(name, threads):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("B", [1, 5])
 def test_nan_and_infinity_reach_what_they_reach_in_the_reference(name, dtype, poison, B):
-    for where in range(3):  # of every 21 numbers of the first gate, the last gate, h0
+    for where in range(4):
         scan = make_scan(name, 4, B, 21, dtype=dtype)
-        target = [scan.gx[0][0, :21], scan.gx[0][0, -21:], scan.h0[0, 0]][where]
-        target[11] = poison
+        target = [scan.x[0], scan.h0[0, 0], scan.b_ih[0], scan.b_ih[0][-21:]][where]
+        target[2] = poison
         expected, got = scan.reference(), scan.kernel()
         for a, b in zip(got[:3], expected[:3], strict=True):
             assert torch.equal(a.isnan(), b.isnan())
