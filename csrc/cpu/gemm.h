@@ -153,7 +153,9 @@ void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w,
       dots<kRows, kAtOnce, S>(a, {w[j], w.stride}, K, c + j, ldc, accumulate);
     for (; j < units; ++j) dots<kRows, 1, S>(a, {w[j], w.stride}, K, c + j, ldc, accumulate);
   };
-  n == 1 ? sweep(Constant<1>{}) : n == 2 ? sweep(Constant<2>{}) : sweep(Constant<3>{});
+  if (n == 1) sweep(Constant<1>{});
+  if (n == 2) sweep(Constant<2>{});
+  if (n == 3) sweep(Constant<3>{});
 }
 
 // C[n, columns] += A[n, K] W[K, columns], n <= kFewRows: rows of W stream by, C stays in the L1 cache.
