@@ -7,11 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from fastrnn.training import sweep
+from fastrnn.training import compare, sweep
 from fastrnn.training.clipping import GradientClipping
 from fastrnn.training.data.module import SequenceData
 from fastrnn.training.errors import InputError
@@ -22,6 +23,16 @@ from fastrnn.training.speed import Throughput
 from fastrnn.training.tasks import SequenceTask
 
 CONFIGS = Path(__file__).parent / "configs"
+
+
+class Lines(ProgressBar):
+    """The progress of a run where there is no terminal: one line at each validation."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
+            values = "  ".join(f"{k} {v:.5g}" for k, v in shown.items())
+            print(f"step {trainer.global_step}  {values}", flush=True)
 
 
 class SequenceCLI(LightningCLI):
@@ -43,7 +54,8 @@ class SequenceCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         if self._get(self.config, "trainer").enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].append(RichProgressBar(leave=False))
+            bar = RichProgressBar() if sys.stdout.isatty() else Lines()
+            self.trainer_defaults["callbacks"].append(bar)
 
     def instantiate_classes(self) -> None:
         """All objects; a checkpoint to be used, not trained on, decides how data is numbered."""
@@ -110,6 +122,8 @@ def main(argv: list[str]) -> int:
     try:
         if argv[:1] == ["sweep"]:
             return sweep.main(argv[1:])
+        if argv[:1] == ["compare"]:
+            return compare.main(argv[1:])
         run(with_shipped_configs(argv))
     except InputError as error:
         print(f"fastrnn train: {error}", file=sys.stderr)

@@ -33,7 +33,7 @@ class GradientFlow(L.Callback):
         self.every_n_steps, self.rows = every_n_steps, rows
         self.records: list[dict[str, Any]] = []  # step, loss -> quantity -> norms [K], parameters
         self.seconds = 0.0
-        self._started = 0.0
+        self._started, self._ended = 0.0, 0.0
         self._due = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -58,8 +58,15 @@ class GradientFlow(L.Callback):
         self.records.append({"step": trainer.global_step, "norms": norms, "parameters": {}})
         self.seconds += time.perf_counter() - start
         pl_module.log("gradient/reach", float(reach(self._last_profile())))
-        cost = self.seconds / max(1e-9, time.perf_counter() - self._started)
-        pl_module.log("gradient/flow_cost", cost)
+        pl_module.log("gradient/flow_cost", self.cost)
+
+    @property
+    def cost(self) -> float:
+        """Share of the time since training began."""
+        return self.seconds / max(1e-9, (self._ended or time.perf_counter()) - self._started)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended = time.perf_counter()
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
@@ -81,7 +88,12 @@ class GradientFlow(L.Callback):
         start, end = self.records[0]["step"], self.records[-1]["step"]
         if first == last:
             return f"{last[0].upper()}{last[1:]}, from step {start} to step {end}."
-        return f"At step {end}, {last}. At step {start}, {first}."
+        return f"At step {end}, {last}; at step {start}, {first}."
+
+    def effort(self) -> str:
+        """How the records were made, and what they cost."""
+        count = f"{len(self.records)} records, {self.rows} rows of the batch each"
+        return f"{count}; {100 * self.cost:.1f} % of the training time."
 
     def stacked(self, loss: str, quantity: str) -> np.ndarray:
         """Norms [records, K]; shorter records are filled with zeros."""

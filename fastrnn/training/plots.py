@@ -124,3 +124,17 @@ def lines(rows: Rows, title: str) -> Figure:
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def overlay(runs: dict[str, Rows], metric: str) -> Figure:
+    """Training (thin) and validation (dots) of one metric in several runs."""
+    figure, ax = axes(metric, "optimizer step", metric, (7.2, 4.2))
+    for i, (name, rows) in enumerate(runs.items()):
+        color = f"C{i}"
+        steps, values = series(rows, f"train/{metric}")
+        ax.plot(steps, values, color=color, alpha=0.7, linewidth=0.9, label=name)
+        steps, values = series(rows, f"val/{metric}")
+        ax.plot(steps, values, "o", color=color, markersize=4)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return figure

@@ -151,6 +151,7 @@ def flow_sections(trainer: L.Trainer, folder: Path) -> Iterator[Section]:
         if isinstance(callback, GradientFlow) and callback.records:
             callback.save(folder / "gradient_flow.npz")
             verdict = f"<p class=verdict>{html.escape(callback.verdict())}</p>"
+            verdict += f"<p>{html.escape(callback.effort())}</p>"
             yield "Gradient flow", verdict + pictures(callback.figures(), folder)
 
 

@@ -13,7 +13,7 @@ from fastrnn.training.tasks import SequenceTask
 
 
 class Throughput(L.Callback):
-    """Logs ``speed/tokens_per_s`` over the training steps; validation and saving do not count."""
+    """Logs ``speed/tokens_per_s`` and ``speed/seconds`` of the training steps alone."""
 
     def __init__(self) -> None:
         self.tokens, self.seconds = 0, 0.0
@@ -28,6 +28,7 @@ class Throughput(L.Callback):
         self.seconds += time.perf_counter() - self._started
         self.tokens += batch.tokens * trainer.world_size
         pl_module.log("speed/tokens_per_s", self.tokens / self.seconds, prog_bar=True)
+        pl_module.log("speed/seconds", self.seconds)
 
 
 def compare_backends(task: SequenceTask, batch: Any, rounds: int = 5) -> dict[str, float]:

@@ -95,3 +95,20 @@ def test_sweep_writes_a_sorted_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     scores = [float(row["val/rmse"]) for row in rows]
     assert scores == sorted(scores)
     assert "Sweep, best first" in capsys.readouterr().out
+
+
+def test_compare_shows_runs_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for backend in ("fastrnn", "torch"):
+        given = ["--config", "adding", *SHORT, f"--runs={tmp_path}", "--data.length=8"]
+        assert main(["fit", *given, f"--name={backend}", f"--model.stack.backend={backend}"]) == 0
+    runs = [str(tmp_path / name / "version_0") for name in ("fastrnn", "torch")]
+    capsys.readouterr()
+    assert main(["compare", *runs, "--metric=rmse", f"--out={tmp_path}/both.png"]) == 0
+    shown = capsys.readouterr().out
+    assert all(run in shown for run in runs)
+    assert (tmp_path / "both.png").stat().st_size > 1000
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "has no metrics.csv" in capsys.readouterr().err
