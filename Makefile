@@ -41,6 +41,7 @@ fastrnn/_C.abi3.so: .venv/ready setup.py $(NATIVE)
 
 # torch comes first: the extension is built against it, and isolation would fetch another one.
 .venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastrnn needs Python 3.10: make PYTHON=...")'
 	@echo "Setting up .venv: torch, the tools and the extension, some minutes the first time."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch setuptools wheel ninja
