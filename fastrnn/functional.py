@@ -58,9 +58,7 @@ def _takes_torch_path(weight: Tensor) -> bool:
         raise RuntimeError(f"fastrnn: {reason}, and strict mode forbids torch.nn's own path")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(
-            f"fastrnn: {reason}; torch.nn's own path runs instead", FallbackWarning, stacklevel=4
-        )
+        warnings.warn(f"fastrnn: {reason}; torch.nn's own path runs instead", FallbackWarning, stacklevel=4)
     return True
 
 
@@ -68,7 +66,7 @@ def _takes_torch_path(weight: Tensor) -> bool:
 
 
 def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = torch._C._is_any_autocast_enabled()
     for kind, tensors in (("hidden", hidden), ("parameter", params)):
         for t in tensors:
             if t.device != input.device:
@@ -142,11 +140,15 @@ def _stack(
     dropout: float,
     train: bool,
     bidirectional: bool,
+    keeps_dtype: bool = False,
 ) -> tuple[Tensor, ...]:
     """Layers one after the other, dropout between them: (y [N, D*P], h_n [L*D, B, P], c_n [L*D, B, H])."""
     D = 2 if bidirectional else 1
     each = len(params) // (num_layers * D)
-    output_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    output_dtype = None
+    if torch.is_autocast_enabled("cpu"):
+        # torch's autocast knows lstm and rnn as wholes; of the others it casts the products inside alone.
+        output_dtype = hx[0].dtype if keeps_dtype else torch.get_autocast_dtype("cpu")
     dtype = params[1].dtype
     hx = [h.to(dtype) for h in hx]
     finals: list[tuple[Tensor, ...]] = []
@@ -159,8 +161,7 @@ def _stack(
         if dropout > 0 and train and index < num_layers - 1:
             x = _dropout(x, dropout, rows)
     states = [
-        part[0] if num_layers == 1 else torch.cat(part)
-        for part in list(zip(*finals, strict=True))[: len(hx)]
+        part[0] if num_layers == 1 else torch.cat(part) for part in list(zip(*finals, strict=True))[: len(hx)]
     ]
     result = (x, *states)
     return tuple(t.to(output_dtype) for t in result) if output_dtype is not None else result
@@ -191,7 +192,17 @@ def _recurrent(name: str, args: tuple, many_states: bool) -> tuple[Tensor, ...]:
         rows = Rows(T, B, batch_first, None)
         flat = x.flatten(0, 1)
     y, *states = _stack(
-        name, flat, hidden, params, rows, has_biases, num_layers, dropout, train, bidirectional
+        name,
+        flat,
+        hidden,
+        params,
+        rows,
+        has_biases,
+        num_layers,
+        dropout,
+        train,
+        bidirectional,
+        keeps_dtype=name == "gru",
     )
     return (y if packed else rows.dense(y), *states)
 
@@ -244,7 +255,8 @@ def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) 
     _check_attributes(input, hidden, params)
     rows = Rows(1, input.shape[0], False, None)
     hx = [h.unsqueeze(0) for h in hidden]
-    _, *states = _stack(name, input, hx, params, rows, b_ih is not None, 1, 0.0, False, False)
+    keeps_dtype = name in ("lstm", "gru")
+    _, *states = _stack(name, input, hx, params, rows, b_ih is not None, 1, 0.0, False, False, keeps_dtype)
     return tuple(s.squeeze(0) for s in states)
 
 

@@ -14,6 +14,11 @@ from . import functional
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
+def _torch_name(module: nn.Module) -> str:
+    """The name of the class of torch.nn that a module stands for, as messages have it."""
+    return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
+
+
 class _Recurrent(nn.RNNBase):
     """forward() of all three, in the order and the words of torch.nn's."""
 
@@ -78,7 +83,7 @@ class _Recurrent(nn.RNNBase):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
-            name, tensor = type(self).__mro__[1].__name__, " tensor" if "RNN" in self.mode else ""
+            name, tensor = _torch_name(self), " tensor" if "RNN" in self.mode else ""
             raise ValueError(
                 f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead"
             )
@@ -127,7 +132,7 @@ class _RecurrentCell(nn.RNNCellBase):
 
     def _step(self, function, input: Tensor, hx):
         many = isinstance(self, nn.LSTMCell)
-        name = type(self).__mro__[1].__name__
+        name = _torch_name(self)
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         hidden = () if hx is None else tuple(hx) if many else (hx,)

@@ -1,3 +1,4 @@
+# ruff: noqa: E741  (I is the input size, as everywhere)
 """Random configurations of torch.nn's recurrent modules, and the comparison of fastrnn with torch.nn on one:
 outputs, final states and every gradient. Used by the tests and by sweep.py."""
 
@@ -139,7 +140,7 @@ def call(module: nn.Module, config: Configuration, x: Tensor, lengths, hidden: l
 
 
 def run(module: nn.Module, config: Configuration, dtype=torch.float64) -> dict[str, Tensor]:
-    """Outputs and gradients by name. The loss uses a random choice of outputs; some inputs want no gradient."""
+    """Outputs and gradients by name. The loss uses some of the outputs; some inputs want no gradient."""
     r = random.Random(config.seed + 1)
     x, lengths, hidden = make_inputs(config, dtype)
     leaves = {"x": x, **dict(zip(("h0", "c0"), hidden, strict=False)), **dict(module.named_parameters())}

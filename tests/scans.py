@@ -1,3 +1,4 @@
+# ruff: noqa: E741  (I is the input size, as everywhere)
 """Random arguments for the operators, and the reference's answers in float64."""
 
 from dataclasses import dataclass, replace
@@ -80,7 +81,7 @@ class Scan:
         return reference.backward(CELLS[self.name], self.layout, *arguments)
 
     def gradients(self, outputs: tuple, wanted: str = "all", seed: int = 1) -> tuple:
-        """Random gradients of y, h_n, c_n, saved, saved_c; ``wanted``: all, first (no saved ones), y, h or c."""
+        """Random gradients of y, h_n, c_n, saved, saved_c; ``wanted`` is a key of ``kept``."""
         g = torch.Generator().manual_seed(seed)
         made = [
             torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) if o.dim() > 1 else None

@@ -1,3 +1,4 @@
+# ruff: noqa: E741  (I is the input size, as everywhere)
 """The operators and modules under every transformation of torch: derivatives of any order and mode, vmap,
 compilation and export."""
 
@@ -34,7 +35,7 @@ def differentiable(name, T, B, H, D=1, **options):
         y, h_n, c_n, _ = _ops.scan(name, x, h0, c0, _ops.Weights(*lists), sequence)
         return (y, h_n, c_n) if c0 is not None else (y, h_n)
 
-    tensors = [scan.x, scan.h0, scan.c0, *sum(scan.weights, [])]
+    tensors = [scan.x, scan.h0, scan.c0, *itertools.chain(*scan.weights)]
     return function, tuple(None if t is None else t.requires_grad_() for t in tensors)
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E741  (I is the input size, as everywhere)
 """The operators, forward and backward, give what the reference gives, for every way rows can lie."""
 
 import itertools
@@ -200,7 +201,7 @@ def test_expanded_arguments_read_as_their_values(name):
 @pytest.mark.parametrize("name", CELL_NAMES)
 def test_arguments_are_never_written_to(name):
     scan = make_scan(name, 4, 5, 7, D=2)
-    tensors = [scan.x, scan.h0, *sum(scan.weights, []), *([scan.c0] if scan.c0 is not None else [])]
+    tensors = [scan.x, scan.h0, *itertools.chain(*scan.weights), *([scan.c0] if scan.c0 is not None else [])]
     before = [t.clone() for t in tensors]
     outputs = scan.kernel()
     gradients = scan.gradients(outputs)
