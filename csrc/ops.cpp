@@ -3,6 +3,7 @@
 //
 //   torch.ops.fastrnn.<cell>           one layer: the scan over time of each direction
 //   torch.ops.fastrnn.<cell>_backward  back-propagation through it: gate gradients, never weight gradients
+//   torch.ops.fastrnn.<cell>_products  gradients of weights and input from the gate gradients
 //
 // x, y and all that is saved are rows [N, *]: dense time-major, dense batch-first or packed (batch_sizes).
 #include <Python.h>
@@ -38,6 +39,13 @@ constexpr const char* kBackward =
     "Tensor? lengths, Tensor? reset, bool batch_first) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh)";
 
+// What follows the backward scan, over all steps at once; the caller may compose it from torch operations instead.
+// -> dx [N, I] (if inputs), dw_ih [D, G*H, I], dw_hh [D, G*H, P] and db [D, E*H] (if weights)
+constexpr const char* kProducts =
+    "(Tensor dgates, Tensor x, Tensor y, Tensor h0, Tensor[] w_ih, Tensor? batch_sizes, Tensor? lengths, "
+    "Tensor? reset, bool batch_first, bool inputs, bool weights) "
+    "-> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db)";
+
 std::string cpu_isa() { return instruction_set().name; }
 
 }  // namespace
@@ -48,6 +56,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   fastrnn::AllCells::each([&]<class Cell>() {
     m.def((std::string(Cell::kName) + fastrnn::kForward).c_str());
     m.def((std::string(Cell::kName) + "_backward" + fastrnn::kBackward).c_str());
+    m.def((std::string(Cell::kName) + "_products" + fastrnn::kProducts).c_str());
   });
 }
 

@@ -84,6 +84,18 @@ struct BackwardDirection {
   Rows<S> dh_rows;         // [N, P] out: complete dL/dh_t; only with projection, else null
 };
 
+/// The products over all steps at once that follow the backward scan.
+template <class S>
+struct ProductsDirection {
+  Weights<S> weights;
+  Rows<const S> dgates;  // [N, E*H]
+  Rows<const S> y;       // [N, P]
+  Rows<const S> h0;      // [B, P]
+  Rows<S> dw_ih;         // [G*H, I] out
+  Rows<S> dw_hh;         // [G*H, P] out
+  S* db;                 // [E*H] out: sums of the gate gradients
+};
+
 constexpr int kMaxDirections = 2;
 
 /// Runs body(worker) for workers 0..count-1, at best side by side, at worst one after another.
@@ -116,5 +128,12 @@ struct ForwardProblem : Problem<ForwardDirection<S>> {
 };
 template <class S>
 using BackwardProblem = Problem<BackwardDirection<S>>;
+template <class S>
+struct ProductsProblem : Problem<ProductsDirection<S>> {
+  Rows<const S> x;  // [N, I]
+  Rows<S> dx;       // [N, I] out, or null
+  int64_t I;
+  bool weights;  // whether dw_ih, dw_hh and db are wanted
+};
 
 }  // namespace fastrnn

@@ -14,8 +14,6 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   using Base::outputs, Base::plan, Base::problem, Base::sequence, Base::units;
   static constexpr int G = Cell::kGates;
   static constexpr int64_t kChunk = 48;  // rows whose dL/dm of one block is kept at a time
-  // From this many steps on, few rows pack W_hh as well: read in place, its columns do not stream.
-  static constexpr int64_t kStepsWorthPacking = 4;
 
  public:
   FASTRNN_INLINE explicit Backward(const BackwardProblem<S>& given)

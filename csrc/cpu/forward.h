@@ -56,8 +56,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
 
  private:
   bool projected() const { return static_cast<bool>(problem.direction[0].weights.w_hr); }
-  // Few rows read the weights as they lie.
-  bool packed_hh() const { return this->most_rows() > kFewRows; }
+  // Few rows and few steps read the weights as they lie.
+  bool packed_hh() const { return this->most_rows() > kFewRows || sequence.T >= kStepsWorthPacking; }
   bool packed_ih() const { return this->most_rows() * steps_at_once_ > kFewRows; }
 
   void lay_out(Scratch& s) {

@@ -29,9 +29,9 @@ struct Blocks {
   FASTRNN_INLINE int vectors(int64_t block) const { return in_block(block) > kLanes<S> ? 2 : 1; }
 };
 
-// C[MR, NV registers] (+)= A[MR, K] B[K, NV registers]. Few rows split K over several sums, so that the
-// latency of one addition is hidden.
-template <int MR, int NV, class S>
+// C[MR, NV registers] (+)= A[MR, K] B[K, NV registers]. Element (i, k) of A is a[i * lda + k], or a[k * MR + i]
+// when its columns are packed. Few rows split K over several sums, so that the latency of one addition is hidden.
+template <int MR, int NV, bool kPackedColumns, class S>
 void tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, S* c, int64_t ldc,
           bool accumulate) {
   constexpr int kSplit = MR * NV >= 8 ? 1 : MR * NV >= 4 ? 2 : 4;
@@ -49,7 +49,7 @@ void tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, S* c, int
       if constexpr (MR > 1) FASTRNN_KEEP(weights[v]);
     }
     for (int i = 0; i < MR; ++i) {
-      const V<S> x = broadcast(a[i * lda + k]);
+      const V<S> x = broadcast(kPackedColumns ? a[k * MR + i] : a[i * lda + k]);
       for (int v = 0; v < NV; ++v) acc[s][i][v] += x * weights[v];
     }
   };
@@ -69,14 +69,10 @@ void tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, S* c, int
 template <class S>
 using Tile = void (*)(const S*, int64_t, const S*, int64_t, int64_t, S*, int64_t, bool);
 
-template <class S, int MR = kTileRows>
+template <class S, bool kPackedColumns, int MR = kTileRows>
 FASTRNN_INLINE Tile<S> tile_for(int rows, int vectors) {
-  if constexpr (MR == 1) {
-    return vectors == 2 ? tile<1, 2, S> : tile<1, 1, S>;
-  } else {
-    if (rows < MR) return tile_for<S, MR - 1>(rows, vectors);
-    return vectors == 2 ? tile<MR, 2, S> : tile<MR, 1, S>;
-  }
+  if (MR > 1 && rows < MR) return tile_for<S, kPackedColumns, MR == 1 ? 1 : MR - 1>(rows, vectors);
+  return vectors == 2 ? tile<MR, 2, kPackedColumns, S> : tile<MR, 1, kPackedColumns, S>;
 }
 
 // C[n, vectors] (+)= A[n, K] panel[K, vectors]. The rows are dealt evenly to the tiles: 32 rows on 12-row
@@ -91,22 +87,47 @@ void multiply(Rows<const S> a, int64_t n, int64_t K, const S* panel, int vectors
     const int64_t depth = min(kDepth, K - k);
     for (int64_t i = 0, left = tiles; left > 0; --left) {
       const int rows = static_cast<int>((n - i + left - 1) / left);
-      tile_for<S>(rows, vectors)(a[i] + k, a.stride, panel + k * width, width, depth, c + i * ldc, ldc,
+      tile_for<S, false>(rows, vectors)(a[i] + k, a.stride, panel + k * width, width, depth, c + i * ldc, ldc,
                                  accumulate || k > 0);
       i += rows;
     }
   }
 }
 
+// Transposes kLanes x kLanes numbers: log2(kLanes) perfect shuffles of the registers.
+template <class S>
+FASTRNN_INLINE void transpose(V<S>* rows) {
+  constexpr int L = kLanes<S>;
+  Integers<S> low, high;
+  for (int lane = 0; lane < L; ++lane) {
+    low[lane] = lane / 2 + lane % 2 * L;
+    high[lane] = low[lane] + L / 2;
+  }
+  for (int round = 1; round < L; round *= 2) {
+    V<S> next[L];
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + L / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + L / 2], high);
+    }
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
 // panel[k][unit] = w[unit][k], units beyond the matrix as zeros.
 template <class S>
 void pack_transposed(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
-  constexpr int64_t kStrip = 64;  // steps of K at a time, so that the strip of the panel stays in L1
-  const int width = vectors * kLanes<S>;
-  for (int64_t begin = 0; begin < K; begin += kStrip) {
-    const int64_t end = min(K, begin + kStrip);
-    for (int u = 0; u < width; ++u)
-      for (int64_t k = begin; k < end; ++k) panel[k * width + u] = u < units ? w[u][k] : S{0};
+  constexpr int L = kLanes<S>;
+  const int width = vectors * L;
+  for (int first = 0; first < width; first += L) {
+    int64_t k = 0;
+    for (; k + L <= K; k += L) {
+      V<S> square[L];
+      for (int u = 0; u < L; ++u) square[u] = first + u < units ? load(w[first + u] + k) : V<S>{};
+      transpose<S>(square);
+      for (int i = 0; i < L; ++i) store(panel + (k + i) * width + first, square[i]);
+    }
+    for (; k < K; ++k)
+      for (int u = first; u < first + L; ++u) panel[k * width + u] = u < units ? w[u][k] : S{0};
   }
 }
 
@@ -115,12 +136,18 @@ template <class S>
 void pack(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
   const int width = vectors * kLanes<S>;
   for (int64_t k = 0; k < K; ++k)
-    for (int u = 0; u < width; ++u) panel[k * width + u] = u < units ? w[k][u] : S{0};
+    for (int u = 0; u < width; u += kLanes<S>) {
+      const int rest = units - u;
+      const V<S> v = rest >= kLanes<S> ? load(w[k] + u) : rest > 0 ? load(w[k] + u, rest) : V<S>{};
+      store(panel + k * width + u, v);
+    }
 }
 
 // ---- Few rows read the weights as they lie: packing would cost more than it saves. --------------------
 
 constexpr int64_t kFewRows = 3;
+// From this many steps on they pack all the same: a panel streams faster than the rows of a matrix.
+constexpr int64_t kStepsWorthPacking = 8;
 
 // c[i][j] (+)= a[i] . w[j] for MR rows of A and NJ rows of W.
 template <int MR, int NJ, class S>

@@ -12,6 +12,8 @@ struct CellKernels {
   bool (*forward_f64)(const ForwardProblem<double>&);
   bool (*backward_f32)(const BackwardProblem<float>&);
   bool (*backward_f64)(const BackwardProblem<double>&);
+  bool (*products_f32)(const ProductsProblem<float>&);
+  bool (*products_f64)(const ProductsProblem<double>&);
 };
 
 struct InstructionSet {

@@ -198,6 +198,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   return {dgates, dh0, dc0, dh};
 }
 
+template <class Cell>
+std::tuple<Tensor, Tensor, Tensor, Tensor> products(
+    const Tensor& dgates, const Tensor& x, const Tensor& y, const Tensor& h0, Tensors w_ih,
+    const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first,
+    bool inputs, bool weights) {
+  constexpr int64_t G = Cell::kGates, E = Cell::kGradients;
+  STD_TORCH_CHECK(h0.dim() == 3 && x.dim() == 2 && dgates.dim() == 3, "expected h0 [D, B, P], x [N, I], dgates [D, N, E*H]");
+  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), N = x.size(0), I = x.size(1), H = dgates.size(2) / E;
+  STD_TORCH_CHECK(D >= 1 && D <= kMaxDirections, "h0 must have 1 or 2 directions, got ", D);
+  const Arguments arguments(h0, D);
+  arguments.check(dgates, "dgates", "[D, N, E*H]", {D, N, E * H});
+  arguments.check(x, "x", "[N, I]", {N, I});
+  arguments.check(y, "y", "[N, D*P]", {N, D * P});
+  arguments.check_each(w_ih, "w_ih", "[G*H, I]", {G * H, I});
+  const SequenceLayout layout(N, B, batch_sizes, lengths, reset, batch_first);
+
+  const Tensor dgates_rows = as_contiguous(dgates), x_rows = with_rows(x), y_rows = as_contiguous(y);
+  const Tensor h0_rows = as_contiguous(h0);
+  w_ih = each_with_rows(w_ih);
+  const Tensor dx = inputs ? empty({N, I}, h0) : empty({0}, h0);
+  const Tensor dw_ih = weights ? empty({D, G * H, I}, h0) : empty({0}, h0);
+  const Tensor dw_hh = weights ? empty({D, G * H, P}, h0) : empty({0}, h0);
+  const Tensor db = weights ? empty({D, E * H}, h0) : empty({0}, h0);
+  with_type(h0, [&]<class S>(S) {
+    ProductsProblem<S> problem{{layout.get(), H, P, static_cast<int>(D), {}, torch_threads()},
+                               rows<S>(x_rows),
+                               inputs ? Rows<S>{dx.mutable_data_ptr<S>(), I} : Rows<S>{},
+                               I,
+                               weights};
+    for (int64_t d = 0; d < D; ++d)
+      problem.direction[d] = {
+          .weights = {.w_ih = rows<S>(w_ih[static_cast<size_t>(d)])},
+          .dgates = direction_rows<const S>(dgates_rows, d),
+          .y = {y_rows.const_data_ptr<S>() + d * P, D * P},
+          .h0 = direction_rows<const S>(h0_rows, d),
+          .dw_ih = weights ? direction_rows<S>(dw_ih, d) : Rows<S>{},
+          .dw_hh = weights ? direction_rows<S>(dw_hh, d) : Rows<S>{},
+          .db = weights ? db.mutable_data_ptr<S>() + d * E * H : nullptr,
+      };
+    if constexpr (std::is_same_v<S, float>)
+      check_memory(kernels_of<Cell>().products_f32(problem));
+    else
+      check_memory(kernels_of<Cell>().products_f64(problem));
+  });
+  return {dx, dw_ih, dw_hh, db};
+}
+
 }  // namespace
 }  // namespace fastrnn
 
@@ -205,5 +252,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   fastrnn::AllCells::each([&]<class Cell>() {
     m.impl(Cell::kName, TORCH_BOX(&fastrnn::forward<Cell>));
     m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX(&fastrnn::backward<Cell>));
+    m.impl((std::string(Cell::kName) + "_products").c_str(), TORCH_BOX(&fastrnn::products<Cell>));
   });
 }

@@ -1,0 +1,220 @@
+// The products that follow the backward scan, over all steps at once: dx = dgates W_ih, dW_ih = dgates^T x,
+// dW_hh = dgates^T h_{t-1}, and the sums of dgates. The rows of h_{t-1} are read where they lie, in y and h0.
+#pragma once
+#include "cpu/scan.h"
+
+namespace fastrnn::FASTRNN_ISA {
+namespace {
+
+template <class Cell, class S>
+class Products {
+  static constexpr int G = Cell::kGates, E = Cell::kGradients;
+  static constexpr int64_t kChunk = 48;   // rows of dx at a time
+  static constexpr int64_t kRowsDeep = 256;  // rows that one pass over dW adds
+  static constexpr int kTall = kTileRows;    // units of a tile of dW
+
+ public:
+  FASTRNN_INLINE explicit Products(const ProductsProblem<S>& given)
+      : problem(given), sequence(given.sequence), inputs{given.I}, outputs{given.P} {}
+
+  /// False when there is no memory for the working arrays.
+  bool run() {
+    workers_ = workers();
+    const Scratch scratch([this](Scratch& s) { lay_out(s); });
+    if (scratch.failed()) return false;
+    if (problem.dx) {
+      problem.parallel(workers_, [this](int64_t worker) { pack_weights(worker); });
+      problem.parallel(workers_, [this](int64_t worker) { input_gradient(worker); });
+    }
+    if (problem.weights) problem.parallel(workers_, [this](int64_t worker) { weight_gradients(worker); });
+    return true;
+  }
+
+ private:
+  /// One thread for what is done before the others have woken up.
+  int64_t workers() const {
+    const double flops = 2.0 * rows() * G * problem.H * (problem.I + problem.P) * problem.directions;
+    return flops < 1e6 ? 1 : problem.parallel.threads;
+  }
+
+  double rows() const { return static_cast<double>(sequence.T) * static_cast<double>(sequence.B); }
+
+  void lay_out(Scratch& s) {
+    const int64_t K = G * problem.H;
+    row_stride_ = padded<S>(K, kBlock<S>);
+    for (int d = 0; d < problem.directions && problem.dx; ++d)
+      panels_[d] = s.take<S>(inputs.count() * kBlock<S> * K);
+    if (problem.dx) chunks_ = s.take<S>(workers_ * kChunk * row_stride_);
+    if (!problem.weights) return;
+    columns_ = s.take<S>(workers_ * (inputs.count() + outputs.count()) * kBlock<S> * kRowsDeep);
+    units_ = s.take<S>(workers_ * kTall * kRowsDeep);
+    sources_ = s.take<Source>(workers_ * kRowsDeep);
+  }
+
+  // ---- dx ----------------------------------------------------------------------------------------------
+
+  void pack_weights(int64_t worker) {
+    const int64_t K = G * problem.H;
+    for (int d = 0; d < problem.directions; ++d) {
+      const Rows<const S>& w = problem.direction[d].weights.w_ih;
+      for (int64_t block = worker; block < inputs.count(); block += workers_)
+        pack({w.data + block * kBlock<S>, w.stride}, K, inputs.in_block(block), inputs.vectors(block),
+             panels_[d] + block * kBlock<S> * K);
+    }
+  }
+
+  void input_gradient(int64_t worker) {
+    const int64_t N = sequence.offsets ? sequence.offsets[sequence.T] : sequence.T * sequence.B;
+    const int64_t K = G * problem.H;
+    const Rows<S> a{chunks_ + worker * kChunk * row_stride_, row_stride_};
+    alignas(64) S product[kChunk * kBlock<S>];
+    for (int64_t first = worker * kChunk; first < N; first += workers_ * kChunk) {
+      const int64_t n = min(kChunk, N - first);
+      for (int d = 0; d < problem.directions; ++d) {
+        for (int64_t i = 0; i < n; ++i)
+          copy_row(a[i], problem.direction[d].dgates[first + i] + (E - G) * problem.H, K);
+        for (int64_t block = 0; block < inputs.count(); ++block) {
+          multiply<S>({a.data, a.stride}, n, K, panels_[d] + block * kBlock<S> * K, inputs.vectors(block),
+                      product, kBlock<S>, false);
+          for (int64_t i = 0; i < n; ++i) {
+            S* const dx = problem.dx[first + i];
+            each_vector<S>(block * kBlock<S>, inputs.in_block(block), [&](auto io, int64_t u, int offset) {
+              const V<S> v = load(product + i * kBlock<S> + offset);
+              io.store(dx + u, d == 0 ? v : v + io.load(dx + u));
+            });
+          }
+        }
+      }
+    }
+  }
+
+  // ---- dW and db ---------------------------------------------------------------------------------------
+
+  /// What one row of the sequence contributes; h is null where the state was reset.
+  struct Source {
+    const S *dgates, *x, *h;
+  };
+
+  /// Walks over the rows that take part, kRowsDeep at a time.
+  struct Walk {
+    int64_t t = 0, position = 0;
+  };
+
+  int64_t next_rows(int d, Walk& walk, Source* sources) const {
+    const ProductsDirection<S>& dir = problem.direction[d];
+    int64_t n = 0;
+    for (; walk.t < sequence.T; ++walk.t, walk.position = 0) {
+      const int64_t t = walk.t, t_prev = d == 0 ? t - 1 : t + 1;
+      const int64_t alive = sequence.rows(t);
+      const int64_t alive_prev = t_prev < 0 || t_prev >= sequence.T ? 0 : sequence.rows(t_prev);
+      for (; walk.position < alive; ++walk.position) {
+        if (n == kRowsDeep) return n;
+        const int64_t position = walk.position, row = sequence.row(t, position);
+        const S* h = nullptr;
+        if (!sequence.resets(t, position))
+          h = position < alive_prev ? dir.y[sequence.row(t_prev, position)] : dir.h0[sequence.batch(position)];
+        sources[n++] = {dir.dgates[row], problem.x[row], h};
+      }
+    }
+    return n;
+  }
+
+  /// A worker owns some of the tiles of kTall units of a gate, over all columns of dW_ih and dW_hh.
+  void weight_gradients(int64_t worker) {
+    const int64_t tall = (problem.H + kTall - 1) / kTall;
+    const Range mine = share(G * tall, static_cast<int>(worker), static_cast<int>(workers_));
+    Source* const sources = sources_ + worker * kRowsDeep;
+    S* const columns = columns_ + worker * (inputs.count() + outputs.count()) * kBlock<S> * kRowsDeep;
+    S* const h_columns = columns + inputs.count() * kBlock<S> * kRowsDeep;
+    for (int d = 0; d < problem.directions; ++d) {
+      Walk walk;
+      for (bool first = true;; first = false) {
+        const int64_t n = next_rows(d, walk, sources);
+        if (n == 0 && !first) break;
+        pack_columns(sources, n, inputs, columns, [](const Source& source) { return source.x; });
+        pack_columns(sources, n, outputs, h_columns, [](const Source& source) { return source.h; });
+        for (int64_t tile = mine.begin; tile < mine.end; ++tile)
+          gradient_tile(d, static_cast<int>(tile / tall), tile % tall * kTall, n, sources,
+                        units_ + worker * kTall * kRowsDeep, columns, h_columns, !first);
+      }
+    }
+  }
+
+  template <class F>
+  void pack_columns(const Source* sources, int64_t n, const Blocks<S>& blocks, S* panels, F row_of) const {
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+      const int width = blocks.vectors(block) * kLanes<S>, count = blocks.in_block(block);
+      S* const panel = panels + block * kBlock<S> * kRowsDeep;
+      for (int64_t k = 0; k < n; ++k) {
+        const S* const row = row_of(sources[k]);
+        if (row == nullptr || count < width) __builtin_memset(panel + k * width, 0, width * sizeof(S));
+        if (row != nullptr)
+          each_vector<S>(block * kBlock<S>, count, [&](auto io, int64_t u, int offset) {
+            io.store(panel + k * width + offset, io.load(row + u));
+          });
+      }
+    }
+  }
+
+  /// Units u .. u + kTall of one gate.
+  void gradient_tile(int d, int gate, int64_t u, int64_t n, const Source* sources, S* packed, const S* x_columns,
+                     const S* h_columns, bool accumulate) {
+    const ProductsDirection<S>& dir = problem.direction[d];
+    const int count = static_cast<int>(min<int64_t>(kTall, problem.H - u));
+    const int64_t of_x = (E - G + gate) * problem.H + u, of_h = Cell::recurrent(gate) * problem.H + u;
+    pack_units(sources, n, of_x, count, packed, dir.db, accumulate);
+    const int64_t row = gate * problem.H + u;
+    add_columns(packed, n, count, inputs, x_columns, {dir.dw_ih[row], dir.dw_ih.stride}, accumulate);
+    if (of_h != of_x) pack_units(sources, n, of_h, count, packed, dir.db, accumulate);
+    add_columns(packed, n, count, outputs, h_columns, {dir.dw_hh[row], dir.dw_hh.stride}, accumulate);
+  }
+
+  /// packed[k][unit] = dgates of the n rows, and their sum into db.
+  void pack_units(const Source* sources, int64_t n, int64_t first, int count, S* packed, S* db,
+                  bool accumulate) const {
+    S total[kTall] = {};
+    for (int64_t k = 0; k < n; ++k) {
+      const S* const from = sources[k].dgates + first;
+      S* const to = packed + k * count;
+      if (count == kTall) {
+        __builtin_memcpy(to, from, kTall * sizeof(S));
+        for (int i = 0; i < kTall; ++i) total[i] += from[i];
+      } else {
+        for (int i = 0; i < count; ++i) total[i] += to[i] = from[i];
+      }
+    }
+    for (int i = 0; i < count; ++i) db[first + i] = total[i] + (accumulate ? db[first + i] : S{0});
+  }
+
+  void add_columns(const S* packed, int64_t n, int count, const Blocks<S>& blocks, const S* panels, Rows<S> dw,
+                   bool accumulate) const {
+    alignas(64) S product[kTall * kBlock<S>];
+    for (int64_t block = 0; block < blocks.count(); ++block) {
+      const int vectors = blocks.vectors(block), width = vectors * kLanes<S>, in = blocks.in_block(block);
+      const auto tile = tile_for<S, true>(count, vectors);
+      const S* const panel = panels + block * kBlock<S> * kRowsDeep;
+      S* const c = dw.data + block * kBlock<S>;
+      if (in == width) {
+        tile(packed, 1, panel, width, n, c, dw.stride, accumulate);
+        continue;
+      }
+      tile(packed, 1, panel, width, n, product, width, false);
+      for (int i = 0; i < count; ++i)
+        each_vector<S>(0, in, [&](auto io, int64_t u, int offset) {
+          const V<S> v = load(product + i * width + offset);
+          io.store(c + i * dw.stride + u, accumulate ? v + io.load(c + i * dw.stride + u) : v);
+        });
+    }
+  }
+
+  const ProductsProblem<S>& problem;
+  const Sequence& sequence;
+  const Blocks<S> inputs, outputs;  // columns of W_ih and of W_hh
+  int64_t workers_ = 1, row_stride_ = 0;
+  S* panels_[kMaxDirections] = {};
+  S *chunks_ = nullptr, *columns_ = nullptr, *units_ = nullptr;
+  Source* sources_ = nullptr;
+};
+
+}  // namespace
+}  // namespace fastrnn::FASTRNN_ISA
