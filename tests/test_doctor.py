@@ -97,6 +97,15 @@ def test_a_missing_library_is_explained(broken_package):
     assert "there is no compiled part" in result.stdout
 
 
+def test_a_build_older_than_the_sources_is_explained(broken_package):
+    shutil.copy(PACKAGE / "_C.abi3.so", broken_package)
+    with (broken_package / "_ops.py").open("a") as sources:
+        sources.write('raise RuntimeError("operator fastrnn::new does not exist")\n')
+    result = run("-m", "fastrnn", "doctor", cwd=broken_package.parent)
+    assert result.returncode == 1
+    assert "operator fastrnn::new does not exist" in result.stdout
+
+
 def test_importing_without_the_compiled_part_points_to_the_doctor(broken_package):
     result = run("-c", "import fastrnn", cwd=broken_package.parent)
     assert "ImportError" in result.stderr
