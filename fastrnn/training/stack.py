@@ -4,6 +4,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -43,6 +44,8 @@ class Stack:
         dropout: between layers, in training.
         bidirectional: two directions a layer; the output then has 2 H features.
         proj_size: projection P of an LSTM, 0 for none.
+        forget_bias: added to an LSTM's forget gates at the start, so that they begin open (Gers,
+            Schmidhuber, Cummins, "Learning to forget", Neural Computation 12, 2000).
         backend: fastrnn or torch: the same module from fastrnn or from torch.nn.
         options: further keyword arguments of the module, such as fastrnn's regularisers.
     """
@@ -53,6 +56,7 @@ class Stack:
     dropout: float = 0.0
     bidirectional: bool = False
     proj_size: int = 0
+    forget_bias: float = 0.0
     backend: str = "fastrnn"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -69,7 +73,7 @@ class Stack:
             raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
         name, fixed = CELLS[self.cell]
         module = getattr(importlib.import_module(BACKENDS[self.backend]), name)
-        return module(
+        rnn = module(
             input_size,
             self.hidden_size,
             self.num_layers,
@@ -79,3 +83,9 @@ class Stack:
             **fixed,
             **self.options,
         )
+        if self.forget_bias and self.cell == "lstm":
+            with torch.no_grad():
+                for parameter_name, p in rnn.named_parameters():
+                    if parameter_name.startswith("bias_hh"):  # [4H]: i, f, g, o
+                        p[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
+        return rnn

@@ -12,7 +12,7 @@ from fastrnn.training.errors import InputError
 from fastrnn.training.optim import Optim
 from fastrnn.training.stack import Stack
 
-FREE = {"backend", "dropout"}  # of a stack: may differ between a checkpoint and its reader
+FREE = {"backend", "dropout", "forget_bias"}  # of a stack: may differ between a checkpoint and its reader
 
 
 class SequenceTask(L.LightningModule):

@@ -83,6 +83,8 @@ def test_memory_problems_have_the_targets_they_state() -> None:
     torch.testing.assert_close(adding.y[0, :, 0], adding.x.prod(-1).sum(0))
     parity = MemoryData("parity", length=30).batches("train", 0, 1).batch(0, 0)
     assert torch.equal(parity.y, parity.x.sum((0, 2)).long() % 2)
+    after = torch.arange(len(parity.x))[:, None] >= parity.lengths
+    assert not parity.x[after].any()
     copy = MemoryData("copy", length=30).batches("train", 0, 1).batch(0, 0)
     assert torch.equal(copy.y[copy.y != IGNORE].view(10, -1), copy.x[:10])
 

@@ -2,13 +2,12 @@
 
 Adding: Hochreiter and Schmidhuber, "Long short-term memory", Neural Computation 9 (1997), in the
 form of Le, Jaitly, Hinton, arXiv:1504.00941. Copy: Arjovsky, Shah, Bengio, "Unitary evolution
-recurrent neural networks", ICML 2016. Parity: the oldest, and the one without any slack.
+recurrent neural networks", ICML 2016. Parity: every bit matters, to the last.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastrnn.training.data.batches import IGNORE, Batches, SequenceBatch, StreamBatch
 from fastrnn.training.data.module import SequenceData
@@ -24,7 +23,7 @@ class MemoryData(SequenceData):
     Args:
         problem: ``adding`` (Forecaster), ``parity`` (SequenceClassifier) or ``copy``
             (LanguageModel).
-        length: T; for copy, the blanks between the symbols and their recall.
+        length: T; for parity, the longest; for copy, the blanks between the symbols and their recall.
         batch_size: sequences a batch, over all processes.
         epoch: training batches that make an epoch.
         evaluation: batches of val, and of test.
@@ -97,13 +96,20 @@ def adding(length: int, batch: int, generator: torch.Generator) -> SequenceBatch
     marks[torch.randint(half, (batch,), generator=generator), rows] = 1.0
     marks[torch.randint(half, length, (batch,), generator=generator), rows] = 1.0
     target = (numbers * marks).sum(0).view(1, batch, 1)
-    return SequenceBatch(torch.stack([numbers, marks], -1), full(length, batch), target)
+    lengths = torch.full((batch,), length)
+    return SequenceBatch(torch.stack([numbers, marks], -1), lengths, target)
 
 
 def parity(length: int, batch: int, generator: torch.Generator) -> SequenceBatch:
-    """Bits; the class is whether their sum is odd."""
-    bits = torch.randint(2, (length, batch), generator=generator)
-    return SequenceBatch(bits[..., None].float(), full(length, batch), bits.sum(0) % 2)
+    """One to ``length`` bits; the class is whether their sum is odd.
+
+    The short ones are what makes it learnable: at a fixed length nothing less than all of the
+    solution lowers the loss.
+    """
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+    bits = torch.randint(2, (int(lengths.max()), batch), generator=generator)
+    bits[torch.arange(len(bits))[:, None] >= lengths] = 0
+    return SequenceBatch(bits[..., None].float(), lengths, bits.sum(0) % 2)
 
 
 def copy(length: int, batch: int, generator: torch.Generator) -> StreamBatch:
@@ -118,10 +124,6 @@ def copy(length: int, batch: int, generator: torch.Generator) -> StreamBatch:
     reset = torch.zeros(total, batch, dtype=torch.bool)
     reset[0] = True
     return StreamBatch(x, y, reset, keep=total)
-
-
-def full(length: int, batch: int) -> Tensor:
-    return torch.full((batch,), length)
 
 
 PROBLEMS = {"adding": adding, "parity": parity, "copy": copy}
