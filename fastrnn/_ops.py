@@ -78,6 +78,11 @@ def _register_fakes(name: str) -> None:
 for _name in CELLS:
     _register_fakes(_name)
 
+# Resolved once: looking an operator up by name costs some microseconds.
+_FORWARD = {name: getattr(torch.ops.fastrnn, name).default for name in CELLS}
+_BACKWARD = {name: getattr(torch.ops.fastrnn, f"{name}_backward").default for name in CELLS}
+_PRODUCTS = {name: getattr(torch.ops.fastrnn, f"{name}_products").default for name in CELLS}
+
 
 # ---- Autograd ----------------------------------------------------------------------------------------
 # Functions take tensors one by one: after x, h0 and c0 come w_ih, w_hh, b_ih, b_hh and w_hr of all directions.
@@ -97,9 +102,8 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(name, batch_first, bias, projected, batch_sizes, lengths, reset, x, h0, c0, *weights):
-        op = getattr(torch.ops.fastrnn, name)
         lists = _split(weights, h0.shape[0], bias, projected)
-        return op(x, h0, c0, *lists, batch_sizes, lengths, reset, batch_first, True)
+        return _FORWARD[name](x, h0, c0, *lists, batch_sizes, lengths, reset, batch_first, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -133,7 +137,7 @@ class Scan(torch.autograd.Function):
         wants_x, _, _, *wants_weights = ctx.needs_input_grad[7:]
         wants = _split(tuple(wants_weights), D, bias, projected)
         any_weights = any(any(want) for want in wants[:4])
-        products = _composed_products if needed else getattr(torch.ops.fastrnn, name + "_products")
+        products = _composed_products if needed else _PRODUCTS[name]
         dx, dw_ih, dw_hh, db = products(
             dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, wants_x, any_weights
         )
@@ -201,8 +205,7 @@ class ScanBackward(torch.autograd.Function):
         saved_c, y, h0, c0, *weights,
     ):  # fmt: skip
         D = h0.shape[0]
-        op = getattr(torch.ops.fastrnn, name + "_backward")
-        return op(
+        return _BACKWARD[name](
             dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, weights[:D], weights[D:],
             batch_sizes, lengths, reset, batch_first,
         )  # fmt: skip
@@ -457,8 +460,7 @@ def scan(
             name, sequence.batch_first, bool(weights.b_ih), bool(weights.w_hr), *options, *tensors
         )
     else:
-        op = getattr(torch.ops.fastrnn, name)
-        y, h_n, c_n, _, c = op(x, h0, c0, *weights, *options, sequence.batch_first, all_c)
+        y, h_n, c_n, _, c = _FORWARD[name](x, h0, c0, *weights, *options, sequence.batch_first, all_c)
     return y, h_n, c_n, c
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, reference
 from .reference import CELLS
 
 __all__ = [
@@ -43,7 +43,7 @@ def set_strict(strict: bool) -> bool:
 
 def no_kernel_reason(weight: Tensor) -> str | None:
     """Why a recurrence with this weight takes torch.nn's own path, or None if there is a kernel for it."""
-    if weight.device.type not in ("cpu", "meta"):
+    if not (weight.is_cpu or weight.is_meta):
         return f"this build has no kernels for {weight.device.type} devices"
     if weight.dtype not in _KERNEL_DTYPES:
         return f"there are no CPU kernels for {weight.dtype}"
@@ -66,18 +66,21 @@ def _takes_torch_path(weight: Tensor) -> bool:
 
 
 def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    device, dtype = input.device, input.dtype
+    if all(t.dtype is dtype and t.device == device for t in (*hidden, *params)):
+        return
     autocast = torch._C._is_any_autocast_enabled()
     for kind, tensors in (("hidden", hidden), ("parameter", params)):
         for t in tensors:
-            if t.device != input.device:
+            if t.device != device:
                 raise RuntimeError(
                     f"Input and {kind} tensors are not at the same device, found input tensor at "
-                    f"{input.device} and {kind} tensor at {t.device}"
+                    f"{device} and {kind} tensor at {t.device}"
                 )
-            if t.dtype != input.dtype and not autocast:
+            if t.dtype != dtype and not autocast:
                 raise RuntimeError(
                     f"Input and {kind} tensors are not the same dtype, found input tensor with "
-                    f"{input.dtype} and {kind} tensor with {t.dtype}"
+                    f"{dtype} and {kind} tensor with {t.dtype}"
                 )
 
 
@@ -86,17 +89,24 @@ def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[
 
 @dataclass(frozen=True)
 class Rows:
-    """How the rows [N, *] of a sequence are laid out: dense [T, B], dense [B, T] or packed."""
+    """How the rows [N, *] of a sequence are laid out, dense [T, B], dense [B, T] or packed, and which count."""
 
     T: int
     B: int
-    batch_first: bool
-    batch_sizes: Tensor | None  # packed: int64 [T] on the CPU
+    batch_first: bool = False
+    batch_sizes: Tensor | None = None  # packed: int64 [T] on the CPU
+    lengths: Tensor | None = None  # dense: int64 [B] on the CPU
+    reset: Tensor | None = None  # bool [N]
 
     def dense(self, rows: Tensor) -> Tensor:
         """[N, *] -> [T, B, *] or [B, T, *]."""
         shape = (self.B, self.T) if self.batch_first else (self.T, self.B)
-        return rows.view(*shape, rows.shape[1])
+        return rows.view(*shape, *rows.shape[1:])
+
+    def states(self, rows: Tensor) -> Tensor:
+        """[N, D, *] -> [T, D, B, *]: what hx takes, for every step."""
+        steps = self.dense(rows)
+        return steps.permute(1, 2, 0, 3) if self.batch_first else steps.transpose(1, 2)
 
 
 def layer(
@@ -107,18 +117,25 @@ def layer(
     params: Sequence[Sequence[Tensor]],
     rows: Rows,
     has_biases: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scans one cell over time: (y [N, D*P], h_n [D, B, P], c_n [D, B, H]).
+    all_c: bool = False,
+    composed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scans one cell over time: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H] if all_c).
 
     x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None; params: for each of the D directions (w_ih [G*H, I],
-    w_hh [G*H, P], then b_ih and b_hh [G*H] with biases, then w_hr [P, H] with a projection).
+    w_hh [G*H, P], then b_ih and b_hh [G*H] with biases, then w_hr [P, H] with a projection). ``composed``
+    makes it from torch operations, for what has no kernel.
     """
     columns = [list(column) for column in zip(*params, strict=True)]
     biases = columns[2:4] if has_biases else [[], []]
     w_hr = columns[-1] if len(columns) % 2 else []
     weights = _ops.Weights(columns[0], columns[1], *biases, w_hr)
-    sequence = _ops.Sequence(rows.batch_first, rows.batch_sizes)
-    return _ops.scan(name, x.to(h0.dtype), h0, c0, weights, sequence)[:3]
+    sequence = _ops.Sequence(rows.batch_first, rows.batch_sizes, rows.lengths, rows.reset)
+    if composed:
+        layout = sequence.layout(x.shape[0], h0.shape[1])
+        y, h_n, c_n, _, c = reference.forward(CELLS[name], layout, x.to(h0.dtype), h0, c0, *weights)
+        return y, h_n, c_n, c
+    return _ops.scan(name, x.to(h0.dtype), h0, c0, weights, sequence, all_c)
 
 
 def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
@@ -127,6 +144,15 @@ def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
         return torch.dropout(y, p, True)
     noise = torch.dropout(y.new_ones(rows.T, rows.B, y.shape[1]), p, True)
     return (rows.dense(y) * noise.transpose(0, 1)).flatten(0, 1)
+
+
+def _autocast_dtype(name: str, hx: Tensor, one_step: bool) -> torch.dtype | None:
+    """The dtype that torch.nn's outputs have under autocast: it knows lstm, rnn and their cells as wholes, and
+    of gru and lstm_cell it casts the products inside alone."""
+    if not torch.is_autocast_enabled("cpu"):
+        return None
+    keeps = name == "gru" or (one_step and name == "lstm")
+    return hx.dtype if keeps else torch.get_autocast_dtype("cpu")
 
 
 def _stack(
@@ -140,91 +166,116 @@ def _stack(
     dropout: float,
     train: bool,
     bidirectional: bool,
-    keeps_dtype: bool = False,
+    return_states: bool,
+    composed: bool,
 ) -> tuple[Tensor, ...]:
-    """Layers one after the other, dropout between them: (y [N, D*P], h_n [L*D, B, P], c_n [L*D, B, H])."""
+    """Layers one after the other, dropout between them: y [N, D*P] and h_n [L*D, B, P], c_n [L*D, B, H], or
+    all states, h [T, L*D, B, P] and c [T, L*D, B, H]."""
     D = 2 if bidirectional else 1
     each = len(params) // (num_layers * D)
-    output_dtype = None
-    if torch.is_autocast_enabled("cpu"):
-        # torch's autocast knows lstm and rnn as wholes; of the others it casts the products inside alone.
-        output_dtype = hx[0].dtype if keeps_dtype else torch.get_autocast_dtype("cpu")
     dtype = params[1].dtype
     hx = [h.to(dtype) for h in hx]
-    finals: list[tuple[Tensor, ...]] = []
+    results: list[tuple[Tensor, ...]] = []
     for index in range(num_layers):
         chunk = slice(index * D, (index + 1) * D)
         directions = [params[each * d : each * (d + 1)] for d in range(index * D, (index + 1) * D)]
         c0 = hx[1][chunk] if CELLS[name].has_c else None
-        x, *final = layer(name, x, hx[0][chunk], c0, directions, rows, has_biases)
-        finals.append(tuple(final))
+        x, h, c, all_c = layer(
+            name, x, hx[0][chunk], c0, directions, rows, has_biases, return_states, composed
+        )
+        if return_states:
+            h = rows.states(x.unflatten(1, (D, -1)))
+            c = rows.states(all_c.transpose(0, 1)) if c0 is not None else c
+        results.append((h, c)[: len(hx)])
         if dropout > 0 and train and index < num_layers - 1:
             x = _dropout(x, dropout, rows)
-    states = [
-        part[0] if num_layers == 1 else torch.cat(part) for part in list(zip(*finals, strict=True))[: len(hx)]
-    ]
-    result = (x, *states)
-    return tuple(t.to(output_dtype) for t in result) if output_dtype is not None else result
+    dim = 1 if return_states else 0
+    states = (part[0] if num_layers == 1 else torch.cat(part, dim) for part in zip(*results, strict=True))
+    return x, *states
 
 
-def _recurrent(name: str, args: tuple, many_states: bool) -> tuple[Tensor, ...]:
+def _lengths(lengths: Tensor | Sequence[int], T: int, B: int) -> Tensor:
+    lengths = torch.as_tensor(lengths)
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if tuple(lengths.shape) != (B,):
+        raise ValueError(f"lengths must be [B] = [{B}], got {list(lengths.shape)}")
+    lengths = lengths.to("cpu", torch.int64)
+    if not torch.compiler.is_compiling() and B > 0 and (lengths.min() < 0 or lengths.max() > T):
+        raise ValueError(f"lengths must be between 0 and T = {T}, got {lengths.tolist()}")
+    return lengths
+
+
+def _reset(reset: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset must be bool, got {reset.dtype}")
+    letters, shape = ("[B, T]", (B, T)) if batch_first else ("[T, B]", (T, B))
+    if tuple(reset.shape) != shape:
+        raise ValueError(f"reset must be {letters} = {list(shape)}, got {list(reset.shape)}")
+    return reset.flatten()
+
+
+def _recurrent(name: str, args: tuple, lengths, reset, return_states: bool) -> tuple[Tensor, ...]:
     """torch.lstm and its siblings: dense (input, hx, params, has_biases, num_layers, dropout, train,
     bidirectional, batch_first) or packed (data, batch_sizes, hx, params, has_biases, num_layers, dropout,
     train, bidirectional)."""
     packed = isinstance(args[3], (list, tuple))
+    extended = lengths is not None or reset is not None or return_states
     if packed:
-        x, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional = args
-        batch_first = False
+        x, batch_sizes, hx, params, *options = args
+        if extended:
+            raise ValueError("lengths, reset and return_states take dense sequences, not packed ones")
     else:
-        x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
-        batch_sizes = None
-    hidden = tuple(hx) if many_states else (hx,)
-    if _takes_torch_path(params[0]):
+        x, hx, params, *options, batch_first = args
+    hidden = tuple(hx) if CELLS[name].has_c else (hx,)
+    torch_path = _takes_torch_path(params[0])
+    if torch_path and not extended:
         return getattr(torch, name)(*args)
     _check_attributes(x, hidden, params)
     if packed:
-        rows = Rows(batch_sizes.shape[0], hidden[0].shape[1], False, batch_sizes)
+        rows = Rows(batch_sizes.shape[0], hidden[0].shape[1], batch_sizes=batch_sizes)
         flat = x
     else:
         B, T = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        rows = Rows(T, B, batch_first, None)
+        rows = Rows(
+            T,
+            B,
+            batch_first,
+            lengths=None if lengths is None else _lengths(lengths, T, B),
+            reset=None if reset is None else _reset(reset, T, B, batch_first),
+        )
         flat = x.flatten(0, 1)
-    y, *states = _stack(
-        name,
-        flat,
-        hidden,
-        params,
-        rows,
-        has_biases,
-        num_layers,
-        dropout,
-        train,
-        bidirectional,
-        keeps_dtype=name == "gru",
-    )
-    return (y if packed else rows.dense(y), *states)
+    output_dtype = _autocast_dtype(name, hidden[0], one_step=False)
+    y, *states = _stack(name, flat, hidden, params, rows, *options, return_states, torch_path)
+    results = (y if packed else rows.dense(y), *states)
+    return results if output_dtype is None else tuple(t.to(output_dtype) for t in results)
 
 
-def lstm(*args) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.lstm``: (output, h_n, c_n), for dense and for packed arguments."""
-    return _recurrent("lstm", args, True)  # type: ignore[return-value]
+def lstm(*args, lengths=None, reset=None, return_states: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.lstm``: (output, h_n, c_n), for dense and for packed arguments.
+
+    Dense ones also take ``lengths`` (integers [B], any order, zeros allowed: output is zero beyond, h_n and c_n
+    are the states at each length), ``reset`` (bool [T, B], [B, T] with batch_first: the state is zeroed before
+    that step) and ``return_states``: (output, h [T, L*D, B, P], c [T, L*D, B, H]), the states after every step.
+    """
+    return _recurrent("lstm", args, lengths, reset, return_states)  # type: ignore[return-value]
 
 
-def gru(*args) -> tuple[Tensor, Tensor]:
-    """``torch.gru``: (output, h_n), for dense and for packed arguments."""
-    return _recurrent("gru", args, False)  # type: ignore[return-value]
+def gru(*args, lengths=None, reset=None, return_states: bool = False) -> tuple[Tensor, Tensor]:
+    """``torch.gru``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
+    return _recurrent("gru", args, lengths, reset, return_states)  # type: ignore[return-value]
 
 
-def rnn_tanh(*args) -> tuple[Tensor, Tensor]:
-    """``torch.rnn_tanh``: (output, h_n), for dense and for packed arguments."""
-    return _recurrent("rnn_tanh", args, False)  # type: ignore[return-value]
+def rnn_tanh(*args, lengths=None, reset=None, return_states: bool = False) -> tuple[Tensor, Tensor]:
+    """``torch.rnn_tanh``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
+    return _recurrent("rnn_tanh", args, lengths, reset, return_states)  # type: ignore[return-value]
 
 
-def rnn_relu(*args) -> tuple[Tensor, Tensor]:
-    """``torch.rnn_relu``: (output, h_n), for dense and for packed arguments."""
-    return _recurrent("rnn_relu", args, False)  # type: ignore[return-value]
+def rnn_relu(*args, lengths=None, reset=None, return_states: bool = False) -> tuple[Tensor, Tensor]:
+    """``torch.rnn_relu``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
+    return _recurrent("rnn_relu", args, lengths, reset, return_states)  # type: ignore[return-value]
 
 
 # ---- One step ----------------------------------------------------------------------------------------
@@ -248,16 +299,22 @@ def _check_cell(input: Tensor, hidden: Sequence[Tensor], w_ih: Tensor, w_hh: Ten
             )
 
 
+_ONE_STEP = _ops.Sequence(batch_first=False)
+
+
 def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) -> tuple[Tensor, ...]:
     w_ih, w_hh, b_ih, b_hh = weights
-    params = [w for w in weights if w is not None]
+    biases = ([], []) if b_ih is None else ([b_ih], [b_hh])
     _check_cell(input, hidden, w_ih, w_hh)
-    _check_attributes(input, hidden, params)
-    rows = Rows(1, input.shape[0], False, None)
-    hx = [h.unsqueeze(0) for h in hidden]
-    keeps_dtype = name in ("lstm", "gru")
-    _, *states = _stack(name, input, hx, params, rows, b_ih is not None, 1, 0.0, False, False, keeps_dtype)
-    return tuple(s.squeeze(0) for s in states)
+    _check_attributes(input, hidden, (w_ih, w_hh, *biases[0], *biases[1]))
+    output_dtype = _autocast_dtype(name, hidden[0], one_step=True)
+    if output_dtype is not None:
+        input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
+    c0 = hidden[1].unsqueeze(0) if CELLS[name].has_c else None
+    layer_weights = _ops.Weights([w_ih], [w_hh], *biases, [])
+    _, *states = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, layer_weights, _ONE_STEP)
+    results = tuple(s.squeeze(0) for s in states[: len(hidden)])
+    return results if output_dtype is None else tuple(s.to(output_dtype) for s in results)
 
 
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None) -> tuple[Tensor, Tensor]:

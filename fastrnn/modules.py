@@ -64,43 +64,53 @@ class _Recurrent(nn.RNNBase):
     def _weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _call(self, *args):
+    def _call(self, *args, **keywords):
+        """The functional form, on (input, hx) or on (data, batch_sizes, hx)."""
         function = getattr(functional, self.mode.lower())
-        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
-        output, *hidden = function(*args, self._weights(), *options, *self._dense_only(args))
+        options = [self.bias, self.num_layers, self.dropout, self.training, self.bidirectional]
+        if len(args) == 2:
+            options.append(self.batch_first)
+        output, *hidden = function(*args, self._weights(), *options, **keywords)
         return output, tuple(hidden) if self.mode == "LSTM" else hidden[0]
 
-    def _dense_only(self, args: tuple) -> tuple:
-        return (self.batch_first,) if len(args) == 2 else ()
-
-    def forward(self, input, hx=None):
-        """Exactly torch.nn's: (output, h_n) or (output, (h_n, c_n)).
+    def forward(self, input, hx=None, *, lengths=None, reset=None, return_states=False):
+        """torch.nn's (output, h_n), or (output, (h_n, c_n)) of an LSTM, and more when asked for.
 
         input [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence; hx is h_0
         [L*D, B, H] (LSTM: (h_0 [L*D, B, P], c_0 [L*D, B, H])), without B for unbatched input, zeros if None.
-        Raises ValueError and RuntimeError where torch.nn does.
+
+        lengths: integers [B] on any device, in any order, zeros allowed. Steps beyond a row's length do not
+            happen: its output there is zero, and h_n, c_n are its states at its length.
+        reset: bool [T, B] ([B, T] with batch_first): the state of a row is zeroed before that step.
+        return_states: the second result is every h_t [T, L*D, B, P] (LSTM: and every c_t [T, L*D, B, H]),
+            differentiable; ``h[t]`` is what hx takes.
+
+        Raises ValueError and RuntimeError where torch.nn does, in its words.
         """
         if isinstance(input, PackedSequence):
+            if lengths is not None or reset is not None or return_states:
+                raise ValueError("lengths, reset and return_states take dense sequences, not packed ones")
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
             name, tensor = _torch_name(self), " tensor" if "RNN" in self.mode else ""
-            raise ValueError(
-                f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead"
-            )
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
         is_batched = input.dim() == 3
         batch_dim = 0 if self.batch_first else 1
         if not is_batched:
             input = input.unsqueeze(batch_dim)
+            lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
+            reset = None if reset is None else reset.unsqueeze(batch_dim)
         if hx is None:
             hx = self._zeros(input, input.size(batch_dim))
         else:
-            self._check_hidden_dims(hx, input.dim() if is_batched else 2)
+            self._check_hidden_dims(hx, 3 if is_batched else 2)
             if not is_batched:
                 hx = self._each(hx, lambda h: h.unsqueeze(1))
         self.check_forward_args(input, hx, None)
-        output, hidden = self._call(input, hx)
+        output, hidden = self._call(input, hx, lengths=lengths, reset=reset, return_states=return_states)
         if not is_batched:
-            return output.squeeze(batch_dim), self._each(hidden, lambda h: h.squeeze(1))
+            of_batch = 2 if return_states else 1
+            return output.squeeze(batch_dim), self._each(hidden, lambda h: h.squeeze(of_batch))
         return output, hidden
 
     def _forward_packed(self, input: PackedSequence, hx):
@@ -132,13 +142,13 @@ class _RecurrentCell(nn.RNNCellBase):
 
     def _step(self, function, input: Tensor, hx):
         many = isinstance(self, nn.LSTMCell)
-        name = _torch_name(self)
         if input.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+            raise ValueError(f"{_torch_name(self)}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         hidden = () if hx is None else tuple(hx) if many else (hx,)
         for i, h in enumerate(hidden):
             if h.dim() not in (1, 2):
                 which = f"hx[{i}]" if many else "hidden"
+                name = _torch_name(self)
                 raise ValueError(f"{name}: Expected {which} to be 1D or 2D, got {h.dim()}D instead")
         is_batched = input.dim() == 2
         if not is_batched:

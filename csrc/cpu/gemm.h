@@ -149,40 +149,49 @@ constexpr int64_t kFewRows = 3;
 // From this many steps on they pack all the same: a panel streams faster than the rows of a matrix.
 constexpr int64_t kStepsWorthPacking = 8;
 
-// c[i][j] (+)= a[i] . w[j] for MR rows of A and NJ rows of W.
-template <int MR, int NJ, class S>
-void dots(Rows<const S> a, Rows<const S> w, int64_t K, S* c, int64_t ldc, bool accumulate) {
-  V<S> acc[MR][NJ] = {};
-  int64_t k = 0;
-  for (; k + kLanes<S> <= K; k += kLanes<S>)
-    for (int j = 0; j < NJ; ++j) {
-      const V<S> weights = load(w[j] + k);
-      for (int i = 0; i < MR; ++i) acc[i][j] += load(a[i] + k) * weights;
-    }
-  if (const int rest = static_cast<int>(K - k); rest > 0)
-    for (int j = 0; j < NJ; ++j) {
-      const V<S> weights = load(w[j] + k, rest);
-      for (int i = 0; i < MR; ++i) acc[i][j] += load(a[i] + k, rest) * weights;
-    }
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NJ; ++j)
-      c[i * ldc + j] = sum<S>(acc[i][j]) + (accumulate ? c[i * ldc + j] : S{0});
+// The sums of the lanes of kLanes registers, one in each lane: neighbours are added until one register is left.
+template <class S>
+FASTRNN_INLINE V<S> sums(V<S>* v) {
+  constexpr int L = kLanes<S>;
+  Integers<S> even, odd;
+  for (int lane = 0; lane < L; ++lane) even[lane] = 2 * lane, odd[lane] = 2 * lane + 1;
+  for (int left = L / 2; left > 0; left /= 2)
+    for (int i = 0; i < left; ++i)
+      v[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+  return v[0];
 }
 
-// C[n, units] (+)= A[n, K] W[units, K]^T, n <= kFewRows.
+// a . w[j] for the first `rows` of kLanes rows of W; the others are not read.
+template <class S, bool kAll>
+FASTRNN_INLINE V<S> dots(const S* a, Rows<const S> w, int64_t K, int rows) {
+  constexpr int L = kLanes<S>;
+  V<S> acc[L] = {};
+  int64_t k = 0;
+  for (; k + L <= K; k += L) {
+    const V<S> x = load(a + k);
+    for (int j = 0; j < L; ++j)
+      if (kAll || j < rows) acc[j] += x * load(w[j] + k);
+  }
+  if (const int rest = static_cast<int>(K - k); rest > 0) {
+    const V<S> x = load(a + k, rest);
+    for (int j = 0; j < L; ++j)
+      if (kAll || j < rows) acc[j] += x * load(w[j] + k, rest);
+  }
+  return sums<S>(acc);
+}
+
+// C[n, units] (+)= A[n, K] W[units, K]^T, n <= kFewRows. C is a tile: its rows have whole registers.
 template <class S>
-void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int units, S* c,
-                         int64_t ldc, bool accumulate) {
-  const auto sweep = [&](auto rows) FASTRNN_LAMBDA_INLINE {
-    constexpr int kRows = decltype(rows)::value, kAtOnce = kRows == 1 ? 8 : 4;
-    int j = 0;
-    for (; j + kAtOnce <= units; j += kAtOnce)
-      dots<kRows, kAtOnce, S>(a, {w[j], w.stride}, K, c + j, ldc, accumulate);
-    for (; j < units; ++j) dots<kRows, 1, S>(a, {w[j], w.stride}, K, c + j, ldc, accumulate);
-  };
-  if (n == 1) sweep(Constant<1>{});
-  if (n == 2) sweep(Constant<2>{});
-  if (n == 3) sweep(Constant<3>{});
+void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int units, S* c, int64_t ldc,
+                         bool accumulate) {
+  constexpr int L = kLanes<S>;
+  for (int j = 0; j < units; j += L)
+    for (int64_t i = 0; i < n; ++i) {
+      const Rows<const S> rows{w[j], w.stride};
+      const V<S> result = j + L <= units ? dots<S, true>(a[i], rows, K, L) : dots<S, false>(a[i], rows, K, units - j);
+      S* const p = c + i * ldc + j;
+      store(p, accumulate ? result + load(p) : result);
+    }
 }
 
 // C[n, columns] += A[n, K] W[K, columns], n <= kFewRows: rows of W stream by, C stays in the L1 cache.

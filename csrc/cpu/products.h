@@ -22,7 +22,9 @@ class Products {
     workers_ = workers();
     const Scratch scratch([this](Scratch& s) { lay_out(s); });
     if (scratch.failed()) return false;
-    if (problem.dx) {
+    if (problem.dx && few()) {
+      few_input_gradients();
+    } else if (problem.dx) {
       problem.parallel(workers_, [this](int64_t worker) { pack_weights(worker); });
       problem.parallel(workers_, [this](int64_t worker) { input_gradient(worker); });
     }
@@ -33,18 +35,22 @@ class Products {
  private:
   /// One thread for what is done before the others have woken up.
   int64_t workers() const {
-    const double flops = 2.0 * rows() * G * problem.H * (problem.I + problem.P) * problem.directions;
+    const double flops = 2.0 * static_cast<double>(all_rows()) * G * static_cast<double>(problem.H) * static_cast<double>(problem.I + problem.P) * problem.directions;
     return flops < 1e6 ? 1 : problem.parallel.threads;
   }
 
-  double rows() const { return static_cast<double>(sequence.T) * static_cast<double>(sequence.B); }
+  int64_t all_rows() const {
+    return sequence.offsets ? sequence.offsets[sequence.T] : sequence.T * sequence.B;
+  }
+  bool few() const { return all_rows() <= kFewRows; }
 
   void lay_out(Scratch& s) {
     const int64_t K = G * problem.H;
     row_stride_ = padded<S>(K, kBlock<S>);
-    for (int d = 0; d < problem.directions && problem.dx; ++d)
+    const bool packs = problem.dx && !few();
+    for (int d = 0; d < problem.directions && packs; ++d)
       panels_[d] = s.take<S>(inputs.count() * kBlock<S> * K);
-    if (problem.dx) chunks_ = s.take<S>(workers_ * kChunk * row_stride_);
+    if (packs) chunks_ = s.take<S>(workers_ * kChunk * row_stride_);
     if (!problem.weights) return;
     columns_ = s.take<S>(workers_ * (inputs.count() + outputs.count()) * kBlock<S> * kRowsDeep);
     units_ = s.take<S>(workers_ * kTall * kRowsDeep);
@@ -63,8 +69,18 @@ class Products {
     }
   }
 
+  /// Few rows read W_ih as it lies.
+  void few_input_gradients() {
+    for (int64_t row = 0; row < all_rows(); ++row) __builtin_memset(problem.dx[row], 0, problem.I * sizeof(S));
+    for (int d = 0; d < problem.directions; ++d) {
+      const ProductsDirection<S>& dir = problem.direction[d];
+      multiply_in_place<S>({dir.dgates.data + (E - G) * problem.H, dir.dgates.stride}, all_rows(), G * problem.H,
+                           dir.weights.w_ih, problem.I, problem.dx);
+    }
+  }
+
   void input_gradient(int64_t worker) {
-    const int64_t N = sequence.offsets ? sequence.offsets[sequence.T] : sequence.T * sequence.B;
+    const int64_t N = all_rows();
     const int64_t K = G * problem.H;
     const Rows<S> a{chunks_ + worker * kChunk * row_stride_, row_stride_};
     alignas(64) S product[kChunk * kBlock<S>];

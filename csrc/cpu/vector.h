@@ -120,17 +120,6 @@ FASTRNN_INLINE void store(S* p, V<S> v, int count) {
 }
 #endif
 
-// The upper half is folded onto the lower one until one lane is left.
-template <class S>
-FASTRNN_INLINE S sum(V<S> v) {
-  for (int half = kLanes<S> / 2; half > 0; half /= 2) {
-    Integers<S> from;
-    for (int lane = 0; lane < kLanes<S>; ++lane) from[lane] = (lane + half) % kLanes<S>;
-    v += __builtin_shuffle(v, from);
-  }
-  return v[0];
-}
-
 template <class T>
 FASTRNN_INLINE T min(T a, T b) {
   return b < a ? b : a;
