@@ -28,7 +28,7 @@ format: .venv/ready
 	$(BIN)/clang-format -i $(CPP)
 
 sanitize: build
-	PATH="$(CURDIR)/$(BIN):$$PATH" tests/sanitize.sh
+	PYTHON=$(BIN)/python tests/sanitize.sh
 
 wheel: .venv/ready
 	$(BIN)/python -m build --no-isolation
