@@ -20,6 +20,7 @@ class Products {
   /// False when there is no memory for the working arrays.
   bool run() {
     workers_ = workers();
+    deep_ = min(kRowsDeep, max<int64_t>(all_rows(), 1));
     const Scratch scratch([this](Scratch& s) { lay_out(s); });
     if (scratch.failed()) return false;
     if (problem.dx && few()) {
@@ -52,9 +53,9 @@ class Products {
       panels_[d] = s.take<S>(inputs.count() * kBlock<S> * K);
     if (packs) chunks_ = s.take<S>(workers_ * kChunk * row_stride_);
     if (!problem.weights) return;
-    columns_ = s.take<S>(workers_ * (inputs.count() + outputs.count()) * kBlock<S> * kRowsDeep);
-    units_ = s.take<S>(workers_ * kTall * kRowsDeep);
-    sources_ = s.take<Source>(workers_ * kRowsDeep);
+    columns_ = s.take<S>(workers_ * (inputs.count() + outputs.count()) * kBlock<S> * deep_);
+    units_ = s.take<S>(workers_ * kTall * deep_);
+    sources_ = s.take<Source>(workers_ * deep_);
   }
 
   // ---- dx ----------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ class Products {
     const S *dgates, *x, *h;
   };
 
-  /// Walks over the rows that take part, kRowsDeep at a time.
+  /// Walks over the rows that take part, deep_ at a time.
   struct Walk {
     int64_t t = 0, position = 0;
   };
@@ -124,7 +125,7 @@ class Products {
       const int64_t alive = sequence.rows(t);
       const int64_t alive_prev = t_prev < 0 || t_prev >= sequence.T ? 0 : sequence.rows(t_prev);
       for (; walk.position < alive; ++walk.position) {
-        if (n == kRowsDeep) return n;
+        if (n == deep_) return n;
         const int64_t position = walk.position, row = sequence.row(t, position);
         const S* h = nullptr;
         if (!sequence.resets(t, position))
@@ -139,9 +140,9 @@ class Products {
   void weight_gradients(int64_t worker) {
     const int64_t tall = (problem.H + kTall - 1) / kTall;
     const Range mine = share(G * tall, static_cast<int>(worker), static_cast<int>(workers_));
-    Source* const sources = sources_ + worker * kRowsDeep;
-    S* const columns = columns_ + worker * (inputs.count() + outputs.count()) * kBlock<S> * kRowsDeep;
-    S* const h_columns = columns + inputs.count() * kBlock<S> * kRowsDeep;
+    Source* const sources = sources_ + worker * deep_;
+    S* const columns = columns_ + worker * (inputs.count() + outputs.count()) * kBlock<S> * deep_;
+    S* const h_columns = columns + inputs.count() * kBlock<S> * deep_;
     for (int d = 0; d < problem.directions; ++d) {
       Walk walk;
       for (bool first = true;; first = false) {
@@ -151,7 +152,7 @@ class Products {
         pack_columns(sources, n, outputs, h_columns, [](const Source& source) { return source.h; });
         for (int64_t tile = mine.begin; tile < mine.end; ++tile)
           gradient_tile(d, static_cast<int>(tile / tall), tile % tall * kTall, n, sources,
-                        units_ + worker * kTall * kRowsDeep, columns, h_columns, !first);
+                        units_ + worker * kTall * deep_, columns, h_columns, !first);
       }
     }
   }
@@ -160,7 +161,7 @@ class Products {
   void pack_columns(const Source* sources, int64_t n, const Blocks<S>& blocks, S* panels, F row_of) const {
     for (int64_t block = 0; block < blocks.count(); ++block) {
       const int width = blocks.vectors(block) * kLanes<S>, count = blocks.in_block(block);
-      S* const panel = panels + block * kBlock<S> * kRowsDeep;
+      S* const panel = panels + block * kBlock<S> * deep_;
       for (int64_t k = 0; k < n; ++k) {
         const S* const row = row_of(sources[k]);
         if (row == nullptr || count < width) __builtin_memset(panel + k * width, 0, width * sizeof(S));
@@ -208,7 +209,7 @@ class Products {
     for (int64_t block = 0; block < blocks.count(); ++block) {
       const int vectors = blocks.vectors(block), width = vectors * kLanes<S>, in = blocks.in_block(block);
       const auto tile = tile_for<S, true>(count, vectors);
-      const S* const panel = panels + block * kBlock<S> * kRowsDeep;
+      const S* const panel = panels + block * kBlock<S> * deep_;
       S* const c = dw.data + block * kBlock<S>;
       if (in == width) {
         tile(packed, 1, panel, width, n, c, dw.stride, accumulate);
@@ -226,7 +227,7 @@ class Products {
   const ProductsProblem<S>& problem;
   const Sequence& sequence;
   const Blocks<S> inputs, outputs;  // columns of W_ih and of W_hh
-  int64_t workers_ = 1, row_stride_ = 0;
+  int64_t workers_ = 1, row_stride_ = 0, deep_ = 1;
   S* panels_[kMaxDirections] = {};
   S *chunks_ = nullptr, *columns_ = nullptr, *units_ = nullptr;
   Source* sources_ = nullptr;
