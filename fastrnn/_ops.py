@@ -1,4 +1,4 @@
-"""The operators as differentiable functions: one autograd Function a scan, registered from the table of cells.
+"""The operators as differentiable functions: one autograd Function a scan, from the table of cells.
 
 The operators do what torch cannot do in parallel, the scan over time; all gradients of weights and input are
 ordinary torch products around them, so that autograd, vmap and torch.compile treat those natively.
@@ -85,7 +85,7 @@ _PRODUCTS = {name: getattr(torch.ops.fastrnn, f"{name}_products").default for na
 
 
 # ---- Autograd ----------------------------------------------------------------------------------------
-# Functions take tensors one by one: after x, h0 and c0 come w_ih, w_hh, b_ih, b_hh and w_hr of all directions.
+# Functions take tensors one by one: after x, h0, c0 come w_ih, w_hh, b_ih, b_hh, w_hr of all directions.
 
 
 def _split(tensors: tuple, D: int, bias: bool, projected: bool) -> list[list]:
@@ -120,7 +120,6 @@ class Scan(torch.autograd.Function):
         name, batch_first, bias, projected, D = ctx.options
         cell = CELLS[name]
         batch_sizes, lengths, reset, saved, saved_c, y, x, h0, c0, *weights = ctx.saved_tensors
-        sequence = Sequence(batch_first, batch_sizes, lengths, reset)
         w_ih, recurrent_weights = weights[:D], weights[D:]
         if not cell.has_c:
             dc_n = dsaved_c = None

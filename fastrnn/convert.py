@@ -24,8 +24,8 @@ def _change_classes(model: _Model, table: dict[type, type]) -> _Model:
 def convert(model: _Model) -> _Model:
     """Turns every torch.nn.LSTM, GRU, RNN and cell inside ``model`` into fastrnn's, in place; returns it.
 
-    Parameters, buffers, hooks and the training flag stay the very same objects, so an optimizer that holds the
-    parameters goes on working. Subclasses of torch.nn's modules, parametrized modules among them, are left
+    Parameters, buffers, hooks and the training flag stay the very same objects, so an optimizer that holds
+    the parameters goes on working. Subclasses of torch.nn's modules, parametrized ones among them, are left
     alone.
     """
     return _change_classes(model, _TO_FASTRNN)

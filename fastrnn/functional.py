@@ -89,7 +89,7 @@ def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[
 
 @dataclass(frozen=True)
 class Rows:
-    """How the rows [N, *] of a sequence are laid out, dense [T, B], dense [B, T] or packed, and which count."""
+    """How the rows [N, *] of a sequence are laid out, [T, B], [B, T] or packed, and which count."""
 
     T: int
     B: int
@@ -127,9 +127,9 @@ def layer(
     makes it from torch operations, for what has no kernel.
     """
     columns = [list(column) for column in zip(*params, strict=True)]
-    biases = columns[2:4] if has_biases else [[], []]
+    b_ih, b_hh = columns[2:4] if has_biases else ([], [])
     w_hr = columns[-1] if len(columns) % 2 else []
-    weights = _ops.Weights(columns[0], columns[1], *biases, w_hr)
+    weights = _ops.Weights(columns[0], columns[1], b_ih, b_hh, w_hr)
     sequence = _ops.Sequence(rows.batch_first, rows.batch_sizes, rows.lengths, rows.reset)
     if composed:
         layout = sequence.layout(x.shape[0], h0.shape[1])
@@ -147,8 +147,8 @@ def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
 
 
 def _autocast_dtype(name: str, hx: Tensor, one_step: bool) -> torch.dtype | None:
-    """The dtype that torch.nn's outputs have under autocast: it knows lstm, rnn and their cells as wholes, and
-    of gru and lstm_cell it casts the products inside alone."""
+    """The dtype that torch.nn's outputs have under autocast: it knows lstm, rnn and their cells as wholes,
+    and of gru and lstm_cell it casts the products inside alone."""
     if not torch.is_autocast_enabled("cpu"):
         return None
     keeps = name == "gru" or (one_step and name == "lstm")
@@ -166,6 +166,7 @@ def _stack(
     dropout: float,
     train: bool,
     bidirectional: bool,
+    *,
     return_states: bool,
     composed: bool,
 ) -> tuple[Tensor, ...]:
@@ -248,7 +249,9 @@ def _recurrent(name: str, args: tuple, lengths, reset, return_states: bool) -> t
         )
         flat = x.flatten(0, 1)
     output_dtype = _autocast_dtype(name, hidden[0], one_step=False)
-    y, *states = _stack(name, flat, hidden, params, rows, *options, return_states, torch_path)
+    y, *states = _stack(
+        name, flat, hidden, params, rows, *options, return_states=return_states, composed=torch_path
+    )
     results = (y if packed else rows.dense(y), *states)
     return results if output_dtype is None else tuple(t.to(output_dtype) for t in results)
 
@@ -256,9 +259,9 @@ def _recurrent(name: str, args: tuple, lengths, reset, return_states: bool) -> t
 def lstm(*args, lengths=None, reset=None, return_states: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.lstm``: (output, h_n, c_n), for dense and for packed arguments.
 
-    Dense ones also take ``lengths`` (integers [B], any order, zeros allowed: output is zero beyond, h_n and c_n
-    are the states at each length), ``reset`` (bool [T, B], [B, T] with batch_first: the state is zeroed before
-    that step) and ``return_states``: (output, h [T, L*D, B, P], c [T, L*D, B, H]), the states after every step.
+    Dense ones also take ``lengths`` (integers [B], any order, zeros allowed: output is zero beyond, h_n and
+    c_n are the states at each length), ``reset`` (bool [T, B], [B, T] with batch_first: the state is zeroed
+    before that step) and ``return_states``: (output, h [T, L*D, B, P], c [T, L*D, B, H]), every state.
     """
     return _recurrent("lstm", args, lengths, reset, return_states)  # type: ignore[return-value]
 

@@ -1,8 +1,8 @@
 """``LSTM``, ``GRU``, ``RNN`` and their cells: torch.nn's modules with fastrnn's kernels under them.
 
-They inherit everything from torch.nn but ``forward``, so parameters, initialisation, state_dict, pickling and
-every tool that looks for ``nn.LSTM`` work unchanged. ``forward`` reads the parameters by name at each call, so
-that parametrizations, functional_call and replaced parameters take effect.
+They inherit everything from torch.nn but ``forward``, so parameters, initialisation, state_dict, pickling
+and every tool that looks for ``nn.LSTM`` work unchanged. ``forward`` reads the parameters by name at each
+call, so that parametrizations, functional_call and replaced parameters take effect.
 """
 
 import torch
@@ -54,9 +54,7 @@ class _Recurrent(nn.RNNBase):
                     f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
                 )
         elif hx.dim() != dims:
-            raise RuntimeError(
-                f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor"
-            )
+            raise RuntimeError(f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor")
 
     def _each(self, hx, f):
         return (f(hx[0]), f(hx[1])) if self.mode == "LSTM" else f(hx)
@@ -115,10 +113,8 @@ class _Recurrent(nn.RNNBase):
 
     def _forward_packed(self, input: PackedSequence, hx):
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is None:
-            hx = self._zeros(data, int(batch_sizes[0]))
-        else:
-            hx = self.permute_hidden(hx, sorted_indices)
+        B = int(batch_sizes[0])
+        hx = self._zeros(data, B) if hx is None else self.permute_hidden(hx, sorted_indices)
         self.check_forward_args(data, hx, batch_sizes)
         output, hidden = self._call(data, batch_sizes, hx)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
@@ -143,7 +139,9 @@ class _RecurrentCell(nn.RNNCellBase):
     def _step(self, function, input: Tensor, hx):
         many = isinstance(self, nn.LSTMCell)
         if input.dim() not in (1, 2):
-            raise ValueError(f"{_torch_name(self)}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+            raise ValueError(
+                f"{_torch_name(self)}: Expected input to be 1D or 2D, got {input.dim()}D instead"
+            )
         hidden = () if hx is None else tuple(hx) if many else (hx,)
         for i, h in enumerate(hidden):
             if h.dim() not in (1, 2):

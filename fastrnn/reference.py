@@ -224,7 +224,7 @@ def backward(
             rows = steps[t]
             n = len(rows)
 
-            def previous(values, initial, s=s, rows=rows):
+            def previous(values, initial, s=s, rows=rows, order=order):
                 state = initial[batch][: len(rows)]
                 if s > 0:
                     before = values[steps[order[s - 1]][: len(rows)]]

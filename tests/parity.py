@@ -1,4 +1,3 @@
-# ruff: noqa: E741  (I is the input size, as everywhere)
 """Random configurations of torch.nn's recurrent modules, and the comparison of fastrnn with torch.nn on one:
 outputs, final states and every gradient. Used by the tests and by sweep.py."""
 

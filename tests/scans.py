@@ -1,4 +1,3 @@
-# ruff: noqa: E741  (I is the input size, as everywhere)
 """Random arguments for the operators, and the reference's answers in float64."""
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,3 @@
-# ruff: noqa: E741  (I is the input size, as everywhere)
 """The operators and modules under every transformation of torch: derivatives of any order and mode, vmap,
 compilation and export."""
 

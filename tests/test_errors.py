@@ -1,4 +1,3 @@
-# ruff: noqa: E741  (I is the input size, as everywhere)
 """Bad input: what torch.nn refuses is refused with the same exception, in its words where they count."""
 
 import re

@@ -1,4 +1,3 @@
-# ruff: noqa: E741  (I is the input size, as everywhere)
 """fastrnn's modules are torch.nn's: the same numbers and tools, and weights that are read at each call."""
 
 import copy

@@ -1,4 +1,3 @@
-# ruff: noqa: E741  (I is the input size, as everywhere)
 """The operators, forward and backward, give what the reference gives, for every way rows can lie."""
 
 import itertools

@@ -9,7 +9,8 @@
 //     static constexpr int kGradients;         // E: gate gradients per unit that the backward step gives
 //     static constexpr bool kCellState;        // has a second state c beside h
 //     static constexpr bool kDirect;           // h_prev also reaches h without passing W_hh
-//     static constexpr int kApart;             // so many last gates need the products of input and state apart
+//     static constexpr int kApart;             // so many last gates need the products of input and state
+//     apart
 //
 //     forward<M>(x, a, h_prev, c, saved) -> h
 //       x [G]      W_ih x_t + b_ih, in torch's gate order

@@ -28,8 +28,8 @@ struct Lstm {
   }
 
   template <class M, class V>
-  FASTRNN_CELL void backward(const V* saved, const V* dsaved, V /*h*/, V /*h_prev*/, V c, V c_prev,
-                             V dh, V& dc, V* dgates, V& /*dh_prev*/) {
+  FASTRNN_CELL void backward(const V* saved, const V* dsaved, V /*h*/, V /*h_prev*/, V c, V c_prev, V dh,
+                             V& dc, V* dgates, V& /*dh_prev*/) {
     const V i = saved[kInput], f = saved[kForget], g = saved[kCandidate], o = saved[kOutput];
     const V tanh_c = M::tanh(c);
     const V dc_t = dc + dh * o * (1 - tanh_c * tanh_c);

@@ -36,8 +36,9 @@ class Arguments {
   void check(const Tensor& tensor, const char* name, const char* letters,
              const std::vector<int64_t>& expected) const {
     STD_TORCH_CHECK(tensor.scalar_type() == like_.scalar_type(), name, " must have the dtype of h0");
-    STD_TORCH_CHECK(tensor.is_cpu() == like_.is_cpu() && tensor.get_device_index() == like_.get_device_index(),
-                    name, " must be on the device of h0");
+    STD_TORCH_CHECK(
+        tensor.is_cpu() == like_.is_cpu() && tensor.get_device_index() == like_.get_device_index(), name,
+        " must be on the device of h0");
     STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must be ", letters, " = ", to_string(expected),
                     ", got ", to_string(sizes_of(tensor)));
   }
@@ -92,8 +93,8 @@ Rows<S> direction_rows(const Tensor& tensor, int64_t direction) {
   return {static_cast<S*>(tensor.data_ptr()) + direction * tensor.size(1) * width, width};
 }
 
-/// The layout of the rows. batch_sizes [T] (packed): positive, non-increasing, and B first. lengths [B] (dense):
-/// from 0 to T, in any order. reset [N]: bool.
+/// The layout of the rows. batch_sizes [T] (packed): positive, non-increasing, and B first. lengths [B]
+/// (dense): from 0 to T, in any order. reset [N]: bool.
 class SequenceLayout {
  public:
   SequenceLayout(int64_t N, int64_t B, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
@@ -127,9 +128,9 @@ class SequenceLayout {
   }
 
   static Tensor integers(const Tensor& tensor, const char* name) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 &&
-                        tensor.scalar_type() == torch::headeronly::ScalarType::Long,
-                    name, " must be a 1-D int64 tensor on the CPU");
+    STD_TORCH_CHECK(
+        tensor.is_cpu() && tensor.dim() == 1 && tensor.scalar_type() == torch::headeronly::ScalarType::Long,
+        name, " must be a 1-D int64 tensor on the CPU");
     return as_contiguous(tensor);
   }
 
@@ -156,12 +157,13 @@ class SequenceLayout {
                     given.numel(), "]");
     counts_.assign(static_cast<size_t>(sequence_.T), 0);
     for (int64_t b = 0; b < sequence_.B; ++b) {
-      STD_TORCH_CHECK(length[b] >= 0 && length[b] <= sequence_.T, "lengths must be between 0 and T = ",
-                      sequence_.T, ", got ", length[b], " at ", b);
+      STD_TORCH_CHECK(length[b] >= 0 && length[b] <= sequence_.T,
+                      "lengths must be between 0 and T = ", sequence_.T, ", got ", length[b], " at ", b);
       for (int64_t t = 0; t < length[b]; ++t) ++counts_[static_cast<size_t>(t)];
       order_.push_back(b);
     }
-    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return length[a] > length[b]; });
+    std::stable_sort(order_.begin(), order_.end(),
+                     [&](int64_t a, int64_t b) { return length[a] > length[b]; });
     sequence_.counts = counts_.data();
     sequence_.order = order_.data();
   }

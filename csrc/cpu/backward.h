@@ -18,12 +18,12 @@ class Backward : public Scan<S, BackwardProblem<S>> {
  public:
   FASTRNN_INLINE explicit Backward(const BackwardProblem<S>& given)
       : Base(given, choose_plan({.T = given.sequence.T,
-                                         .B = given.sequence.B,
-                                         .blocks = Blocks<S>{given.P}.count(),
-                                         .block_weights = given.H * G * kBlock<S>,
-                                         .element_bytes = sizeof(S),
-                                         .directions = given.directions,
-                                         .threads = given.parallel.threads})) {}
+                                 .B = given.sequence.B,
+                                 .blocks = Blocks<S>{given.P}.count(),
+                                 .block_weights = given.H * G * kBlock<S>,
+                                 .element_bytes = sizeof(S),
+                                 .directions = given.directions,
+                                 .threads = given.parallel.threads})) {}
 
   /// False when there is no memory for the working arrays.
   bool run() {
@@ -186,8 +186,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         }
         V<S> dh = io.load(dh_rows[k] + offset);
         if (add_dy) dh += io.load(dir.dy[row] + u);
-        Cell::template backward<Math<S>, V<S>>(saved, dsaved, h, h_prev, c, c_prev, dh, dc, dgates,
-                                               dh_prev);
+        Cell::template backward<Math<S>, V<S>>(saved, dsaved, h, h_prev, c, c_prev, dh, dc, dgates, dh_prev);
         for (int e = 0; e < Cell::kGradients; ++e) io.store(dgates_row + e * H + u, dgates[e]);
         for (int g = 0; g < G; ++g) io.store(dgates_now[i] + g * H + u, dgates[Cell::recurrent(g)]);
         if constexpr (Cell::kCellState) io.store(dir.dc[b] + u, forgets ? V<S>{} : dc);

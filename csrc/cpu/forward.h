@@ -70,7 +70,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     m_ = s.take<S>(this->teams() * most * m_stride_);
     x_ = s.take<S>(this->workers() * input_rows * x_stride_);
     part_blocks_ = (units.count() + plan.parts - 1) / plan.parts;
-    if (steps_at_once_ > 1) products_ = s.take<S>(this->workers() * part_blocks_ * input_rows * kProductWidth);
+    if (steps_at_once_ > 1)
+      products_ = s.take<S>(this->workers() * part_blocks_ * input_rows * kProductWidth);
     for (int d = 0; d < problem.directions; ++d) {
       bias_[d] = s.take<S>(kProducts * problem.H);
       if (packed_ih()) input_panels_[d] = s.take<S>(units.count() * problem.I * kWidth);
@@ -81,7 +82,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
 
   /// Which product holds the input's part of a gate; the recurrent part of gate g is product g.
-  static constexpr int input_product(int gate) { return gate < G - Cell::kApart ? gate : gate + Cell::kApart; }
+  static constexpr int input_product(int gate) {
+    return gate < G - Cell::kApart ? gate : gate + Cell::kApart;
+  }
 
   /// h of the team's rows: step s reads buffer s % 2 and writes the other one.
   FASTRNN_INLINE Rows<S> h_buffer(int team, int64_t s) const {
@@ -169,8 +172,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void gather_x(int team, int64_t s, Rows<S> x) {
     const TeamRows rows = this->rows_of(team);
     const int64_t t = this->time(this->direction_of(team), s), n = rows_at(team, s);
-    for (int64_t i = 0; i < n; ++i)
-      copy_row(x[i], problem.x[sequence.row(t, rows.position(i))], problem.I);
+    for (int64_t i = 0; i < n; ++i) copy_row(x[i], problem.x[sequence.row(t, rows.position(i))], problem.I);
   }
 
   void step(int team, int64_t s, int part) {

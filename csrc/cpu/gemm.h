@@ -29,11 +29,11 @@ struct Blocks {
   FASTRNN_INLINE int vectors(int64_t block) const { return in_block(block) > kLanes<S> ? 2 : 1; }
 };
 
-// C[MR, NV registers] (+)= A[MR, K] B[K, NV registers]. Element (i, k) of A is a[i * lda + k], or a[k * MR + i]
-// when its columns are packed. Few rows split K over several sums, so that the latency of one addition is hidden.
+// C[MR, NV registers] (+)= A[MR, K] B[K, NV registers]. Element (i, k) of A is a[i * lda + k], or a[k * MR +
+// i] when its columns are packed. Few rows split K over several sums, so that the latency of one addition is
+// hidden.
 template <int MR, int NV, bool kPackedColumns, class S>
-void tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, S* c, int64_t ldc,
-          bool accumulate) {
+void tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, S* c, int64_t ldc, bool accumulate) {
   constexpr int kSplit = MR * NV >= 8 ? 1 : MR * NV >= 4 ? 2 : 4;
   V<S> acc[kSplit][MR][NV];
   for (int s = 0; s < kSplit; ++s)
@@ -88,7 +88,7 @@ void multiply(Rows<const S> a, int64_t n, int64_t K, const S* panel, int vectors
     for (int64_t i = 0, left = tiles; left > 0; --left) {
       const int rows = static_cast<int>((n - i + left - 1) / left);
       tile_for<S, false>(rows, vectors)(a[i] + k, a.stride, panel + k * width, width, depth, c + i * ldc, ldc,
-                                 accumulate || k > 0);
+                                        accumulate || k > 0);
       i += rows;
     }
   }
@@ -149,7 +149,8 @@ constexpr int64_t kFewRows = 3;
 // From this many steps on they pack all the same: a panel streams faster than the rows of a matrix.
 constexpr int64_t kStepsWorthPacking = 8;
 
-// The sums of the lanes of kLanes registers, one in each lane: neighbours are added until one register is left.
+// The sums of the lanes of kLanes registers, one in each lane: neighbours are added until one register is
+// left.
 template <class S>
 FASTRNN_INLINE V<S> sums(V<S>* v) {
   constexpr int L = kLanes<S>;
@@ -188,7 +189,8 @@ void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w,
   for (int j = 0; j < units; j += L)
     for (int64_t i = 0; i < n; ++i) {
       const Rows<const S> rows{w[j], w.stride};
-      const V<S> result = j + L <= units ? dots<S, true>(a[i], rows, K, L) : dots<S, false>(a[i], rows, K, units - j);
+      const V<S> result =
+          j + L <= units ? dots<S, true>(a[i], rows, K, L) : dots<S, false>(a[i], rows, K, units - j);
       S* const p = c + i * ldc + j;
       store(p, accumulate ? result + load(p) : result);
     }
@@ -196,8 +198,7 @@ void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w,
 
 // C[n, columns] += A[n, K] W[K, columns], n <= kFewRows: rows of W stream by, C stays in the L1 cache.
 template <class S>
-void multiply_in_place(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int64_t columns,
-                       Rows<S> c) {
+void multiply_in_place(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int64_t columns, Rows<S> c) {
   const auto sweep = [&](int64_t i, int64_t k, auto depth) FASTRNN_LAMBDA_INLINE {
     constexpr int kDeep = decltype(depth)::value;
     int64_t u = 0;

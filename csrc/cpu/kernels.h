@@ -18,6 +18,7 @@ struct CellKernels {
 
 struct InstructionSet {
   const char* name;
+  int block_bytes;  // of the units that one tile covers
   CellKernels cells[AllCells::kCount];
 };
 

@@ -9,9 +9,9 @@ namespace {
 template <class Cell, class S>
 class Products {
   static constexpr int G = Cell::kGates, E = Cell::kGradients;
-  static constexpr int64_t kChunk = 48;   // rows of dx at a time
+  static constexpr int64_t kChunk = 48;  // rows of dx at a time
   static constexpr int64_t kRowsDeep = 256;  // rows that one pass over dW adds
-  static constexpr int kTall = kTileRows;    // units of a tile of dW
+  static constexpr int kTall = kTileRows;  // units of a tile of dW
 
  public:
   FASTRNN_INLINE explicit Products(const ProductsProblem<S>& given)
@@ -36,7 +36,8 @@ class Products {
  private:
   /// One thread for what is done before the others have woken up.
   int64_t workers() const {
-    const double flops = 2.0 * static_cast<double>(all_rows()) * G * static_cast<double>(problem.H) * static_cast<double>(problem.I + problem.P) * problem.directions;
+    const double flops = 2.0 * static_cast<double>(all_rows()) * G * static_cast<double>(problem.H) *
+                         static_cast<double>(problem.I + problem.P) * problem.directions;
     return flops < 1e6 ? 1 : problem.parallel.threads;
   }
 
@@ -72,11 +73,12 @@ class Products {
 
   /// Few rows read W_ih as it lies.
   void few_input_gradients() {
-    for (int64_t row = 0; row < all_rows(); ++row) __builtin_memset(problem.dx[row], 0, problem.I * sizeof(S));
+    for (int64_t row = 0; row < all_rows(); ++row)
+      __builtin_memset(problem.dx[row], 0, problem.I * sizeof(S));
     for (int d = 0; d < problem.directions; ++d) {
       const ProductsDirection<S>& dir = problem.direction[d];
-      multiply_in_place<S>({dir.dgates.data + (E - G) * problem.H, dir.dgates.stride}, all_rows(), G * problem.H,
-                           dir.weights.w_ih, problem.I, problem.dx);
+      multiply_in_place<S>({dir.dgates.data + (E - G) * problem.H, dir.dgates.stride}, all_rows(),
+                           G * problem.H, dir.weights.w_ih, problem.I, problem.dx);
     }
   }
 
@@ -129,7 +131,8 @@ class Products {
         const int64_t position = walk.position, row = sequence.row(t, position);
         const S* h = nullptr;
         if (!sequence.resets(t, position))
-          h = position < alive_prev ? dir.y[sequence.row(t_prev, position)] : dir.h0[sequence.batch(position)];
+          h = position < alive_prev ? dir.y[sequence.row(t_prev, position)]
+                                    : dir.h0[sequence.batch(position)];
         sources[n++] = {dir.dgates[row], problem.x[row], h};
       }
     }
@@ -174,8 +177,8 @@ class Products {
   }
 
   /// Units u .. u + kTall of one gate.
-  void gradient_tile(int d, int gate, int64_t u, int64_t n, const Source* sources, S* packed, const S* x_columns,
-                     const S* h_columns, bool accumulate) {
+  void gradient_tile(int d, int gate, int64_t u, int64_t n, const Source* sources, S* packed,
+                     const S* x_columns, const S* h_columns, bool accumulate) {
     const ProductsDirection<S>& dir = problem.direction[d];
     const int count = static_cast<int>(min<int64_t>(kTall, problem.H - u));
     const int64_t of_x = (E - G + gate) * problem.H + u, of_h = Cell::recurrent(gate) * problem.H + u;
@@ -203,8 +206,8 @@ class Products {
     for (int i = 0; i < count; ++i) db[first + i] = total[i] + (accumulate ? db[first + i] : S{0});
   }
 
-  void add_columns(const S* packed, int64_t n, int count, const Blocks<S>& blocks, const S* panels, Rows<S> dw,
-                   bool accumulate) const {
+  void add_columns(const S* packed, int64_t n, int count, const Blocks<S>& blocks, const S* panels,
+                   Rows<S> dw, bool accumulate) const {
     alignas(64) S product[kTall * kBlock<S>];
     for (int64_t block = 0; block < blocks.count(); ++block) {
       const int vectors = blocks.vectors(block), width = vectors * kLanes<S>, in = blocks.in_block(block);

@@ -32,12 +32,13 @@ const CellKernels& kernels_of() {
 template <class F>
 void with_type(const Tensor& like, F f) {
   if (like.scalar_type() == ScalarType::Float) return f(float{});
-  STD_TORCH_CHECK(like.scalar_type() == ScalarType::Double,
-                  "fastrnn's CPU kernels take float32 and float64");
+  STD_TORCH_CHECK(like.scalar_type() == ScalarType::Double, "fastrnn's CPU kernels take float32 and float64");
   f(double{});
 }
 
-void check_memory(bool enough) { STD_TORCH_CHECK(enough, "fastrnn: not enough memory for the working arrays"); }
+void check_memory(bool enough) {
+  STD_TORCH_CHECK(enough, "fastrnn: not enough memory for the working arrays");
+}
 
 template <class S>
 Weights<S> weights_of(const Tensors& w_ih, const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh,
@@ -108,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor c_n = c0 ? torch::stable::clone(as_contiguous(*c0)) : empty({0}, h0);
 
   with_type(h0, [&]<class S>(S) {
-    ForwardProblem<S> problem{{layout.get(), H, P, static_cast<int>(D), {}, torch_threads()}, rows<S>(x_rows), I};
+    ForwardProblem<S> problem{
+        {layout.get(), H, P, static_cast<int>(D), {}, torch_threads()}, rows<S>(x_rows), I};
     for (int64_t d = 0; d < D; ++d)
       problem.direction[d] = {
           .weights = weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d),
@@ -130,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 template <class Cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved,
-    const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y, const Tensor& h0,
-    const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
+    const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
+    const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
     const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first) {
   const auto [D, B, P, H, G] = check_weights<Cell>(h0, c0, w_hh, w_hr);
   STD_TORCH_CHECK(y.dim() == 2, "y must be [N, D*P]");
@@ -162,8 +164,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor saved_rows = as_contiguous(saved), saved_c_rows = as_contiguous(saved_c);
 
   const Tensor dgates = empty({D, N, Cell::kGradients * H}, h0);
-  const Tensor dh0 = dh_n ? torch::stable::clone(as_contiguous(*dh_n)) : torch::stable::new_zeros(h0, {D, B, P});
-  const Tensor dc0 = !c0     ? empty({0}, h0)
+  const Tensor dh0 =
+      dh_n ? torch::stable::clone(as_contiguous(*dh_n)) : torch::stable::new_zeros(h0, {D, B, P});
+  const Tensor dc0 = !c0    ? empty({0}, h0)
                      : dc_n ? torch::stable::clone(as_contiguous(*dc_n))
                             : torch::stable::new_zeros(h0, {D, B, H});
   const Tensor dh = w_hr.empty() ? empty({0}, h0) : empty({D, N, P}, h0);
@@ -199,13 +202,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 }
 
 template <class Cell>
-std::tuple<Tensor, Tensor, Tensor, Tensor> products(
-    const Tensor& dgates, const Tensor& x, const Tensor& y, const Tensor& h0, Tensors w_ih,
-    const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first,
-    bool inputs, bool weights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> products(const Tensor& dgates, const Tensor& x, const Tensor& y,
+                                                    const Tensor& h0, Tensors w_ih,
+                                                    const MaybeTensor& batch_sizes,
+                                                    const MaybeTensor& lengths, const MaybeTensor& reset,
+                                                    bool batch_first, bool inputs, bool weights) {
   constexpr int64_t G = Cell::kGates, E = Cell::kGradients;
-  STD_TORCH_CHECK(h0.dim() == 3 && x.dim() == 2 && dgates.dim() == 3, "expected h0 [D, B, P], x [N, I], dgates [D, N, E*H]");
-  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), N = x.size(0), I = x.size(1), H = dgates.size(2) / E;
+  STD_TORCH_CHECK(h0.dim() == 3 && x.dim() == 2 && dgates.dim() == 3,
+                  "expected h0 [D, B, P], x [N, I], dgates [D, N, E*H]");
+  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), N = x.size(0), I = x.size(1),
+                H = dgates.size(2) / E;
   STD_TORCH_CHECK(D >= 1 && D <= kMaxDirections, "h0 must have 1 or 2 directions, got ", D);
   const Arguments arguments(h0, D);
   arguments.check(dgates, "dgates", "[D, N, E*H]", {D, N, E * H});

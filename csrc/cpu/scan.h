@@ -45,9 +45,7 @@ struct TeamRows {
   int64_t first, stride;
   FASTRNN_INLINE int64_t position(int64_t i) const { return first + i * stride; }
   /// How many of the first n rows are the team's.
-  FASTRNN_INLINE int64_t count(int64_t n) const {
-    return n > first ? (n - first + stride - 1) / stride : 0;
-  }
+  FASTRNN_INLINE int64_t count(int64_t n) const { return n > first ? (n - first + stride - 1) / stride : 0; }
 };
 
 struct Range {

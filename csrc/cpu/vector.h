@@ -76,15 +76,11 @@ FASTRNN_INLINE void store(S* p, V<S> v) {
 // The first `count` lanes, 0 < count < kLanes; the others read as zero and are not written.
 #if defined(__AVX512F__)
 FASTRNN_INLINE __mmask16 lane_mask(int count) { return static_cast<__mmask16>((1u << count) - 1); }
-FASTRNN_INLINE V<float> load(const float* p, int count) {
-  return _mm512_maskz_loadu_ps(lane_mask(count), p);
-}
+FASTRNN_INLINE V<float> load(const float* p, int count) { return _mm512_maskz_loadu_ps(lane_mask(count), p); }
 FASTRNN_INLINE V<double> load(const double* p, int count) {
   return _mm512_maskz_loadu_pd(static_cast<__mmask8>(lane_mask(count)), p);
 }
-FASTRNN_INLINE void store(float* p, V<float> v, int count) {
-  _mm512_mask_storeu_ps(p, lane_mask(count), v);
-}
+FASTRNN_INLINE void store(float* p, V<float> v, int count) { _mm512_mask_storeu_ps(p, lane_mask(count), v); }
 FASTRNN_INLINE void store(double* p, V<double> v, int count) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lane_mask(count)), v);
 }
@@ -95,15 +91,11 @@ FASTRNN_INLINE __m256i lane_mask(const float*, int count) {
 FASTRNN_INLINE __m256i lane_mask(const double*, int count) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
 }
-FASTRNN_INLINE V<float> load(const float* p, int count) {
-  return _mm256_maskload_ps(p, lane_mask(p, count));
-}
+FASTRNN_INLINE V<float> load(const float* p, int count) { return _mm256_maskload_ps(p, lane_mask(p, count)); }
 FASTRNN_INLINE V<double> load(const double* p, int count) {
   return _mm256_maskload_pd(p, lane_mask(p, count));
 }
-FASTRNN_INLINE void store(float* p, V<float> v, int count) {
-  _mm256_maskstore_ps(p, lane_mask(p, count), v);
-}
+FASTRNN_INLINE void store(float* p, V<float> v, int count) { _mm256_maskstore_ps(p, lane_mask(p, count), v); }
 FASTRNN_INLINE void store(double* p, V<double> v, int count) {
   _mm256_maskstore_pd(p, lane_mask(p, count), v);
 }

@@ -59,14 +59,20 @@ std::vector<std::string> instruction_sets() {
 PYBIND11_MODULE(fastrnn_testing, m) {
   using namespace fastrnn::testing;
   m.def("instruction_sets", &instruction_sets, "Those of this processor, best first.");
-  m.def("sigmoid", [](const std::string& isa, const Array<float>& x) { return apply(table_of(isa).sigmoid_f32, x); },
-        py::arg("isa"), py::arg("x").noconvert());
-  m.def("sigmoid", [](const std::string& isa, const Array<double>& x) { return apply(table_of(isa).sigmoid_f64, x); },
-        py::arg("isa"), py::arg("x").noconvert());
-  m.def("tanh", [](const std::string& isa, const Array<float>& x) { return apply(table_of(isa).tanh_f32, x); },
-        py::arg("isa"), py::arg("x").noconvert());
-  m.def("tanh", [](const std::string& isa, const Array<double>& x) { return apply(table_of(isa).tanh_f64, x); },
-        py::arg("isa"), py::arg("x").noconvert());
+  m.def(
+      "sigmoid",
+      [](const std::string& isa, const Array<float>& x) { return apply(table_of(isa).sigmoid_f32, x); },
+      py::arg("isa"), py::arg("x").noconvert());
+  m.def(
+      "sigmoid",
+      [](const std::string& isa, const Array<double>& x) { return apply(table_of(isa).sigmoid_f64, x); },
+      py::arg("isa"), py::arg("x").noconvert());
+  m.def(
+      "tanh", [](const std::string& isa, const Array<float>& x) { return apply(table_of(isa).tanh_f32, x); },
+      py::arg("isa"), py::arg("x").noconvert());
+  m.def(
+      "tanh", [](const std::string& isa, const Array<double>& x) { return apply(table_of(isa).tanh_f64, x); },
+      py::arg("isa"), py::arg("x").noconvert());
 
   py::class_<Member>(m, "Member", "A thread of a team: the part it takes, and how late it comes.")
       .def(py::init<int, int>(), py::arg("part"), py::arg("late_us"));

@@ -33,7 +33,11 @@ struct Watch {
 
 std::string run_team(int parts, int64_t phases, const std::vector<Member>& members, bool one_thread,
                      int stall_every, unsigned seed) {
-  Watch watch{parts, phases, stall_every, seed, std::make_unique<std::atomic<int>[]>(phases * parts),
+  Watch watch{parts,
+              phases,
+              stall_every,
+              seed,
+              std::make_unique<std::atomic<int>[]>(phases * parts),
               std::make_unique<std::atomic<int>[]>(phases)};
   const auto team = std::make_unique<Team>(parts);
   std::atomic<int> unfinished{0};

@@ -1,5 +1,5 @@
-// Runs a Team under a schedule that a test chooses, and watches the two promises it makes: every part of every
-// phase is done exactly once, and none begins before all parts of the phase before are done.
+// Runs a Team under a schedule that a test chooses, and watches the two promises it makes: every part of
+// every phase is done exactly once, and none begins before all parts of the phase before are done.
 #pragma once
 #include <string>
 #include <vector>

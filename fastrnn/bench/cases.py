@@ -18,7 +18,7 @@ class Case:
     cell: str
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
     group: str = "dense"
     layers: int = 1

@@ -1,0 +1,112 @@
+"""``fastrnn.explain``: which kernel each recurrent layer of a module takes, and why."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional, modules
+from .reference import CELLS
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one layer does. ``operator`` is None where torch.nn's own path runs, for the stated reason."""
+
+    module: str
+    layer: int
+    operator: str | None
+    forward: str
+    backward: str
+
+    def __str__(self) -> str:
+        name = f"{self.module or '(model)'} layer {self.layer}"
+        if self.operator is None:
+            return f"{name}: torch.nn's own path, because {self.forward}"
+        return f"{name}: {self.operator}\n  forward   {self.forward}\n  backward  {self.backward}"
+
+
+class Explanations(list[Explanation]):
+    """One Explanation a layer; prints as text."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "no fastrnn module inside"
+
+    __repr__ = __str__
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Explanations:
+    """Which kernel each fastrnn layer inside ``module`` takes for ``input``, forward and backward, and why.
+
+    Runs ``module(input)`` once without gradients (``module(input, hx)`` with hx) to see what reaches each
+    layer; batch norm and other state is left as eval() leaves it. print() the result, or read its fields.
+    """
+    explanations, handles = Explanations(), []
+
+    def record(name: str):
+        def hook(layer: nn.Module, args: tuple) -> None:
+            explanations.extend(_explain_module(name, layer, args[0]))
+
+        return hook
+
+    for name, child in module.named_modules():
+        if isinstance(child, (modules._Recurrent, modules._RecurrentCell)):
+            handles.append(child.register_forward_pre_hook(record(name)))
+    training = {child: child.training for child in module.modules()}
+    try:
+        module.eval()
+        with torch.no_grad():
+            module(input) if hx is None else module(input, hx)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for child, was in training.items():
+            child.training = was
+    return explanations
+
+
+def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence) -> Explanations:
+    if isinstance(module, modules._Recurrent):
+        cell, weight = module.mode.lower(), module.weight_hh_l0
+        L, D, H, P = _stack_sizes(module)
+        T, B = _sequence_sizes(module.batch_first, input)
+    else:
+        assert isinstance(module, (nn.LSTMCell, nn.GRUCell, nn.RNNCell))
+        assert isinstance(input, Tensor)
+        mode = f"rnn_{module.nonlinearity}" if isinstance(module, nn.RNNCell) else None
+        cell = mode or ("lstm" if isinstance(module, nn.LSTMCell) else "gru")
+        weight, L, D, H, P = module.weight_hh, 1, 1, module.hidden_size, module.hidden_size
+        T, B = 1, input.shape[0] if input.dim() == 2 else 1
+    assert isinstance(weight, Tensor)
+    reason = functional.no_kernel_reason(weight)
+    if reason is not None:
+        return Explanations(Explanation(name, layer, None, reason, reason) for layer in range(L))
+    gates = CELLS[cell].gates
+    forward = _shared_out(T, B, H, P, gates, D, weight.element_size())
+    backward = _shared_out(T, B, P, H, gates, D, weight.element_size())
+    return Explanations(Explanation(name, layer, f"fastrnn::{cell}", forward, backward) for layer in range(L))
+
+
+def _stack_sizes(module: nn.RNNBase) -> tuple[int, int, int, int]:
+    D = 2 if module.bidirectional else 1
+    return module.num_layers, D, module.hidden_size, module.proj_size or module.hidden_size
+
+
+def _sequence_sizes(batch_first: bool, input: Tensor | PackedSequence) -> tuple[int, int]:
+    if isinstance(input, PackedSequence):
+        return input.batch_sizes.shape[0], int(input.batch_sizes[0])
+    if input.dim() == 2:
+        return input.shape[0], 1
+    T, B = input.shape[:2] if not batch_first else input.shape[1::-1]
+    return T, B
+
+
+def _shared_out(T: int, B: int, units: int, K: int, gates: int, D: int, element_bytes: int) -> str:
+    teams, parts = torch.ops.fastrnn.cpu_plan(T, max(B, 1), units, K, gates, D, element_bytes)
+    work = f"{torch.ops.fastrnn.cpu_isa()} kernels, "
+    if D * teams * parts == 1:
+        return work + "one thread: too little work for more, or none to be had"
+    shares = [f"{D} directions"] * (D > 1) + [f"{teams} teams of rows"] * (teams > 1)
+    shares += [f"{parts} parts of the units, which meet once a step"] * (parts > 1)
+    return work + f"{torch.get_num_threads()} threads: " + ", ".join(shares)
