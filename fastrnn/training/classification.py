@@ -103,8 +103,8 @@ class SequenceClassifier(SequenceTask):
         self.log(f"{stage}/loss", loss, batch_size=len(batch.y), sync_dist=True)
 
     def _finish(self, stage: str) -> None:
-        self.log(f"{stage}/accuracy", self.accuracy[stage].compute(), prog_bar=True)
-        self.log(f"{stage}/f1", self.f1[stage].compute())
+        self.log(f"{stage}/accuracy", self.accuracy[stage].compute(), prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/f1", self.f1[stage].compute(), sync_dist=True)
         self._seen = self.confusion[stage].compute().cpu()
         for metric in (self.accuracy, self.f1, self.confusion):
             metric[stage].reset()

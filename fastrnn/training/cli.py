@@ -28,6 +28,9 @@ CONFIGS = Path(__file__).parent / "configs"
 class Lines(ProgressBar):
     """The progress of a run where there is no terminal: one line at each validation."""
 
+    def disable(self) -> None:
+        """Lightning's call in all processes but the first, which alone prints."""
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.is_global_zero:
             shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
@@ -83,7 +86,7 @@ class SequenceCLI(LightningCLI):
 
     def after_test(self) -> None:
         for callback in self.trainer.callbacks:
-            if isinstance(callback, Report) and callback.path:
+            if isinstance(callback, Report) and callback.path:  # only the first process has one
                 print(f"report: {callback.path.resolve()}")
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -94,7 +97,7 @@ class SequenceCLI(LightningCLI):
         found = self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=self._get(self.config, "ckpt_path")
         )
-        path = Path(self.trainer.log_dir) / "predictions.json"
+        path = Path(self.trainer.log_dir) / f"predictions{self.trainer.global_rank or ''}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found, ensure_ascii=False, indent=1, default=lambda t: t.tolist())
         path.write_text(text, encoding="utf-8")

@@ -119,8 +119,8 @@ class Forecaster(SequenceTask):
         self._shown.append((batch.x, batch.y, ahead))
 
     def _finish(self, stage: str) -> None:
-        self.log(f"{stage}/rmse", self.rmse[stage].compute(), prog_bar=True)
-        self.log(f"{stage}/mae", self.mae[stage].compute())
+        self.log(f"{stage}/rmse", self.rmse[stage].compute(), prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/mae", self.mae[stage].compute(), sync_dist=True)
         self.rmse[stage].reset()
         self.mae[stage].reset()
 
@@ -144,7 +144,7 @@ class Forecaster(SequenceTask):
     def on_test_epoch_end(self) -> None:
         self._finish("test")
         if "columns" in self.spec:
-            self.log("test/naive_rmse", self.naive.compute())
+            self.log("test/naive_rmse", self.naive.compute(), sync_dist=True)
             self.naive.reset()
 
     def _naive(self, batch: SequenceBatch) -> Tensor:  # [K, B, I]

@@ -90,9 +90,9 @@ class LanguageModel(SequenceTask):
     def _finish(self, stage: str) -> None:
         nats = self.nats[stage].compute()
         self.nats[stage].reset()
-        self.log(f"{stage}/loss", nats)
-        self.log(f"{stage}/bpc", nats / math.log(2), prog_bar=True)
-        self.log(f"{stage}/perplexity", nats.exp())
+        self.log(f"{stage}/loss", nats, sync_dist=True)
+        self.log(f"{stage}/bpc", nats / math.log(2), prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/perplexity", nats.exp(), sync_dist=True)
 
     def validation_step(self, batch: StreamBatch, batch_idx: int) -> None:
         self._evaluate(batch, "val")

@@ -54,16 +54,17 @@ class Report(L.Callback):
         comparable = self.compare and trainer.world_size == 1 and not pl_module.stack.options
         if comparable and pl_module.stack.backend != "torch" and self._batch is not None:
             self.speed = compare_backends(pl_module, self._batch)
-        self._write(trainer, pl_module)
+        self._write(trainer, pl_module, trainer.log_dir)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, pl_module)
+        self._write(trainer, pl_module, trainer.log_dir)
 
     @rank_zero_only
-    def _write(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        if not self.write or trainer.log_dir is None:
+    def _write(self, trainer: L.Trainer, task: L.LightningModule, log_dir: str | None) -> None:
+        """All processes ask for ``log_dir``, which they agree on; the first one writes."""
+        if not self.write or log_dir is None:
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(log_dir)
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         rows = getattr(trainer.logger, "rows", [])
         trainer.logger.save()

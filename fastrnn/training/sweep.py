@@ -56,7 +56,7 @@ def one_run(shared: list[str], chosen: dict[str, str]) -> Row:
     return {
         str(best.monitor): score,
         "tokens/s": round(rates[-1]) if rates else 0,
-        "run": cli.trainer.log_dir,
+        "run": str(cli.trainer.log_dir),
         "sorted by": score if best.mode == "min" else -score,
     }
 

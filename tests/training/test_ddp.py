@@ -1,5 +1,8 @@
 """Two processes: the same gradients as one, and each keeps the state of its own rows."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -76,3 +79,21 @@ def test_rows_that_cannot_be_shared_are_refused(tmp_path: Path) -> None:
     _, text = task_and_data("text", tmp_path)
     with pytest.raises(InputError, match="rows must be divisible by the 3 processes, got 4"):
         text.batches("train", 0, 3)
+
+
+def test_the_command_line_trains_tests_and_reports_with_two_processes(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    settings = "--trainer.strategy=ddp --trainer.devices=2 --trainer.max_steps=4 --data.rows=4"
+    given = f"--runs={tmp_path} --data.paths=['{tmp_path}/text.txt'] --data.k1=16 {settings}"
+    command = [sys.executable, "-m", "fastrnn", "train", "fit", "--config", "shakespeare"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *given.split(), "--trainer.val_check_interval=2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: ") == 1
+    assert (tmp_path / "shakespeare/version_0/report.html").exists()

@@ -13,7 +13,7 @@ import fastrnn
 from fastrnn.training import GradientFlow, TextData, state_gradients
 from fastrnn.training.gradient_flow import describe, reach
 
-T, B, I, H = 7, 3, 4, 5  # noqa: E741
+T, B, I, H = 7, 3, 4, 5
 LIBRARIES = {"torch": nn, "fastrnn": fastrnn}
 
 

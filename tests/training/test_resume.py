@@ -71,7 +71,7 @@ def config(tmp_path: Path) -> Path:
             "init_args": {"paths": [str(tmp_path / "text.txt")], "rows": 4, "k1": 16},
         },
         "last": {"every_n_train_steps": 5},
-        "trainer": {"max_steps": 400, "accelerator": "cpu", "enable_progress_bar": False},
+        "trainer": {"max_steps": 250, "accelerator": "cpu", "enable_progress_bar": False},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
