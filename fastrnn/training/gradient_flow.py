@@ -21,18 +21,19 @@ class GradientFlow(L.Callback):
 
     The norms are exact (see ``states``) and come from a pass of its own over some rows of the
     batch, before the training step; training itself is not changed by it, not even in its random
-    numbers. The task's ``flow_losses`` says which losses are followed back. The cost is measured
-    and logged as ``gradient/flow_cost``, a share of the training time.
+    numbers. The task's ``flow_losses`` says which losses are followed back. A record that would
+    cost more than the budget is left out; the cost is logged as ``gradient/flow_cost``.
 
     Args:
         every_n_steps: optimizer steps from one record to the next; 0 switches it off.
+        budget: largest share of the training time; only the first record does not ask.
         rows: of the batch that are followed.
     """
 
-    def __init__(self, every_n_steps: int = 100, rows: int = 4) -> None:
-        self.every_n_steps, self.rows = every_n_steps, rows
+    def __init__(self, every_n_steps: int = 100, rows: int = 4, budget: float = 0.04) -> None:
+        self.every_n_steps, self.rows, self.budget = every_n_steps, rows, budget
         self.records: list[dict[str, Any]] = []  # step, loss -> quantity -> norms [K], parameters
-        self.seconds = 0.0
+        self.seconds, self._last = 0.0, 0.0
         self._started, self._ended = 0.0, 0.0
         self._due = False
 
@@ -46,6 +47,7 @@ class GradientFlow(L.Callback):
             self.every_n_steps > 0
             and trainer.is_global_zero
             and trainer.global_step % self.every_n_steps == 0
+            and self._affordable()
         )
         if not self._due:
             return
@@ -56,9 +58,14 @@ class GradientFlow(L.Callback):
             loss: {key: v.tolist() for key, v in quantities.items()} for loss, quantities in flows.items()
         }
         self.records.append({"step": trainer.global_step, "norms": norms, "parameters": {}})
-        self.seconds += time.perf_counter() - start
+        self._last = time.perf_counter() - start
+        self.seconds += self._last
         pl_module.log("gradient/reach", float(reach(self._last_profile())))
         pl_module.log("gradient/flow_cost", self.cost)
+
+    def _affordable(self) -> bool:
+        elapsed = time.perf_counter() - self._started
+        return not self.seconds or self.seconds + self._last <= self.budget * elapsed
 
     @property
     def cost(self) -> float:
@@ -77,10 +84,9 @@ class GradientFlow(L.Callback):
             }
 
     def _last_profile(self, record: int = -1) -> np.ndarray:
-        """dL/dh_t [K] of the loss that stands latest in time, summed over layers."""
+        """The norm [K] over all states, h and c, for the loss that stands latest in time."""
         quantities = list(self.records[record]["norms"].values())[-1]
-        squares = [np.square(v) for key, v in quantities.items() if key.startswith("h ")]
-        return np.sqrt(np.sum(squares, axis=0))
+        return np.sqrt(np.sum([np.square(v) for v in quantities.values()], axis=0))
 
     def verdict(self) -> str:
         """What the first and the last records say, in plain words."""
@@ -96,10 +102,10 @@ class GradientFlow(L.Callback):
         return f"{count}; {100 * self.cost:.1f} % of the training time."
 
     def stacked(self, loss: str, quantity: str) -> np.ndarray:
-        """Norms [records, K]; shorter records are filled with zeros."""
+        """Norms [records, K]; shorter records are filled with NaN."""
         profiles = [r["norms"][loss][quantity] for r in self.records]
         longest = max(map(len, profiles))
-        return np.array([p + [0.0] * (longest - len(p)) for p in profiles])
+        return np.array([p + [np.nan] * (longest - len(p)) for p in profiles])
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         steps = [r["step"] for r in self.records]

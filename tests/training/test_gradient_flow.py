@@ -117,7 +117,7 @@ def test_a_forgetful_network_vanishes_and_an_eager_one_explodes() -> None:
 
 def test_recording_changes_nothing_in_training_and_is_cheap_to_keep(text: TextData, tmp_path: Path) -> None:
     weights = []
-    for callbacks in ([], [GradientFlow(every_n_steps=3)]):
+    for callbacks in ([], [GradientFlow(every_n_steps=3, budget=10.0)]):
         model = language_model(text)
         run = trainer(tmp_path, *callbacks, max_steps=7)
         run.fit(model, datamodule=text)
@@ -130,3 +130,10 @@ def test_recording_changes_nothing_in_training_and_is_cheap_to_keep(text: TextDa
     assert flow.records[0]["parameters"].keys() == dict(model.named_parameters()).keys()
     assert "gradients" in flow.verdict().lower()
     assert len(list(flow.figures())) == 2 * (4 + 1) + 1
+
+
+def test_recording_keeps_to_its_budget(text: TextData, tmp_path: Path) -> None:
+    flow = GradientFlow(every_n_steps=1, budget=0.5)
+    trainer(tmp_path, flow, max_steps=70).fit(language_model(text), datamodule=text)
+    assert 1 < len(flow.records) < 70
+    assert flow.cost < 0.6  # the last one may cost more than the one before it
