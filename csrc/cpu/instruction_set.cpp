@@ -1,6 +1,7 @@
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/kernels.h"
 
@@ -25,8 +26,8 @@ const InstructionSet& choose() {
   for (const Choice& choice : choices)
     if (choice.available && (!wanted || !std::strcmp(wanted, choice.set->name))) return *choice.set;
   // An override that cannot be followed must be heard: a test would otherwise prove the wrong kernel.
-  std::fprintf(stderr, "fastrnn: FASTRNN_CPU_ISA=%s is unknown or not available on this processor\n", wanted);
-  std::abort();
+  throw std::runtime_error("FASTRNN_CPU_ISA=" + std::string(wanted) +
+                           " is unknown or not available on this processor");
 }
 
 }  // namespace
