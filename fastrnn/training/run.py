@@ -50,6 +50,7 @@ class Resume(L.Callback):
             torch.distributed.all_gather_object(states, mine)
         checkpoint["generators"] = states if trainer.world_size > 1 else [mine]
         checkpoint["rows"] = getattr(trainer.logger, "rows", [])
+        rewind(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -63,6 +64,20 @@ class Resume(L.Callback):
         if isinstance(trainer.logger, RunLog):
             trainer.logger.replay(self._loaded.get("rows", []))
         self._loaded = {}
+
+
+def rewind(loop: dict[str, Any]) -> None:
+    """Count a finished run as being inside its last step.
+
+    From there Lightning goes on with the next batch; from the counters of a finished run it takes
+    one more batch into the old epoch when that was complete (seen with Lightning 2.6).
+    """
+    epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    if 0 < epoch["current"]["ready"] == epoch["current"]["completed"]:
+        for count in ("total", "current"):
+            batch[count]["completed"] -= 1
+            for stage in ("processed", "completed"):
+                epoch[count][stage] -= 1
 
 
 def generator_states() -> dict[str, Any]:
