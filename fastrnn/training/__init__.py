@@ -4,6 +4,15 @@ Every piece stands alone: the tasks are LightningModules, the data modules are L
 ``StateCarrier``, ``StreamChunks``, ``clip`` and ``state_gradients`` fit any loop of one's own.
 """
 
+try:
+    import jsonargparse  # noqa: F401
+    import lightning  # noqa: F401
+    import matplotlib  # noqa: F401
+    import rich  # noqa: F401
+    import torchmetrics  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}: training needs pip install 'fastrnn[train]'") from None
+
 from fastrnn.training.classification import SequenceClassifier
 from fastrnn.training.clipping import GradientClipping, clip
 from fastrnn.training.data.batches import SequenceBatch, StreamBatch
