@@ -110,13 +110,23 @@ def with_shipped_configs(argv: list[str]) -> list[str]:
     return [shipped_config(a) if i in configs else a for i, a in enumerate(argv)]
 
 
+def shipped_names() -> str:
+    return ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+
+
+def help_text() -> str:
+    return (
+        f"Train a sequence model. --config takes a file, or a shipped name: {shipped_names()}. "
+        "Beside the subcommands below: sweep (a grid of hyper-parameters) and compare (runs)."
+    )
+
+
 def shipped_config(name: str) -> str:
     path = CONFIGS / f"{name}.yaml"
     if Path(name).is_file() or name.startswith("-"):
         return name
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise InputError(f"no configuration {name}: give a file, or one of {known}")
+        raise InputError(f"no configuration {name}: give a file, or one of {shipped_names()}")
     return str(path)
 
 
@@ -153,6 +163,7 @@ def run(argv: list[str]) -> SequenceCLI:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         seed_everything_default=0,
+        parser_kwargs={"prog": "python -m fastrnn train", "description": help_text()},
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
             "callbacks": [Throughput(), Resume(), LearningRateMonitor("step")],
