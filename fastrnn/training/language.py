@@ -75,7 +75,7 @@ class LanguageModel(SequenceTask):
         x = self.dropout(self.embed(batch.x))
         y = self.dropout(carrier(self.rnn, x, batch.reset, batch.keep))
         logits = self.head(y)
-        return F.cross_entropy(logits.flatten(0, 1), batch.y.flatten(), ignore_index=IGNORE)
+        return mean_nats(logits, batch.y)
 
     def training_step(self, batch: StreamBatch, batch_idx: int) -> Tensor:
         loss = self._chunk_loss(batch, self.carriers["train"])
@@ -115,9 +115,7 @@ class LanguageModel(SequenceTask):
         rows = batch.x.shape[1]
         state = map_state(lambda s: s[:, :rows], self.carriers["train"].state)
         logits, _ = self(batch.x, state, batch.reset)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.y.flatten(), ignore_index=IGNORE)
-        last = F.cross_entropy(logits[-1], batch.y[-1], ignore_index=IGNORE)
-        return {"loss": loss, "last step": last}
+        return {"loss": mean_nats(logits, batch.y), "last step": mean_nats(logits[-1], batch.y[-1])}
 
     @torch.no_grad()
     def generate(
@@ -169,6 +167,12 @@ class LanguageModel(SequenceTask):
         saved, self._saved_state = getattr(self, "_saved_state", None), None
         rank, world = self.global_rank, self.trainer.world_size
         self.carriers["train"].scatter(self.transfer_batch_to_device(saved, self.device, 0), rank, world)
+
+
+def mean_nats(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [..., V] over the targets y [...]; zero where there are none."""
+    total = F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total / (y != IGNORE).sum().clamp_min(1)
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:

@@ -43,6 +43,15 @@ def test_language_model_learns_and_both_backends_agree(text: TextData, tmp_path:
 CURVE: dict[str, float] = {}
 
 
+def test_a_chunk_without_targets_has_no_loss_and_no_gradient(text: TextData) -> None:
+    model = language_model(text)
+    batch = text.batches("train", 0, 1).batch(0, 0)
+    losses = model.flow_losses(batch._replace(y=torch.full_like(batch.y, -100)))
+    assert float(losses["loss"].detach()) == float(losses["last step"].detach()) == 0.0
+    losses["loss"].backward()
+    assert not model.head.weight.grad.any()
+
+
 def test_generation_is_seeded_bounded_and_checked(text: TextData) -> None:
     model = language_model(text)
     assert model.generate("line", 20, seed=1) == model.generate("line", 20, seed=1)
