@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from fastrnn.training import plots
 from fastrnn.training.gradient_flow import GradientFlow
+from fastrnn.training.run import rows_of
 from fastrnn.training.speed import compare_backends
 
 STYLE = """
@@ -62,11 +63,11 @@ class Report(L.Callback):
     @rank_zero_only
     def _write(self, trainer: L.Trainer, task: L.LightningModule, log_dir: str | None) -> None:
         """All processes ask for ``log_dir``, which they agree on; the first one writes."""
-        if not self.write or log_dir is None:
+        if not self.write or log_dir is None or trainer.fast_dev_run:
             return
         folder = Path(log_dir)
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        rows = getattr(trainer.logger, "rows", [])
+        rows = rows_of(trainer)
         trainer.logger.save()
         parts = [
             ("Results", results(rows)),

@@ -35,6 +35,11 @@ class RunLog(CSVLogger):
             self.log_metrics(row, int(row.pop("step")))
 
 
+def rows_of(trainer: L.Trainer) -> list[dict[str, float]]:
+    """What the run has logged so far; nothing if it keeps another log."""
+    return trainer.logger.rows if isinstance(trainer.logger, RunLog) else []
+
+
 class Resume(L.Callback):
     """Keeps in the checkpoint what Lightning does not: random generators and the log's rows."""
 
@@ -49,7 +54,7 @@ class Resume(L.Callback):
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, mine)
         checkpoint["generators"] = states if trainer.world_size > 1 else [mine]
-        checkpoint["rows"] = getattr(trainer.logger, "rows", [])
+        checkpoint["rows"] = rows_of(trainer)
         rewind(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(
@@ -150,5 +155,5 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self.dirpath:
+        if self.dirpath and not trainer.fast_dev_run:
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
