@@ -44,11 +44,11 @@ constexpr const char* kBackward =
 
 // What follows the backward scan, over all steps at once; the caller may compose it from torch operations
 // instead.
-// -> dx [N, I] (if inputs), dw_ih [D, G*H, I], dw_hh [D, G*H, P] and db [D, E*H] (if weights)
+// -> dx [N, I] (if inputs), dw_ih [D, G*H, I], dw_hh [D, G*H, P], db_ih and db_hh [D, G*H] (if weights)
 constexpr const char* kProducts =
     "(Tensor dgates, Tensor x, Tensor y, Tensor h0, Tensor[] w_ih, Tensor? batch_sizes, Tensor? lengths, "
     "Tensor? reset, bool batch_first, bool inputs, bool weights) "
-    "-> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db)";
+    "-> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)";
 
 std::string cpu_isa() { return instruction_set().name; }
 

@@ -66,12 +66,10 @@ def _register_fakes(name: str) -> None:
     def _(dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights):
         D, _, P = h0.shape
         GH, I = w_ih[0].shape
-        none = h0.new_empty(0)
+        shapes = [(D, GH, I), (D, GH, P), (D, GH), (D, GH)]
         return (
-            torch.empty_like(x, memory_format=torch.contiguous_format) if inputs else none,
-            h0.new_empty(D, GH, I) if weights else none,
-            h0.new_empty(D, GH, P) if weights else none,
-            h0.new_empty(D, dgates.shape[2]) if weights else none,
+            torch.empty_like(x, memory_format=torch.contiguous_format) if inputs else h0.new_empty(0),
+            *(h0.new_empty(shape if weights else 0) for shape in shapes),
         )
 
 
@@ -137,17 +135,12 @@ class Scan(torch.autograd.Function):
         wants = _split(tuple(wants_weights), D, bias, projected)
         any_weights = any(any(want) for want in wants[:4])
         products = _composed_products if needed else _PRODUCTS[name]
-        dx, dw_ih, dw_hh, db = products(
+        dx, dw_ih, dw_hh, db_ih, db_hh = products(
             dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, wants_x, any_weights
         )
         dw_hr = None
         if any(wants[4]):
             dw_hr = dh.mT @ (saved[:, :, 3 * saved_c.shape[2] :] * torch.tanh(saved_c))
-        db_ih, db_hh = db, db
-        if any_weights and not cell.one_bias:
-            db_ih, db_hh = (
-                part(cell, db) for part in (reference.input_gradients, reference.recurrent_gradients)
-            )
         flat = [
             gradient[d] if want[d] else None
             for gradient, want in zip((dw_ih, dw_hh, db_ih, db_hh, dw_hr), wants, strict=True)
@@ -193,6 +186,19 @@ def _reference_backward(options: tuple, saved: Iterable[Maybe], varying: list[in
         return reference.backward(CELLS[name], layout, *full[:10], full[10 : 10 + D], full[10 + D :])
 
     return function
+
+
+class EagerScan(Scan):
+    """Scan for ordinary calls. torch inspects the signature of a Function with a setup_context at every call,
+    which took a third of a single step."""
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[override]
+        output = Scan.forward(*inputs)
+        Scan.setup_context(ctx, inputs, output)
+        return output
 
 
 class ScanBackward(torch.autograd.Function):
@@ -385,7 +391,7 @@ def _composed_products(dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batc
     dgx = dgates[..., dgates.shape[2] - GH :]
     dx = sum(dgx[d] @ w_ih[d] for d in range(D)) if inputs else None
     if not weights:
-        return dx, None, None, None
+        return dx, None, None, None, None
     sequence = Sequence(batch_first, batch_sizes, lengths, reset)
     # The gates of the recurrent product are rotated where they are not those of x.
     shift = GH - dgates.shape[2]
@@ -393,7 +399,7 @@ def _composed_products(dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batc
         (dgates[d][:, :GH].T @ previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d)).roll(shift, 0)
         for d in range(D)
     ]
-    return dx, dgx.mT @ x, torch.stack(dw_hh), dgates.sum(1)
+    return dx, dgx.mT @ x, torch.stack(dw_hh), dgx.sum(1), dgates[..., :GH].sum(1).roll(shift, 1)
 
 
 # ---- What the layers call ----------------------------------------------------------------------------
@@ -469,7 +475,9 @@ def _is_dual() -> bool:
 
 
 def _scan_function() -> type[Scan]:
-    return DualScan if _is_dual() else Scan
+    if _is_dual():
+        return DualScan
+    return Scan if _is_traced() else EagerScan
 
 
 def _backward_function() -> type[ScanBackward]:
@@ -479,4 +487,9 @@ def _backward_function() -> type[ScanBackward]:
 def _needs_function(tensors: tuple) -> bool:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return _is_traced() and not torch.compiler.is_compiling()
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile, torch.export or a transform of torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

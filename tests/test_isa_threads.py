@@ -23,7 +23,7 @@ def start(script, *arguments, isa=None, prefix=(), **environment):
     if isa:
         env["FASTRNN_CPU_ISA"] = isa
     return subprocess.Popen(
-        [*prefix, sys.executable, *([script] if Path(script).exists() else ["-c", script]), *arguments],
+        [*prefix, sys.executable, *(["-c", script] if "import " in script else [script]), *arguments],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -114,7 +114,6 @@ wrong = []
 def work():
     for _ in range(10):
         got = m(x)[0]
-        got.sum().backward
         torch.autograd.grad(got.sum(), m.weight_hh_l0)
         if not torch.allclose(got, y, atol=1e-5): wrong.append(1)
 threads = [threading.Thread(target=work) for _ in range(6)]
@@ -136,7 +135,6 @@ y = m(x)[0].detach()
 # Two tasks of torch's interpreter pool at once, and the reverse pass in the autograd engine's own thread.
 def forward(x):
     return m(x)[0]
-futures = [torch.futures.Future() for _ in range(4)]
 import concurrent.futures
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
     results = list(pool.map(forward, [x] * 8))

@@ -93,7 +93,7 @@ struct ProductsDirection {
   Rows<const S> h0;      // [B, P]
   Rows<S> dw_ih;         // [G*H, I] out
   Rows<S> dw_hh;         // [G*H, P] out
-  S* db;                 // [E*H] out: sums of the gate gradients
+  S *db_ih, *db_hh;      // [G*H] out: sums of the gate gradients
 };
 
 constexpr int kMaxDirections = 2;
@@ -133,7 +133,7 @@ struct ProductsProblem : Problem<ProductsDirection<S>> {
   Rows<const S> x;  // [N, I]
   Rows<S> dx;       // [N, I] out, or null
   int64_t I;
-  bool weights;  // whether dw_ih, dw_hh and db are wanted
+  bool weights;  // whether those of weights and biases are wanted
 };
 
 }  // namespace fastrnn

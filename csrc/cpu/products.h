@@ -182,10 +182,13 @@ class Products {
     const ProductsDirection<S>& dir = problem.direction[d];
     const int count = static_cast<int>(min<int64_t>(kTall, problem.H - u));
     const int64_t of_x = (E - G + gate) * problem.H + u, of_h = Cell::recurrent(gate) * problem.H + u;
-    pack_units(sources, n, of_x, count, packed, dir.db, accumulate);
     const int64_t row = gate * problem.H + u;
+    pack_units(sources, n, of_x, count, packed, dir.db_ih + row, accumulate);
     add_columns(packed, n, count, inputs, x_columns, {dir.dw_ih[row], dir.dw_ih.stride}, accumulate);
-    if (of_h != of_x) pack_units(sources, n, of_h, count, packed, dir.db, accumulate);
+    if (of_h != of_x)
+      pack_units(sources, n, of_h, count, packed, dir.db_hh + row, accumulate);
+    else
+      copy_row(dir.db_hh + row, dir.db_ih + row, count);
     add_columns(packed, n, count, outputs, h_columns, {dir.dw_hh[row], dir.dw_hh.stride}, accumulate);
   }
 
@@ -203,7 +206,7 @@ class Products {
         for (int i = 0; i < count; ++i) total[i] += to[i] = from[i];
       }
     }
-    for (int i = 0; i < count; ++i) db[first + i] = total[i] + (accumulate ? db[first + i] : S{0});
+    for (int i = 0; i < count; ++i) db[i] = total[i] + (accumulate ? db[i] : S{0});
   }
 
   void add_columns(const S* packed, int64_t n, int count, const Blocks<S>& blocks, const S* panels,

@@ -202,11 +202,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 }
 
 template <class Cell>
-std::tuple<Tensor, Tensor, Tensor, Tensor> products(const Tensor& dgates, const Tensor& x, const Tensor& y,
-                                                    const Tensor& h0, Tensors w_ih,
-                                                    const MaybeTensor& batch_sizes,
-                                                    const MaybeTensor& lengths, const MaybeTensor& reset,
-                                                    bool batch_first, bool inputs, bool weights) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> products(const Tensor& dgates, const Tensor& x,
+                                                            const Tensor& y, const Tensor& h0, Tensors w_ih,
+                                                            const MaybeTensor& batch_sizes,
+                                                            const MaybeTensor& lengths,
+                                                            const MaybeTensor& reset, bool batch_first,
+                                                            bool inputs, bool weights) {
   constexpr int64_t G = Cell::kGates, E = Cell::kGradients;
   STD_TORCH_CHECK(h0.dim() == 3 && x.dim() == 2 && dgates.dim() == 3,
                   "expected h0 [D, B, P], x [N, I], dgates [D, N, E*H]");
@@ -226,7 +227,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> products(const Tensor& dgates, const 
   const Tensor dx = inputs ? empty({N, I}, h0) : empty({0}, h0);
   const Tensor dw_ih = weights ? empty({D, G * H, I}, h0) : empty({0}, h0);
   const Tensor dw_hh = weights ? empty({D, G * H, P}, h0) : empty({0}, h0);
-  const Tensor db = weights ? empty({D, E * H}, h0) : empty({0}, h0);
+  const Tensor db_ih = weights ? empty({D, G * H}, h0) : empty({0}, h0);
+  const Tensor db_hh = weights ? empty({D, G * H}, h0) : empty({0}, h0);
   with_type(h0, [&]<class S>(S) {
     ProductsProblem<S> problem{{layout.get(), H, P, static_cast<int>(D), {}, torch_threads()},
                                rows<S>(x_rows),
@@ -241,14 +243,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> products(const Tensor& dgates, const 
           .h0 = direction_rows<const S>(h0_rows, d),
           .dw_ih = weights ? direction_rows<S>(dw_ih, d) : Rows<S>{},
           .dw_hh = weights ? direction_rows<S>(dw_hh, d) : Rows<S>{},
-          .db = weights ? db.mutable_data_ptr<S>() + d * E * H : nullptr,
+          .db_ih = weights ? db_ih.mutable_data_ptr<S>() + d * G * H : nullptr,
+          .db_hh = weights ? db_hh.mutable_data_ptr<S>() + d * G * H : nullptr,
       };
     if constexpr (std::is_same_v<S, float>)
       check_memory(kernels_of<Cell>().products_f32(problem));
     else
       check_memory(kernels_of<Cell>().products_f64(problem));
   });
-  return {dx, dw_ih, dw_hh, db};
+  return {dx, dw_ih, dw_hh, db_ih, db_hh};
 }
 
 }  // namespace

@@ -1,0 +1,57 @@
+"""The products after the backward scan, as an operator and as torch operations, and the gradients they give."""
+
+import pytest
+import torch
+from scans import CELL_NAMES, FORMS, make_scan
+
+import fastrnn
+from fastrnn import _ops
+
+NAMES = ("dx", "dw_ih", "dw_hh", "db_ih", "db_hh")
+
+
+def arguments(name, form, T=5, B=3, H=7, D=2, dtype=torch.float64, **options):
+    scan = make_scan(name, T, B, H, D=D, dtype=dtype, **FORMS[form], **options)
+    outputs = scan.kernel()
+    dgates = scan.kernel_backward(outputs, scan.gradients(outputs, "all"))[0]
+    x, h0, _, w_ih, *_, batch_sizes, lengths, reset, batch_first, _ = scan.arguments(True)
+    return dgates, x, outputs[0], h0, w_ih, batch_sizes, lengths, reset, batch_first
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 3), (1, 2, 17), (5, 3, 7), (9, 65, 33), (40, 13, 65)])
+def test_the_operator_equals_torch_operations(name, form, T, B, H):
+    given = arguments(name, form, T, B, H)
+    ours = getattr(torch.ops.fastrnn, f"{name}_products")(*given, True, True)
+    theirs = _ops._composed_products(*given, True, True)
+    for what, a, b in zip(NAMES, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=lambda m, w=what: f"{w}: {m}")
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize(("inputs", "weights"), [(True, True), (True, False), (False, True)])
+def test_opcheck_accepts_the_operator(name, inputs, weights):
+    torch.library.opcheck(
+        getattr(torch.ops.fastrnn, f"{name}_products").default,
+        (*arguments(name, "time_major"), inputs, weights),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_no_two_gradients_share_memory(kind):
+    # Clipping multiplies each gradient in place: shared ones would be scaled twice.
+    module = getattr(fastrnn, kind)(3, 4)
+    module(torch.randn(5, 2, 3))[0].sum().backward()
+    storages = [p.grad.untyped_storage().data_ptr() for p in module.parameters()]
+    assert len(set(storages)) == len(storages)
+
+
+def test_clipping_scales_every_gradient_once():
+    module = fastrnn.LSTM(3, 4, bidirectional=True)
+    module(torch.randn(5, 2, 3))[0].sum().backward()
+    before = [p.grad.clone() for p in module.parameters()]
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 0.01)
+    for p, g in zip(module.parameters(), before, strict=True):
+        torch.testing.assert_close(p.grad, g * (0.01 / (norm + 1e-6)))
