@@ -86,12 +86,10 @@ _PRODUCTS = {name: getattr(torch.ops.fastrnn, f"{name}_products").default for na
 # Functions take tensors one by one: after x, h0, c0 come w_ih, w_hh, b_ih, b_hh, w_hr of all directions.
 
 
-def _split(tensors: tuple, D: int, bias: bool, projected: bool) -> list[list]:
-    lists, i = [], 0
-    for present in (True, True, bias, bias, projected):
-        lists.append(list(tensors[i : i + D]) if present else [])
-        i += D if present else 0
-    return lists
+def _split(tensors: tuple, D: int, bias: bool, projected: bool) -> tuple[tuple, ...]:
+    i = 4 * D if bias else 2 * D
+    biases = (tensors[2 * D : 3 * D], tensors[3 * D : i]) if bias else ((), ())
+    return (tensors[:D], tensors[D : 2 * D], *biases, tensors[i:] if projected else ())
 
 
 class Scan(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The products after the backward scan, as an operator and as torch operations, and the gradients they give."""
+"""The products after the backward scan, as an operator and as torch operations, and what they give."""
 
 import pytest
 import torch
