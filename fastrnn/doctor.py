@@ -224,12 +224,13 @@ def check_native() -> list[Check]:
 def _death(returncode: int, stderr: str) -> tuple[str, str]:
     """What happened and what to do, for a self-test that did not come back."""
     last = (stderr.strip().splitlines() or [""])[-1]
+    if "FASTRNN_CPU_ISA" in last:
+        advice = "unset FASTRNN_CPU_ISA, or name one that this processor has: avx512, avx2, baseline"
+        return f"it failed: {last}", advice
     if returncode > 0:
         return f"it failed: {last}", "report it with this page"
     name = signal.Signals(-returncode).name
     advice = "report it with this page; FASTRNN_CPU_ISA=baseline may work meanwhile"
-    if "FASTRNN_CPU_ISA" in last:
-        advice = "unset FASTRNN_CPU_ISA, or name one that this processor has: avx512, avx2, baseline"
     return f"it died of {name}: {last}".rstrip(": "), advice
 
 

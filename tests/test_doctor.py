@@ -65,7 +65,7 @@ def test_a_module_whose_results_are_nan_is_broken(capsys, monkeypatch):
     assert "GRU, float64" in checks["self-test"]["found"]
 
 
-def test_a_crash_is_a_finding_with_advice(capsys, monkeypatch):
+def test_a_failing_self_test_is_a_finding_with_advice(capsys, monkeypatch):
     monkeypatch.setenv("FASTRNN_CPU_ISA", "mmx")
     status, checks = diagnose(capsys)
     assert status == 1

@@ -29,7 +29,10 @@ class Products {
       problem.parallel(workers_, [this](int64_t worker) { pack_weights(worker); });
       problem.parallel(workers_, [this](int64_t worker) { input_gradient(worker); });
     }
-    if (problem.weights) problem.parallel(workers_, [this](int64_t worker) { weight_gradients(worker); });
+    if (problem.weights && few())
+      few_weight_gradients();
+    else if (problem.weights)
+      problem.parallel(workers_, [this](int64_t worker) { weight_gradients(worker); });
     return true;
   }
 
@@ -137,6 +140,36 @@ class Products {
       }
     }
     return n;
+  }
+
+  /// Few rows: each row of dW is written once, from end to end.
+  void few_weight_gradients() {
+    for (int d = 0; d < problem.directions; ++d) {
+      const ProductsDirection<S>& dir = problem.direction[d];
+      Walk walk;
+      const int64_t n = next_rows(d, walk, sources_);
+      for (int gate = 0; gate < G; ++gate)
+        for (int64_t u = 0; u < problem.H; ++u) {
+          const int64_t of_x = (E - G + gate) * problem.H + u, of_h = Cell::recurrent(gate) * problem.H + u;
+          const int64_t row = gate * problem.H + u;
+          dir.db_ih[row] = outer_row(n, of_x, problem.I, dir.dw_ih[row], [](const Source& s) { return s.x; });
+          dir.db_hh[row] = outer_row(n, of_h, problem.P, dir.dw_hh[row], [](const Source& s) { return s.h; });
+        }
+    }
+  }
+
+  /// to[columns] = sum of dgates[of] times the row's numbers, over the n rows; returns the sum of dgates[of].
+  template <class F>
+  FASTRNN_INLINE S outer_row(int64_t n, int64_t of, int64_t columns, S* to, F row_of) const {
+    S total = 0;
+    for (int64_t k = 0; k < n; ++k) total += sources_[k].dgates[of];
+    each_vector<S>(0, static_cast<int>(columns), [&](auto io, int64_t u, int) {
+      V<S> sum{};
+      for (int64_t k = 0; k < n; ++k)
+        if (const S* const row = row_of(sources_[k])) sum += sources_[k].dgates[of] * io.load(row + u);
+      io.store(to + u, sum);
+    });
+    return total;
   }
 
   /// A worker owns some of the tiles of kTall units of a gate, over all columns of dW_ih and dW_hh.
