@@ -123,6 +123,7 @@ setup(
             [
                 "csrc/ops.cpp",
                 "csrc/cpu/instruction_set.cpp",
+                "csrc/cpu/memory.cpp",
                 "csrc/cpu/plan.cpp",
                 "csrc/cpu/scan.cpp",
                 "csrc/cpu/team.cpp",

@@ -20,7 +20,12 @@ def main(argv: list[str]) -> int:
     if command not in COMMANDS:
         print(f"fastrnn: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(MODULES[command]).main(argv[1:]) or 0
+    try:
+        module = importlib.import_module(MODULES[command])
+    except ModuleNotFoundError as missing:
+        print(f"fastrnn: {missing}", file=sys.stderr)
+        return 2
+    return module.main(argv[1:]) or 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ namespace {
 // Rough costs of a Zen class core; the choice between two plans needs their order only.
 constexpr double kFlopsPerNs = 100;    // fp32 multiply-adds in tiles, counted twice
 constexpr double kL2BytesPerNs = 75, kL3BytesPerNs = 30;
-constexpr double kForkNs = 6000;       // waking the other threads, once a call
+constexpr double kForkNs = 60000;  // waking the other threads, twice a call, and what they lose when busy
 constexpr double kMeetNs = 700;        // one exchange of a team
 constexpr int64_t kFullTile = 6;       // rows below which a tile wastes its registers
 

@@ -41,7 +41,7 @@ class Products {
   int64_t workers() const {
     const double flops = 2.0 * static_cast<double>(all_rows()) * G * static_cast<double>(problem.H) *
                          static_cast<double>(problem.I + problem.P) * problem.directions;
-    return flops < 1e6 ? 1 : problem.parallel.threads;
+    return flops < 2e7 ? 1 : problem.parallel.threads;
   }
 
   int64_t all_rows() const {

@@ -1,7 +1,6 @@
 // Working memory of one call: laid out twice by the same function, first to measure, then to hand out.
 #pragma once
-#include <cstdlib>
-
+#include "cpu/memory.h"
 #include "cpu/vector.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -13,12 +12,12 @@ class Scratch {
   template <class F>
   FASTRNN_INLINE explicit Scratch(F&& layout) {
     layout(*this);
-    base_ = static_cast<char*>(std::aligned_alloc(kAlignment, size_ + kAlignment));
+    base_ = borrow_memory(size_);
     if (base_ == nullptr) return;
     size_ = 0;
     layout(*this);
   }
-  FASTRNN_INLINE ~Scratch() { std::free(base_); }
+  FASTRNN_INLINE ~Scratch() { return_memory(base_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
