@@ -5,7 +5,7 @@ ordinary torch products around them, so that autograd, vmap and torch.compile tr
 """
 
 from collections.abc import Iterable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +132,7 @@ class Scan(torch.autograd.Function):
         wants_x, _, _, *wants_weights = ctx.needs_input_grad[7:]
         wants = _split(tuple(wants_weights), D, bias, projected)
         any_weights = any(any(want) for want in wants[:4])
-        products = _composed_products if needed else _PRODUCTS[name]
+        products = partial(_composed_products, cell) if needed else _PRODUCTS[name]
         dx, dw_ih, dw_hh, db_ih, db_hh = products(
             dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, wants_x, any_weights
         )
@@ -168,6 +168,13 @@ class Scan(torch.autograd.Function):
         return outputs, tuple(0 if o.dim() > 1 else None for o in outputs)
 
 
+def _replaced(tensors: Iterable[Maybe], positions: list[int], by: Iterable[Tensor]) -> list[Maybe]:
+    full = list(tensors)
+    for i, t in zip(positions, by, strict=True):
+        full[i] = t
+    return full
+
+
 def _reference_backward(options: tuple, saved: Iterable[Maybe], varying: list[int]):
     """The reference as a function of some of the tensors of a ScanBackward, the others as they were saved."""
     name, batch_first = options
@@ -175,9 +182,7 @@ def _reference_backward(options: tuple, saved: Iterable[Maybe], varying: list[in
     sequence = Sequence(batch_first, batch_sizes, lengths, reset)
 
     def function(*given: Tensor):
-        full = list(tensors)
-        for i, t in zip(varying, given, strict=True):
-            full[i] = t
+        full = _replaced(tensors, varying, given)
         y, h0 = full[7:9]
         D = h0.shape[0]
         layout = sequence.layout(y.shape[0], h0.shape[1])
@@ -224,10 +229,7 @@ class ScanBackward(torch.autograd.Function):
         present = [i for i, t in enumerate(tensors) if t is not None and t.numel() > 0]
         function = _reference_backward(ctx.options, ctx.saved_tensors, present)
         _, vjp = torch.func.vjp(function, *(tensors[i] for i in present))
-        result: list[Maybe] = [None] * len(tensors)
-        for i, gradient in zip(present, vjp(tuple(gradients)), strict=True):
-            result[i] = gradient
-        return (None,) * 6 + tuple(result)
+        return (None,) * 6 + tuple(_replaced([None] * len(tensors), present, vjp(tuple(gradients))))
 
     @staticmethod
     def vmap(info, in_dims, name, batch_first, projected, *args):
@@ -284,10 +286,7 @@ class DualScan(Scan):
         moving = [i for i, t in enumerate(tangents) if t is not None]
 
         def function(*given):
-            full = list(tensors)
-            for i, t in zip(moving, given, strict=True):
-                full[i] = t
-            x, h0, c0, *weights = full
+            x, h0, c0, *weights = _replaced(tensors, moving, given)
             layout = sequence.layout(x.shape[0], h0.shape[1])
             return reference.forward(
                 CELLS[name], layout, x, h0, c0, *_split(tuple(weights), D, bias, projected)
@@ -382,22 +381,19 @@ def _unfold_saved(t: Tensor, V: int, B: int, batch_first: bool) -> Tensor:
 # ---- The products after the backward scan from torch operations: for vmap and further derivatives --------
 
 
-def _composed_products(dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights):
+def _composed_products(
+    cell, dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights
+):
     """The operator ``fastrnn::<cell>_products``."""
     D, _, P = h0.shape
-    GH = w_ih[0].shape[0]
-    dgx = dgates[..., dgates.shape[2] - GH :]
+    dgx = reference.input_gradients(cell, dgates)
     dx = sum(dgx[d] @ w_ih[d] for d in range(D)) if inputs else None
     if not weights:
         return dx, None, None, None, None
     sequence = Sequence(batch_first, batch_sizes, lengths, reset)
-    # The gates of the recurrent product are rotated where they are not those of x.
-    shift = GH - dgates.shape[2]
-    dw_hh = [
-        (dgates[d][:, :GH].T @ previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d)).roll(shift, 0)
-        for d in range(D)
-    ]
-    return dx, dgx.mT @ x, torch.stack(dw_hh), dgx.sum(1), dgates[..., :GH].sum(1).roll(shift, 1)
+    dga = reference.recurrent_gradients(cell, dgates)
+    before = torch.stack([previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d) for d in range(D)])
+    return dx, dgx.mT @ x, dga.mT @ before, dgx.sum(1), dga.sum(1)
 
 
 # ---- What the layers call ----------------------------------------------------------------------------

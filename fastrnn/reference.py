@@ -87,11 +87,6 @@ class Cell:
     gradients: int  # E
     has_c: bool
 
-    @property
-    def one_bias(self) -> bool:
-        """b_ih and b_hh have the same gradient, so that their sum can stand for both."""
-        return self.gradients == self.gates
-
 
 CELLS = {
     "lstm": Cell(lstm_step, lstm_step_backward, gates=4, saved=4, gradients=4, has_c=True),
@@ -276,12 +271,7 @@ def input_gradients(cell: Cell, dgates: Tensor) -> Tensor:
 def recurrent_gradients(cell: Cell, dgates: Tensor) -> Tensor:
     """The part of dgates [N, E*H] that belongs to the recurrent gates, in the order of W_hh [G*H, P]."""
     H = dgates.shape[-1] // cell.gradients
-    return unrotate(cell, dgates[..., : cell.gates * H], -1)
-
-
-def unrotate(cell: Cell, v: Tensor, dim: int) -> Tensor:
-    """Where x and the recurrent product have different gradients (GRU's last gate), the recurrent one stands
-    first in dgates; here it goes back to the end."""
-    if cell.one_bias:
-        return v
-    return v.roll(-(v.shape[dim] // cell.gates), dim)
+    first = dgates[..., : cell.gates * H]
+    # Where x and the recurrent product have different gradients (GRU's last gate), the recurrent one stands
+    # first in dgates; here it goes back to the end.
+    return first if cell.gradients == cell.gates else first.roll(-H, -1)
