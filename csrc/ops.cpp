@@ -4,6 +4,8 @@
 //   torch.ops.fastrnn.<cell>           one layer: the scan over time of each direction
 //   torch.ops.fastrnn.<cell>_backward  back-propagation through it: gate gradients, never weight gradients
 //   torch.ops.fastrnn.<cell>_products  gradients of weights and input from the gate gradients
+//   torch.ops.fastrnn.<cell>_pack      the weights in the form that the kernels stream, to be kept
+//   torch.ops.fastrnn.<cell>_packed    the scan over time with these
 //
 // x, y and all that is saved are rows [N, *]: dense time-major, dense batch-first or packed (batch_sizes).
 #include <Python.h>
@@ -50,6 +52,15 @@ constexpr const char* kProducts =
     "Tensor? reset, bool batch_first, bool inputs, bool weights) "
     "-> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)";
 
+// -> uint8 [bytes]: valid in this process alone. With bfloat16 the weights (not the biases) are rounded to
+// it.
+constexpr const char* kPack =
+    "(Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, bool bfloat16) -> Tensor";
+
+constexpr const char* kPacked =
+    "(Tensor x, Tensor h0, Tensor? c0, Tensor packed, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, "
+    "bool batch_first, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)";
+
 std::string cpu_isa() { return instruction_set().name; }
 
 // {teams of rows, parts of units} of a direction, for a product of B rows with [units, K] in each of T steps.
@@ -76,6 +87,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
     m.def((std::string(Cell::kName) + fastrnn::kForward).c_str());
     m.def((std::string(Cell::kName) + "_backward" + fastrnn::kBackward).c_str());
     m.def((std::string(Cell::kName) + "_products" + fastrnn::kProducts).c_str());
+    m.def((std::string(Cell::kName) + "_pack" + fastrnn::kPack).c_str());
+    m.def((std::string(Cell::kName) + "_packed" + fastrnn::kPacked).c_str());
   });
 }
 

@@ -1,5 +1,7 @@
 // The cells that exist. Every table, operator and kernel follows from this list.
 #pragma once
+#include <type_traits>
+
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
@@ -12,6 +14,12 @@ struct CellList {
   template <class F>
   static void each(F f) {
     (f.template operator()<Cells>(), ...);
+  }
+  template <class Cell>
+  static constexpr int index() {
+    int index = 0;
+    (void)((std::is_same_v<Cell, Cells> || (++index, false)) || ...);
+    return index;
   }
 };
 

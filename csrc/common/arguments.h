@@ -31,14 +31,15 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
 /// Checks shape, dtype and device against those of the whole call.
 class Arguments {
  public:
-  Arguments(const Tensor& like, int64_t directions) : like_(like), directions_(directions) {}
+  Arguments(const Tensor& like, int64_t directions, const char* name = "h0")
+      : like_(like), directions_(directions), name_(name) {}
 
   void check(const Tensor& tensor, const char* name, const char* letters,
              const std::vector<int64_t>& expected) const {
-    STD_TORCH_CHECK(tensor.scalar_type() == like_.scalar_type(), name, " must have the dtype of h0");
+    STD_TORCH_CHECK(tensor.scalar_type() == like_.scalar_type(), name, " must have the dtype of ", name_);
     STD_TORCH_CHECK(
         tensor.is_cpu() == like_.is_cpu() && tensor.get_device_index() == like_.get_device_index(), name,
-        " must be on the device of h0");
+        " must be on the device of ", name_);
     STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must be ", letters, " = ", to_string(expected),
                     ", got ", to_string(sizes_of(tensor)));
   }
@@ -53,6 +54,7 @@ class Arguments {
  private:
   const Tensor& like_;
   int64_t directions_;
+  const char* name_;  // of the tensor that the others must be like
 };
 
 /// A row's units must lie side by side; rows may be any distance apart.

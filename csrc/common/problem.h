@@ -125,6 +125,18 @@ template <class S>
 struct ForwardProblem : Problem<ForwardDirection<S>> {
   Rows<const S> x;  // [N, I]
   int64_t I;
+  bool projected;
+  const char* packed;  // what a PackProblem made of the weights, which are then null; or null
+  bool pairs;          // packed holds bfloat16
+};
+/// The weights of all directions in the form that the kernels stream.
+template <class S>
+struct PackProblem {
+  int64_t I, H, P;
+  bool projected, pairs;
+  int directions;
+  Weights<S> weights[kMaxDirections];
+  char* to;  // null: only the size is wanted
 };
 template <class S>
 using BackwardProblem = Problem<BackwardDirection<S>>;

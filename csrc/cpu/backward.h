@@ -28,13 +28,31 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   /// False when there is no memory for the working arrays.
   bool run() {
     if (sequence.T == 0 || sequence.B == 0) return true;
-    const Scratch scratch([this](Scratch& s) { lay_out(s); });
+    const Scratch scratch([this](Memory& memory) { lay_out(memory); });
     if (scratch.failed()) return false;
-    for (int team = 0; team < this->teams(); ++team) ::new (&members_[team]) Team(plan.parts);
-    problem.parallel(this->workers(), [this](int64_t worker) { prepare(worker); });
-    this->Base::run(*this, members_, projected() ? 2 * sequence.T + 1 : sequence.T + 1);
+    this->Base::run(*this, projected() ? 2 * sequence.T + 1 : sequence.T + 1);
     for (int team = 0; team < this->teams(); ++team) initial_gradient(team);
     return true;
+  }
+
+  /// One of several parts of what comes before the first phase.
+  void prepare(int64_t part, int64_t parts) {
+    for (int d = 0; d < problem.directions && packed(); ++d) {
+      const Weights<S>& w = problem.direction[d].weights;
+      for (int64_t block = part; block < outputs.count(); block += parts)
+        pack({w.w_hh.data + block * kBlock<S>, w.w_hh.stride}, G * problem.H, outputs.in_block(block),
+             outputs.vectors(block), panels_[d] + block * kBlock<S> * G * problem.H);
+      if (!projected()) continue;
+      for (int64_t block = part; block < units.count(); block += parts)
+        pack({w.w_hr.data + block * kBlock<S>, w.w_hr.stride}, problem.P, units.in_block(block),
+             units.vectors(block), projection_[d] + block * kBlock<S> * problem.P);
+    }
+    for (auto team = static_cast<int>(part); team < this->teams(); team += static_cast<int>(parts)) {
+      const TeamRows rows = this->rows_of(team);
+      for (int64_t i = 0; i < rows.count(sequence.B); ++i)
+        copy_row(dh_buffer(team)[i],
+                 problem.direction[this->direction_of(team)].dh[sequence.batch(rows.position(i))], problem.P);
+    }
   }
 
   /// The product that closes step s+1 and the cell of step s need no meeting between them, because a part
@@ -54,8 +72,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   bool projected() const { return static_cast<bool>(problem.direction[0].weights.w_hr); }
   bool packed() const { return this->most_rows() > kFewRows || sequence.T >= kStepsWorthPacking; }
 
-  void lay_out(Scratch& s) {
-    members_ = s.take<Team>(this->teams());
+  void lay_out(Memory& s) {
+    this->take_teams(s);
     const int64_t most = this->most_rows();
     dh_stride_ = padded<S>(problem.P, kBlock<S>);
     dgates_stride_ = padded<S>(G * problem.H, kBlock<S>);
@@ -81,26 +99,6 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   /// while another one still reads step s + 1.
   FASTRNN_INLINE Rows<S> dgates_buffer(int team, int64_t s) const {
     return {dgates_ + (team * 2 + s % 2) * this->most_rows() * dgates_stride_, dgates_stride_};
-  }
-
-  void prepare(int64_t worker) {
-    const int64_t workers = this->workers();
-    for (int d = 0; d < problem.directions && packed(); ++d) {
-      const Weights<S>& w = problem.direction[d].weights;
-      for (int64_t block = worker; block < outputs.count(); block += workers)
-        pack({w.w_hh.data + block * kBlock<S>, w.w_hh.stride}, G * problem.H, outputs.in_block(block),
-             outputs.vectors(block), panels_[d] + block * kBlock<S> * G * problem.H);
-      if (!projected()) continue;
-      for (int64_t block = worker; block < units.count(); block += workers)
-        pack({w.w_hr.data + block * kBlock<S>, w.w_hr.stride}, problem.P, units.in_block(block),
-             units.vectors(block), projection_[d] + block * kBlock<S> * problem.P);
-    }
-    for (int team = static_cast<int>(worker); team < this->teams(); team += static_cast<int>(workers)) {
-      const TeamRows rows = this->rows_of(team);
-      for (int64_t i = 0; i < rows.count(sequence.B); ++i)
-        copy_row(dh_buffer(team)[i],
-                 problem.direction[this->direction_of(team)].dh[sequence.batch(rows.position(i))], problem.P);
-    }
   }
 
   /// dL/dh_t = its recurrent part + dL/dy_t, for the part's outputs.
@@ -243,7 +241,6 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     }
   }
 
-  Team* members_ = nullptr;
   S *dh_ = nullptr, *dh_complete_ = nullptr, *dgates_ = nullptr;
   int64_t dh_stride_ = 0, dgates_stride_ = 0;
   S* panels_[kMaxDirections] = {};

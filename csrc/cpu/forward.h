@@ -3,18 +3,19 @@
 // of the step. With few rows a step, the products with x are made for several steps at once.
 #pragma once
 #include "cpu/math.h"
+#include "cpu/panels.h"
 #include "cpu/scan.h"
 
 namespace fastrnn::FASTRNN_ISA {
 namespace {
 
-template <class Cell, class S>
+/// W is what a packed weight is stored as.
+template <class Cell, class S, class W>
 class Forward : public Scan<S, ForwardProblem<S>> {
   using Base = Scan<S, ForwardProblem<S>>;
   using Base::outputs, Base::plan, Base::problem, Base::sequence, Base::units;
-  static constexpr int G = Cell::kGates;
-  // Products of a unit: one a gate, x and h together, and one more for each gate that keeps them apart.
-  static constexpr int kProducts = G + Cell::kApart;
+  using Panels = FASTRNN_ISA::Panels<Cell, S, W>;
+  static constexpr int G = Cell::kGates, kProducts = Panels::kProducts;
   static constexpr int64_t kWidth = G * kBlock<S>, kProductWidth = kProducts * kBlock<S>;
   // Rows whose products for one block are kept at a time: about 24 KB.
   static constexpr int64_t kChunk = 48;
@@ -36,17 +37,23 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     if (sequence.T == 0 || sequence.B == 0) return true;
     const int64_t most = this->most_rows();
     steps_at_once_ = most >= kInputRows ? 1 : min(sequence.T, (kInputRows + most - 1) / most);
-    const Scratch scratch([this](Scratch& s) { lay_out(s); });
+    const Scratch scratch([this](Memory& memory) { lay_out(memory); });
     if (scratch.failed()) return false;
-    for (int team = 0; team < this->teams(); ++team) ::new (&members_[team]) Team(plan.parts);
-    problem.parallel(this->workers(), [this](int64_t worker) { prepare(worker); });
-    this->Base::run(*this, members_, projected() ? 2 * sequence.T : sequence.T);
+    this->Base::run(*this, problem.projected ? 2 * sequence.T : sequence.T);
     for (int d = 0; d < problem.directions; ++d) final_states(d);
     return true;
   }
 
+  /// One of several parts of what comes before the first phase.
+  void prepare(int64_t part, int64_t parts) {
+    for (int d = 0; d < problem.directions && !problem.packed; ++d)
+      panels_[d].pack(problem.direction[d].weights, part, parts);
+    for (auto team = static_cast<int>(part); team < this->teams(); team += static_cast<int>(parts))
+      initial_states(team);
+  }
+
   void phase(int team, int64_t phase, int part) {
-    if (!projected())
+    if (!problem.projected)
       step(team, phase, part);
     else if (phase % 2 == 0)
       step(team, phase / 2, part);
@@ -55,16 +62,11 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
 
  private:
-  bool projected() const { return static_cast<bool>(problem.direction[0].weights.w_hr); }
-  // Few rows and few steps read the weights as they lie.
-  bool packed_hh() const { return this->most_rows() > kFewRows || sequence.T >= kStepsWorthPacking; }
-  bool packed_ih() const { return this->most_rows() * steps_at_once_ > kFewRows; }
-
-  void lay_out(Scratch& s) {
-    members_ = s.take<Team>(this->teams());
+  void lay_out(Memory& s) {
+    this->take_teams(s);
     const int64_t most = this->most_rows(), input_rows = most * steps_at_once_;
     h_stride_ = padded<S>(problem.P, kBlock<S>);
-    m_stride_ = projected() ? padded<S>(problem.H, kBlock<S>) : 0;
+    m_stride_ = problem.projected ? padded<S>(problem.H, kBlock<S>) : 0;
     x_stride_ = padded<S>(problem.I, kBlock<S>);
     h_ = s.take<S>(this->teams() * 2 * most * h_stride_);
     m_ = s.take<S>(this->teams() * most * m_stride_);
@@ -72,18 +74,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     part_blocks_ = (units.count() + plan.parts - 1) / plan.parts;
     if (steps_at_once_ > 1)
       products_ = s.take<S>(this->workers() * part_blocks_ * input_rows * kProductWidth);
-    for (int d = 0; d < problem.directions; ++d) {
-      bias_[d] = s.take<S>(kProducts * problem.H);
-      if (packed_ih()) input_panels_[d] = s.take<S>(units.count() * problem.I * kWidth);
-      if (!packed_hh()) continue;
-      panels_[d] = s.take<S>(units.count() * problem.P * kWidth);
-      projection_[d] = projected() ? s.take<S>(outputs.count() * problem.H * kBlock<S>) : nullptr;
-    }
-  }
-
-  /// Which product holds the input's part of a gate; the recurrent part of gate g is product g.
-  static constexpr int input_product(int gate) {
-    return gate < G - Cell::kApart ? gate : gate + Cell::kApart;
+    // Few rows and few steps read the weights as they lie.
+    const bool packs_ih = problem.packed || input_rows > kFewRows;
+    const bool packs_hh = problem.packed || most > kFewRows || sequence.T >= kStepsWorthPacking;
+    Memory kept(const_cast<char*>(problem.packed));
+    for (int d = 0; d < problem.directions; ++d)
+      panels_[d].lay_out(problem.packed ? kept : s, problem.I, problem.P, problem.H, packs_ih, packs_hh,
+                         problem.projected);
   }
 
   /// h of the team's rows: step s reads buffer s % 2 and writes the other one.
@@ -109,44 +106,6 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   FASTRNN_INLINE int width_of(int64_t block) const { return units.vectors(block) * kLanes<S>; }
   FASTRNN_INLINE int64_t rows_at(int team, int64_t s) const {
     return this->rows_of(team).count(sequence.rows(this->time(this->direction_of(team), s)));
-  }
-
-  void prepare(int64_t worker) {
-    const int64_t workers = this->workers(), H = problem.H;
-    for (int d = 0; d < problem.directions; ++d) {
-      const Weights<S>& w = problem.direction[d].weights;
-      if (worker == 0) fill_bias(bias_[d], w);
-      for (int64_t block = worker; block < units.count(); block += workers)
-        for (int gate = 0; gate < G; ++gate) {
-          const auto pack_gate = [&](Rows<const S> weights, int64_t K, S* panels) {
-            pack_transposed<S>({weights[gate * H + block * kBlock<S>], weights.stride}, K,
-                               units.in_block(block), units.vectors(block), panel(panels, K, block, gate));
-          };
-          if (packed_ih()) pack_gate(w.w_ih, problem.I, input_panels_[d]);
-          if (packed_hh()) pack_gate(w.w_hh, problem.P, panels_[d]);
-        }
-      if (!projected() || !packed_hh()) continue;
-      for (int64_t block = worker; block < outputs.count(); block += workers)
-        pack_transposed({w.w_hr[block * kBlock<S>], w.w_hr.stride}, H, outputs.in_block(block),
-                        outputs.vectors(block), projection_[d] + block * H * kBlock<S>);
-    }
-    for (int team = static_cast<int>(worker); team < this->teams(); team += static_cast<int>(workers))
-      initial_states(team);
-  }
-
-  FASTRNN_INLINE S* panel(S* panels, int64_t K, int64_t block, int gate) const {
-    return panels + K * (block * kWidth + gate * width_of(block));
-  }
-
-  void fill_bias(S* bias, const Weights<S>& w) const {
-    const int64_t H = problem.H;
-    __builtin_memset(bias, 0, kProducts * H * sizeof(S));
-    if (!w.b_ih) return;
-    for (int gate = 0; gate < G; ++gate)
-      for (int64_t u = 0; u < H; ++u) {
-        bias[gate * H + u] += w.b_hh[gate * H + u];
-        bias[input_product(gate) * H + u] += w.b_ih[gate * H + u];
-      }
   }
 
   /// Both buffers hold h0, so that a row of a reversed sequence finds it at whichever step it begins.
@@ -223,38 +182,34 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     }
   }
 
+  /// W_ih x of n rows, as the first of a block's products.
   void input_product_of(int d, int64_t block, Rows<const S> x, int64_t n, S* product) {
-    const int width = width_of(block);
-    for (int gate = 0; gate < G; ++gate) {
-      S* const c = product + input_product(gate) * width;
-      if (packed_ih()) {
-        multiply<S>(x, n, problem.I, panel(input_panels_[d], problem.I, block, gate), units.vectors(block), c,
-                    kProducts * width, false);
-      } else {
-        const Rows<const S>& w = problem.direction[d].weights.w_ih;
-        multiply_transposed<S>(x, n, problem.I, {w[gate * problem.H + block * kBlock<S>], w.stride},
-                               units.in_block(block), c, kProducts * width, false);
-      }
-    }
+    const auto& weights = problem.direction[d].weights.w_ih;
+    for (int gate = 0; gate < G; ++gate)
+      gate_product(x, n, problem.I, panels_[d].w_ih ? panels_[d].input_panel(block, gate) : nullptr, weights,
+                   block, gate, product + Panels::input_product(gate) * width_of(block), false);
   }
 
   /// Adds W_hh h of the team's rows i .. i + n to the products of a block.
   void recurrent_product(int team, int64_t s, int64_t block, int64_t i, int64_t n, S* product) {
-    const int d = this->direction_of(team), width = width_of(block);
+    const int d = this->direction_of(team);
     const Rows<S> h = h_buffer(team, s);
-    const Rows<const S> a{h[i], h.stride};
-    for (int gate = 0; gate < G; ++gate) {
-      S* const c = product + gate * width;
-      const bool together = input_product(gate) == gate;
-      if (packed_hh()) {
-        multiply<S>(a, n, problem.P, panel(panels_[d], problem.P, block, gate), units.vectors(block), c,
-                    kProducts * width, together);
-      } else {
-        const Rows<const S>& w = problem.direction[d].weights.w_hh;
-        multiply_transposed<S>(a, n, problem.P, {w[gate * problem.H + block * kBlock<S>], w.stride},
-                               units.in_block(block), c, kProducts * width, together);
-      }
-    }
+    const auto& weights = problem.direction[d].weights.w_hh;
+    for (int gate = 0; gate < G; ++gate)
+      gate_product({h[i], h.stride}, n, problem.P,
+                   panels_[d].w_hh ? panels_[d].recurrent_panel(block, gate) : nullptr, weights, block, gate,
+                   product + gate * width_of(block), Panels::input_product(gate) == gate);
+  }
+
+  /// One gate's product c [n][kProducts * width] of a block, from its panel or from W as it lies.
+  void gate_product(Rows<const S> a, int64_t n, int64_t K, const W* panel, const Rows<const S>& w,
+                    int64_t block, int gate, S* c, bool accumulate) {
+    const int64_t ldc = kProducts * width_of(block);
+    if (panel)
+      multiply<S>(a, n, K, panel, units.vectors(block), c, ldc, accumulate);
+    else
+      multiply_transposed<S>(a, n, K, {w[gate * problem.H + block * kBlock<S>], w.stride},
+                             units.in_block(block), c, ldc, accumulate);
   }
 
   void finish(int team, int64_t s, int64_t block, int64_t i, int64_t n, const S* product) {
@@ -272,9 +227,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const int64_t t = this->time(d, s), H = problem.H;
     const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
     const int width = width_of(block);
-    const S* const bias = bias_[d];
+    const S* const bias = panels_[d].bias;
     const Rows<S> h_now = h_buffer(team, s), h_next = h_buffer(team, s + 1), m = m_buffer(team);
-    const bool projected = this->projected();
+    const bool projected = problem.projected;
     for (int64_t k = 0; k < n; ++k) {
       const int64_t i = i_begin + k, position = rows.position(i), b = sequence.batch(position);
       const int64_t row = sequence.row(t, position);
@@ -290,10 +245,10 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         V<S> x[G], a[G], saved[Cell::kSaved + 1], h_prev{}, c{};
         for (int g = 0; g < G; ++g) {
           a[g] = load(sums + g * width + offset);
-          x[g] = io.load(bias + input_product(g) * H + u);
-          if (input_product(g) == g) continue;
+          x[g] = io.load(bias + Panels::input_product(g) * H + u);
+          if (Panels::input_product(g) == g) continue;
           a[g] += io.load(bias + g * H + u);
-          x[g] += load(sums + input_product(g) * width + offset);
+          x[g] += load(sums + Panels::input_product(g) * width + offset);
         }
         if constexpr (Cell::kDirect) h_prev = io.load(h_now[i] + u);
         if constexpr (Cell::kCellState) c = io.load(c_row + u);
@@ -322,8 +277,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       const int64_t first = block * kBlock<S>;
       const int count = outputs.in_block(block);
       S* const c = h_next.data + first;
-      if (packed_hh())
-        multiply<S>({m.data, m.stride}, n, problem.H, projection_[d] + first * problem.H,
+      if (panels_[d].w_hr)
+        multiply<S>({m.data, m.stride}, n, problem.H, panels_[d].projection_panel(block),
                     outputs.vectors(block), c, h_next.stride, false);
       else
         multiply_transposed<S>({m.data, m.stride}, n, problem.H,
@@ -356,13 +311,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     if (dir.saved_c) __builtin_memset(dir.saved_c[row], 0, problem.H * sizeof(S));
   }
 
-  Team* members_ = nullptr;
   S *h_ = nullptr, *m_ = nullptr, *x_ = nullptr, *products_ = nullptr;
   int64_t h_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0, steps_at_once_ = 1;
-  S* bias_[kMaxDirections] = {};
-  S* input_panels_[kMaxDirections] = {};
-  S* panels_[kMaxDirections] = {};
-  S* projection_[kMaxDirections] = {};
+  Panels panels_[kMaxDirections];
 };
 
 }  // namespace

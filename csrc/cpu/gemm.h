@@ -2,6 +2,8 @@
 // library to serve: few rows (the batch), one block of units at a time, the weights packed into panels
 // that stream. The micro-kernel `tile` is the only code that knows how many registers there are.
 #pragma once
+#include <type_traits>
+
 #include "cpu/vector.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -29,11 +31,37 @@ struct Blocks {
   FASTRNN_INLINE int vectors(int64_t block) const { return in_block(block) > kLanes<S> ? 2 : 1; }
 };
 
+// What a panel may hold instead of numbers of type S: bfloat16 in pairs, unit u of a block's first register
+// in the low half and unit u of its second one in the high half, so that a shift and a mask unpack both.
+struct Pair {
+  uint32_t bits;
+};
+
+// Elements of a panel's row.
+template <class S, class W>
+constexpr int64_t panel_width(int vectors) {
+  return std::is_same_v<W, Pair> ? kLanes<S> : vectors * kLanes<S>;
+}
+template <class S, class W>
+constexpr int64_t kPanelWidth = panel_width<S, W>(2);
+
+template <int NV, class S, class W>
+FASTRNN_INLINE void load_weights(const W* p, V<S>* weights) {
+  if constexpr (std::is_same_v<W, Pair>) {
+    Integers<S> pairs;
+    __builtin_memcpy(&pairs, p, sizeof pairs);
+    const Integers<S> halves[2] = {pairs << 16, pairs & -65536};
+    __builtin_memcpy(weights, halves, NV * sizeof *weights);
+  } else {
+    for (int v = 0; v < NV; ++v) weights[v] = load(p + v * kLanes<S>);
+  }
+}
+
 // C[MR, NV registers] (+)= A[MR, K] B[K, NV registers]. Element (i, k) of A is a[i * lda + k], or a[k * MR +
 // i] when its columns are packed. Few rows split K over several sums, so that the latency of one addition is
 // hidden.
-template <int MR, int NV, bool kPackedColumns, class S>
-void tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, S* c, int64_t ldc, bool accumulate) {
+template <int MR, int NV, bool kPackedColumns, class S, class W>
+void tile(const S* a, int64_t lda, const W* b, int64_t ldb, int64_t K, S* c, int64_t ldc, bool accumulate) {
   constexpr int kSplit = MR * NV >= 8 ? 1 : MR * NV >= 4 ? 2 : 4;
   V<S> acc[kSplit][MR][NV];
   for (int s = 0; s < kSplit; ++s)
@@ -43,11 +71,10 @@ void tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, S* c, int
 
   const auto step = [&](int s, int64_t k) FASTRNN_LAMBDA_INLINE {
     V<S> weights[NV];
-    for (int v = 0; v < NV; ++v) {
-      weights[v] = load(b + k * ldb + v * kLanes<S>);
-      // Keeps the weights in a register: gcc would load them again for each row of the tile.
-      if constexpr (MR > 1) FASTRNN_KEEP(weights[v]);
-    }
+    load_weights<NV, S>(b + k * ldb, weights);
+    // Keeps the weights in a register: gcc would load them again for each row of the tile.
+    if constexpr (MR > 1)
+      for (int v = 0; v < NV; ++v) FASTRNN_KEEP(weights[v]);
     for (int i = 0; i < MR; ++i) {
       const V<S> x = broadcast(kPackedColumns ? a[k * MR + i] : a[i * lda + k]);
       for (int v = 0; v < NV; ++v) acc[s][i][v] += x * weights[v];
@@ -66,29 +93,30 @@ void tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, S* c, int
     }
 }
 
-template <class S>
-using Tile = void (*)(const S*, int64_t, const S*, int64_t, int64_t, S*, int64_t, bool);
+template <class S, class W>
+using Tile = void (*)(const S*, int64_t, const W*, int64_t, int64_t, S*, int64_t, bool);
 
-template <class S, bool kPackedColumns, int MR = kTileRows>
-FASTRNN_INLINE Tile<S> tile_for(int rows, int vectors) {
-  if (MR > 1 && rows < MR) return tile_for<S, kPackedColumns, MR == 1 ? 1 : MR - 1>(rows, vectors);
-  return vectors == 2 ? tile<MR, 2, kPackedColumns, S> : tile<MR, 1, kPackedColumns, S>;
+template <class S, class W, bool kPackedColumns, int MR = kTileRows>
+FASTRNN_INLINE Tile<S, W> tile_for(int rows, int vectors) {
+  if (MR > 1 && rows < MR) return tile_for<S, W, kPackedColumns, MR == 1 ? 1 : MR - 1>(rows, vectors);
+  return vectors == 2 ? tile<MR, 2, kPackedColumns, S, W> : tile<MR, 1, kPackedColumns, S, W>;
 }
 
 // C[n, vectors] (+)= A[n, K] panel[K, vectors]. The rows are dealt evenly to the tiles: 32 rows on 12-row
 // tiles are 11 + 11 + 10, not 12 + 12 + 8.
-template <class S>
-void multiply(Rows<const S> a, int64_t n, int64_t K, const S* panel, int vectors, S* c, int64_t ldc,
+template <class S, class W>
+void multiply(Rows<const S> a, int64_t n, int64_t K, const W* panel, int vectors, S* c, int64_t ldc,
               bool accumulate) {
   const int64_t width = vectors * kLanes<S>, tiles = (n + kTileRows - 1) / kTileRows;
+  const int64_t stride = panel_width<S, W>(vectors);
   if (K == 0 && !accumulate)
     for (int64_t i = 0; i < n; ++i) __builtin_memset(c + i * ldc, 0, width * sizeof(S));
   for (int64_t k = 0; k < K; k += kDepth) {
     const int64_t depth = min(kDepth, K - k);
     for (int64_t i = 0, left = tiles; left > 0; --left) {
       const int rows = static_cast<int>((n - i + left - 1) / left);
-      tile_for<S, false>(rows, vectors)(a[i] + k, a.stride, panel + k * width, width, depth, c + i * ldc, ldc,
-                                        accumulate || k > 0);
+      tile_for<S, W, false>(rows, vectors)(a[i] + k, a.stride, panel + k * stride, stride, depth, c + i * ldc,
+                                           ldc, accumulate || k > 0);
       i += rows;
     }
   }
@@ -129,6 +157,21 @@ void pack_transposed(Rows<const S> w, int64_t K, int units, int vectors, S* pane
     for (; k < K; ++k)
       for (int u = first; u < first + L; ++u) panel[k * width + u] = u < units ? w[u][k] : S{0};
   }
+}
+
+/// The nearest bfloat16, in the low half; of two as near, the even one. A NaN stays one.
+FASTRNN_INLINE uint32_t to_bfloat16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+template <class S>
+void pack_transposed(Rows<const S> w, int64_t K, int units, int /*vectors*/, Pair* panel) {
+  constexpr int L = kLanes<S>;
+  const auto at = [&](int u, int64_t k) { return u < units ? to_bfloat16(w[u][k]) : 0; };
+  for (int64_t k = 0; k < K; ++k)
+    for (int u = 0; u < L; ++u) panel[k * L + u] = {at(u, k) | at(L + u, k) << 16};
 }
 
 // panel[k][unit] = w[k][unit], units beyond the matrix as zeros.

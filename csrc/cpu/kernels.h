@@ -5,15 +5,16 @@
 
 namespace fastrnn {
 
-/// Each returns false when there is no memory for its working arrays.
+/// Each returns false when there is no memory for its working arrays; pack returns the size in bytes.
 struct CellKernels {
-  const char* cell;
   bool (*forward_f32)(const ForwardProblem<float>&);
   bool (*forward_f64)(const ForwardProblem<double>&);
   bool (*backward_f32)(const BackwardProblem<float>&);
   bool (*backward_f64)(const BackwardProblem<double>&);
   bool (*products_f32)(const ProductsProblem<float>&);
   bool (*products_f64)(const ProductsProblem<double>&);
+  int64_t (*pack_f32)(const PackProblem<float>&);
+  int64_t (*pack_f64)(const PackProblem<double>&);
 };
 
 struct InstructionSet {

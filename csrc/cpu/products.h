@@ -21,24 +21,29 @@ class Products {
   bool run() {
     workers_ = workers();
     deep_ = min(kRowsDeep, max<int64_t>(all_rows(), 1));
-    const Scratch scratch([this](Scratch& s) { lay_out(s); });
+    const Scratch scratch([this](Memory& memory) { lay_out(memory); });
     if (scratch.failed()) return false;
-    if (problem.dx && few()) {
-      few_input_gradients();
-    } else if (problem.dx) {
-      problem.parallel(workers_, [this](int64_t worker) { pack_weights(worker); });
-      problem.parallel(workers_, [this](int64_t worker) { input_gradient(worker); });
+    if (few()) {
+      if (problem.dx) few_input_gradients();
+      if (problem.weights) few_weight_gradients();
+      return true;
     }
-    if (problem.weights && few())
-      few_weight_gradients();
-    else if (problem.weights)
-      problem.parallel(workers_, [this](int64_t worker) { weight_gradients(worker); });
+    const int packers = min(workers_, kMaxParts);
+    if (packers > 1) ::new (everyone_) Team(packers);
+    problem.parallel(workers_, [&](int64_t worker) {
+      if (problem.dx) {
+        together(everyone_, packers, worker % packers, 1,
+                 [&](int64_t, int part) { pack_weights(part, packers); });
+        input_gradient(worker);
+      }
+      if (problem.weights) weight_gradients(worker);
+    });
     return true;
   }
 
  private:
   /// One thread for what is done before the others have woken up.
-  int64_t workers() const {
+  int workers() const {
     const double flops = 2.0 * static_cast<double>(all_rows()) * G * static_cast<double>(problem.H) *
                          static_cast<double>(problem.I + problem.P) * problem.directions;
     return flops < 2e7 ? 1 : problem.parallel.threads;
@@ -49,7 +54,8 @@ class Products {
   }
   bool few() const { return all_rows() <= kFewRows; }
 
-  void lay_out(Scratch& s) {
+  void lay_out(Memory& s) {
+    everyone_ = s.take<Team>(1);
     const int64_t K = G * problem.H;
     row_stride_ = padded<S>(K, kBlock<S>);
     const bool packs = problem.dx && !few();
@@ -64,11 +70,11 @@ class Products {
 
   // ---- dx ----------------------------------------------------------------------------------------------
 
-  void pack_weights(int64_t worker) {
+  void pack_weights(int64_t part, int64_t parts) {
     const int64_t K = G * problem.H;
     for (int d = 0; d < problem.directions; ++d) {
       const Rows<const S>& w = problem.direction[d].weights.w_ih;
-      for (int64_t block = worker; block < inputs.count(); block += workers_)
+      for (int64_t block = part; block < inputs.count(); block += parts)
         pack({w.data + block * kBlock<S>, w.stride}, K, inputs.in_block(block), inputs.vectors(block),
              panels_[d] + block * kBlock<S> * K);
     }
@@ -247,7 +253,7 @@ class Products {
     alignas(64) S product[kTall * kBlock<S>];
     for (int64_t block = 0; block < blocks.count(); ++block) {
       const int vectors = blocks.vectors(block), width = vectors * kLanes<S>, in = blocks.in_block(block);
-      const auto tile = tile_for<S, true>(count, vectors);
+      const auto tile = tile_for<S, S, true>(count, vectors);
       const S* const panel = panels + block * kBlock<S> * deep_;
       S* const c = dw.data + block * kBlock<S>;
       if (in == width) {
@@ -266,7 +272,9 @@ class Products {
   const ProductsProblem<S>& problem;
   const Sequence& sequence;
   const Blocks<S> inputs, outputs;  // columns of W_ih and of W_hh
-  int64_t workers_ = 1, row_stride_ = 0, deep_ = 1;
+  int workers_ = 1;
+  int64_t row_stride_ = 0, deep_ = 1;
+  Team* everyone_ = nullptr;
   S* panels_[kMaxDirections] = {};
   S *chunks_ = nullptr, *columns_ = nullptr, *units_ = nullptr;
   Source* sources_ = nullptr;

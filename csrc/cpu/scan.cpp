@@ -1,6 +1,7 @@
 // The CPU operators: check the tensors, allocate the outputs, describe the problem, call the kernel.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <tuple>
 
 #include "common/arguments.h"
@@ -23,9 +24,7 @@ Parallel torch_threads() {
 
 template <class Cell>
 const CellKernels& kernels_of() {
-  for (const CellKernels& kernels : instruction_set().cells)
-    if (kernels.cell == std::string(Cell::kName)) return kernels;
-  STD_TORCH_CHECK(false, "fastrnn was built without ", Cell::kName);
+  return instruction_set().cells[AllCells::index<Cell>()];
 }
 
 /// f(S{}) with S the number type of the call.
@@ -57,63 +56,94 @@ Tensors each_with_rows(const Tensors& matrices) {
   return result;
 }
 
+Tensors each_contiguous(const Tensors& tensors) {
+  Tensors result;
+  for (const Tensor& tensor : tensors) result.push_back(as_contiguous(tensor));
+  return result;
+}
+
 /// The sizes that all arguments must agree on, read off h0 and W_hh.
 struct Sizes {
   int64_t D, B, P, H, G;
 };
 
+/// Of the recurrence, the weights; returns H.
 template <class Cell>
-Sizes check_weights(const Tensor& h0, const MaybeTensor& c0, const Tensors& w_hh, const Tensors& w_hr) {
-  STD_TORCH_CHECK(h0.dim() == 3 && h0.is_cpu(), "h0 must be [D, B, P] on the CPU");
+int64_t check_recurrent(const Arguments& arguments, int64_t P, const Tensors& w_hh, const Tensors& w_hr) {
   constexpr int64_t G = Cell::kGates;
-  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2);
-  STD_TORCH_CHECK(D >= 1 && D <= kMaxDirections, "h0 must have 1 or 2 directions, got ", D);
   STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must be matrices [G*H, P]");
   const int64_t H = w_hh[0].size(0) / G;
   STD_TORCH_CHECK(H > 0 && P > 0, "H and P must be positive, got ", H, " and ", P);
-  const Arguments arguments(h0, D);
   arguments.check_each(w_hh, "w_hh", "[G*H, P]", {G * H, P});
   STD_TORCH_CHECK(w_hr.empty() ? H == P : Cell::kCellState,
                   w_hr.empty() ? "h0 must be as wide as the hidden size" : "only an LSTM has a projection");
   if (!w_hr.empty()) arguments.check_each(w_hr, "w_hr", "[P, H]", {P, H});
-  STD_TORCH_CHECK(c0.has_value() == Cell::kCellState, Cell::kName, " takes ",
-                  Cell::kCellState ? "a c0" : "no c0");
-  if (c0) arguments.check(*c0, "c0", "[D, B, H]", {D, B, H});
-  return {D, B, P, H, G};
+  return H;
 }
 
 template <class Cell>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
-    Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-    const MaybeTensor& reset, bool batch_first, bool save) {
-  const auto [D, B, P, H, G] = check_weights<Cell>(h0, c0, w_hh, w_hr);
-  STD_TORCH_CHECK(x.dim() == 2, "x must be [N, I]");
-  const int64_t N = x.size(0), I = x.size(1);
-  const Arguments arguments(h0, D);
-  arguments.check(x, "x", "[N, I]", {N, I});
+void check_inputs(const Arguments& arguments, int64_t H, int64_t I, const Tensors& w_ih, const Tensors& b_ih,
+                  const Tensors& b_hh) {
+  constexpr int64_t G = Cell::kGates;
   arguments.check_each(w_ih, "w_ih", "[G*H, I]", {G * H, I});
   STD_TORCH_CHECK(b_ih.empty() == b_hh.empty(), "b_ih and b_hh come together or not at all");
   if (!b_ih.empty()) arguments.check_each(b_ih, "b_ih", "[G*H]", {G * H});
   if (!b_hh.empty()) arguments.check_each(b_hh, "b_hh", "[G*H]", {G * H});
-  const SequenceLayout layout(N, B, batch_sizes, lengths, reset, batch_first);
+}
 
-  const Tensor x_rows = with_rows(x);
-  w_ih = each_with_rows(w_ih), w_hh = each_with_rows(w_hh), w_hr = each_with_rows(w_hr);
-  for (Tensor& bias : b_ih) bias = as_contiguous(bias);
-  for (Tensor& bias : b_hh) bias = as_contiguous(bias);
-  const Tensor h0_rows = as_contiguous(h0);
+void check_h0(const Tensor& h0) {
+  STD_TORCH_CHECK(h0.dim() == 3 && h0.is_cpu(), "h0 must be [D, B, P] on the CPU");
+  STD_TORCH_CHECK(h0.size(0) >= 1 && h0.size(0) <= kMaxDirections, "h0 must have 1 or 2 directions, got ",
+                  h0.size(0));
+}
+
+template <class Cell>
+void check_c0(const Arguments& arguments, const MaybeTensor& c0, int64_t D, int64_t B, int64_t H) {
+  STD_TORCH_CHECK(c0.has_value() == Cell::kCellState, Cell::kName, " takes ",
+                  Cell::kCellState ? "a c0" : "no c0");
+  if (c0) arguments.check(*c0, "c0", "[D, B, H]", {D, B, H});
+}
+
+template <class Cell>
+Sizes check_weights(const Tensor& h0, const MaybeTensor& c0, const Tensors& w_hh, const Tensors& w_hr) {
+  check_h0(h0);
+  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2);
+  const Arguments arguments(h0, D);
+  const int64_t H = check_recurrent<Cell>(arguments, P, w_hh, w_hr);
+  check_c0<Cell>(arguments, c0, D, B, H);
+  return {D, B, P, H, Cell::kGates};
+}
+
+using Scanned = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+/// What a forward scan reads its weights from: the tensors of each direction, or packed ones.
+struct ScanWeights {
+  Tensors w_ih, w_hh, b_ih, b_hh, w_hr;
+  bool projected;
+  const char* packed;
+  bool pairs;
+};
+
+template <class Cell>
+Scanned scan(const Tensor& x, const Tensor& h0, const MaybeTensor& c0, int64_t H, const ScanWeights& weights,
+             const SequenceLayout& layout, bool save) {
+  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), N = x.size(0), I = x.size(1);
+  const Tensor x_rows = with_rows(x), h0_rows = as_contiguous(h0);
   const Tensor y = empty({N, D * P}, h0), h_n = empty({D, B, P}, h0);
   const Tensor saved = save ? empty({D, N, Cell::kSaved * H}, h0) : empty({0}, h0);
   const Tensor saved_c = save && c0 ? empty({D, N, H}, h0) : empty({0}, h0);
   const Tensor c_n = c0 ? torch::stable::clone(as_contiguous(*c0)) : empty({0}, h0);
-
   with_type(h0, [&]<class S>(S) {
-    ForwardProblem<S> problem{
-        {layout.get(), H, P, static_cast<int>(D), {}, torch_threads()}, rows<S>(x_rows), I};
-    for (int64_t d = 0; d < D; ++d)
+    ForwardProblem<S> problem{{layout.get(), H, P, static_cast<int>(D), {}, torch_threads()},
+                              rows<S>(x_rows),
+                              I,
+                              weights.projected,
+                              weights.packed,
+                              weights.pairs};
+    for (int64_t d = 0; d < D; ++d) {
+      const auto& [w_ih, w_hh, b_ih, b_hh, w_hr, projected, packed, pairs] = weights;
       problem.direction[d] = {
-          .weights = weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d),
+          .weights = packed ? Weights<S>{} : weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d),
           .h0 = direction_rows<const S>(h0_rows, d),
           .y = {y.mutable_data_ptr<S>() + d * P, D * P},
           .h_n = direction_rows<S>(h_n, d),
@@ -121,12 +151,130 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
           .saved = save ? direction_rows<S>(saved, d) : Rows<S>{},
           .saved_c = save && c0 ? direction_rows<S>(saved_c, d) : Rows<S>{},
       };
+    }
     if constexpr (std::is_same_v<S, float>)
       check_memory(kernels_of<Cell>().forward_f32(problem));
     else
       check_memory(kernels_of<Cell>().forward_f64(problem));
   });
   return {y, h_n, c_n, saved, saved_c};
+}
+
+template <class Cell>
+Scanned forward(const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh,
+                Tensors b_ih, Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
+                const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool save) {
+  const auto [D, B, P, H, G] = check_weights<Cell>(h0, c0, w_hh, w_hr);
+  STD_TORCH_CHECK(x.dim() == 2, "x must be [N, I]");
+  const int64_t N = x.size(0), I = x.size(1);
+  const Arguments arguments(h0, D);
+  arguments.check(x, "x", "[N, I]", {N, I});
+  check_inputs<Cell>(arguments, H, I, w_ih, b_ih, b_hh);
+  const SequenceLayout layout(N, B, batch_sizes, lengths, reset, batch_first);
+  const ScanWeights weights{each_with_rows(w_ih),
+                            each_with_rows(w_hh),
+                            each_contiguous(b_ih),
+                            each_contiguous(b_hh),
+                            each_with_rows(w_hr),
+                            !w_hr.empty(),
+                            nullptr,
+                            false};
+  return scan<Cell>(x, h0, c0, H, weights, layout, save);
+}
+
+// ---- Packed weights, kept by the caller ----------------------------------------------------------------
+
+/// What stands before the panels: the kernels and the sizes that they are for.
+struct PackHeader {
+  char isa[16];
+  int64_t cell, scalar, D, I, H, P, projected, pairs;
+};
+constexpr int64_t kHeaderBytes = 128;
+static_assert(sizeof(PackHeader) <= kHeaderBytes);
+
+template <class Cell>
+int64_t pack_panels(const Tensor& like, const PackHeader& header, const ScanWeights& weights, char* to) {
+  int64_t bytes = 0;
+  with_type(like, [&]<class S>(S) {
+    PackProblem<S> problem{
+        header.I, header.H, header.P, header.projected != 0, header.pairs != 0, static_cast<int>(header.D),
+        {},       to};
+    const auto& [w_ih, w_hh, b_ih, b_hh, w_hr, projected, packed, pairs] = weights;
+    for (int64_t d = 0; to && d < header.D; ++d)
+      problem.weights[d] = weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d);
+    if constexpr (std::is_same_v<S, float>)
+      bytes = kernels_of<Cell>().pack_f32(problem);
+    else
+      bytes = kernels_of<Cell>().pack_f64(problem);
+  });
+  return bytes;
+}
+
+template <class Cell>
+Tensor pack(Tensors w_ih, Tensors w_hh, Tensors b_ih, Tensors b_hh, Tensors w_hr, bool bfloat16) {
+  const auto D = static_cast<int64_t>(w_hh.size());
+  STD_TORCH_CHECK(D >= 1 && D <= kMaxDirections, "w_hh must have 1 or 2 directions, got ", D);
+  STD_TORCH_CHECK(w_hh[0].is_cpu() && w_hh[0].dim() == 2, "w_hh must be matrices [G*H, P] on the CPU");
+  STD_TORCH_CHECK(!w_ih.empty() && w_ih[0].dim() == 2, "w_ih must be matrices [G*H, I]");
+  const Tensor& like = w_hh[0];
+  STD_TORCH_CHECK(!bfloat16 || like.scalar_type() == ScalarType::Float,
+                  "weights can be stored as bfloat16 for float32 modules alone");
+  const Arguments arguments(like, D, "w_hh");
+  const int64_t P = like.size(1), I = w_ih[0].size(1);
+  const int64_t H = check_recurrent<Cell>(arguments, P, w_hh, w_hr);
+  check_inputs<Cell>(arguments, H, I, w_ih, b_ih, b_hh);
+  PackHeader header{
+      {},      AllCells::index<Cell>(), static_cast<int64_t>(like.scalar_type()), D, I, H, P, !w_hr.empty(),
+      bfloat16};
+  std::strncpy(header.isa, instruction_set().name, sizeof header.isa - 1);
+  const ScanWeights weights{each_with_rows(w_ih),
+                            each_with_rows(w_hh),
+                            each_contiguous(b_ih),
+                            each_contiguous(b_hh),
+                            each_with_rows(w_hr),
+                            !w_hr.empty(),
+                            nullptr,
+                            bfloat16};
+  const int64_t bytes = kHeaderBytes + pack_panels<Cell>(like, header, weights, nullptr);
+  const Tensor packed = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  auto* const to = static_cast<char*>(packed.mutable_data_ptr());
+  std::memset(to, 0, kHeaderBytes);
+  std::memcpy(to, &header, sizeof header);
+  pack_panels<Cell>(like, header, weights, to + kHeaderBytes);
+  return packed;
+}
+
+/// forward() with the result of pack() in the place of the weights.
+template <class Cell>
+Scanned forward_packed(const Tensor& x, const Tensor& h0, const MaybeTensor& c0, const Tensor& packed,
+                       const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset,
+                       bool batch_first, bool save) {
+  check_h0(h0);
+  STD_TORCH_CHECK(x.dim() == 2, "x must be [N, I]");
+  STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1 && packed.is_contiguous() &&
+                      packed.scalar_type() == ScalarType::Byte && packed.numel() >= kHeaderBytes,
+                  "packed must be what fastrnn::", Cell::kName, "_pack gave");
+  PackHeader header;
+  const auto* const from = static_cast<const char*>(packed.const_data_ptr());
+  std::memcpy(&header, from, sizeof header);
+  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), N = x.size(0);
+  STD_TORCH_CHECK(header.cell == AllCells::index<Cell>() &&
+                      !std::strncmp(header.isa, instruction_set().name, sizeof header.isa) &&
+                      header.scalar == static_cast<int64_t>(h0.scalar_type()),
+                  "packed must be what fastrnn::", Cell::kName,
+                  "_pack gave in this process for the dtype of h0");
+  const ScanWeights weights{
+      {}, {}, {}, {}, {}, header.projected != 0, from + kHeaderBytes, header.pairs != 0};
+  STD_TORCH_CHECK(header.D == D && header.P == P,
+                  "h0 must be [D, B, P] = ", to_string({header.D, B, header.P}),
+                  " for these packed weights, got ", to_string(sizes_of(h0)));
+  STD_TORCH_CHECK(packed.numel() == kHeaderBytes + pack_panels<Cell>(h0, header, weights, nullptr),
+                  "packed must be whole, got ", packed.numel(), " bytes");
+  const Arguments arguments(h0, D);
+  arguments.check(x, "x", "[N, I]", {N, header.I});
+  check_c0<Cell>(arguments, c0, D, B, header.H);
+  const SequenceLayout layout(N, B, batch_sizes, lengths, reset, batch_first);
+  return scan<Cell>(x, h0, c0, header.H, weights, layout, save);
 }
 
 template <class Cell>
@@ -262,5 +410,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
     m.impl(Cell::kName, TORCH_BOX(&fastrnn::forward<Cell>));
     m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX(&fastrnn::backward<Cell>));
     m.impl((std::string(Cell::kName) + "_products").c_str(), TORCH_BOX(&fastrnn::products<Cell>));
+    m.impl((std::string(Cell::kName) + "_pack").c_str(), TORCH_BOX(&fastrnn::pack<Cell>));
+    m.impl((std::string(Cell::kName) + "_packed").c_str(), TORCH_BOX(&fastrnn::forward_packed<Cell>));
   });
 }

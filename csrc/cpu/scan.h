@@ -55,6 +55,19 @@ FASTRNN_INLINE Range share(int64_t count, int part, int parts) {
   return {count * part / parts, count * (part + 1) / parts};
 }
 
+/// f(phase, part) for all phases, as a member of a team of `parts`; alone there is no team.
+template <class F>
+FASTRNN_INLINE void together(Team* team, int parts, int64_t self, int64_t phases, const F& f) {
+  if (parts == 1) {
+    for (int64_t phase = 0; phase < phases; ++phase) f(phase, 0);
+    return;
+  }
+  team->work(
+      static_cast<int>(self), phases,
+      [](void* context, int64_t phase, int part) { (*static_cast<const F*>(context))(phase, part); },
+      const_cast<F*>(&f));
+}
+
 /// The parts of a scan that do not depend on the cell. Problem is a forward or backward problem.
 template <class S, class Problem>
 struct Scan {
@@ -76,28 +89,29 @@ struct Scan {
     return direction == 0 ? s : sequence.T - 1 - s;
   }
 
-  /// All teams walk through their phases. Self is the scan with `void phase(team, phase, part)`.
+  FASTRNN_INLINE void take_teams(Memory& memory) {
+    everyone_ = memory.take<Team>(1);
+    teams_ = memory.take<Team>(teams());
+  }
+
+  /// In one parallel region: the preparation by everyone, and when all of it is done the phases of each team.
+  /// Self is the scan with `prepare(part, parts)` and `phase(team, phase, part)`.
   template <class Self>
-  FASTRNN_INLINE void run(Self& self, Team* members, int64_t phases) {
+  FASTRNN_INLINE void run(Self& self, int64_t phases) {
+    const int preparers = min(workers(), kMaxParts);
+    if (preparers > 1) ::new (everyone_) Team(preparers);
+    for (int team = 0; team < teams() && plan.parts > 1; ++team) ::new (teams_ + team) Team(plan.parts);
     problem.parallel(workers(), [&](int64_t worker) {
-      const int team = static_cast<int>(worker / plan.parts), part = static_cast<int>(worker % plan.parts);
-      struct Context {
-        Self* self;
-        int team;
-      } context{&self, team};
-      if (plan.parts == 1) {
-        for (int64_t phase = 0; phase < phases; ++phase) self.phase(team, phase, 0);
-        return;
-      }
-      members[team].work(
-          part, phases,
-          [](void* p, int64_t phase, int part) {
-            const auto* const context = static_cast<Context*>(p);
-            context->self->phase(context->team, phase, part);
-          },
-          &context);
+      together(everyone_, preparers, worker % preparers, 1,
+               [&](int64_t, int part) { self.prepare(part, preparers); });
+      const auto team = static_cast<int>(worker / plan.parts);
+      together(teams_ + team, plan.parts, worker % plan.parts, phases,
+               [&](int64_t phase, int part) { self.phase(team, phase, part); });
     });
   }
+
+ private:
+  Team *everyone_ = nullptr, *teams_ = nullptr;
 };
 
 template <class S>

@@ -6,22 +6,10 @@
 namespace fastrnn::FASTRNN_ISA {
 namespace {
 
-class Scratch {
+/// Hands out arrays from a block that begins at `base`, each on a cache line of its own.
+class Memory {
  public:
-  /// layout(scratch) calls take() for each array, in the same order both times.
-  template <class F>
-  FASTRNN_INLINE explicit Scratch(F&& layout) {
-    layout(*this);
-    base_ = borrow_memory(size_);
-    if (base_ == nullptr) return;
-    size_ = 0;
-    layout(*this);
-  }
-  FASTRNN_INLINE ~Scratch() { return_memory(base_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  FASTRNN_INLINE bool failed() const { return base_ == nullptr; }
+  FASTRNN_INLINE explicit Memory(char* base) : base_(base) {}
 
   template <class S>
   FASTRNN_INLINE S* take(int64_t count) {
@@ -30,10 +18,34 @@ class Scratch {
     return reinterpret_cast<S*>(p);
   }
 
+  FASTRNN_INLINE int64_t size() const { return size_; }
+
  private:
   static constexpr int64_t kAlignment = 64;
-  char* base_ = nullptr;
+  char* base_;
   int64_t size_ = 0;
+};
+
+class Scratch {
+ public:
+  /// layout(memory) calls take() for each array, in the same order both times.
+  template <class F>
+  FASTRNN_INLINE explicit Scratch(F&& layout) {
+    Memory measure(nullptr);
+    layout(measure);
+    base_ = borrow_memory(measure.size());
+    if (base_ == nullptr) return;
+    Memory memory(base_);
+    layout(memory);
+  }
+  FASTRNN_INLINE ~Scratch() { return_memory(base_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  FASTRNN_INLINE bool failed() const { return base_ == nullptr; }
+
+ private:
+  char* base_ = nullptr;
 };
 
 /// Stride of a row of `units` numbers in scratch memory: whole blocks, and one cache line more, so that the

@@ -1,0 +1,104 @@
+// The weights of one direction as the forward scan streams them: blocks of units, a panel for each gate. They
+// are packed in every call, or once and kept by the caller (fastrnn.prepack).
+#pragma once
+#include <cstdint>
+
+#include "cpu/gemm.h"
+#include "cpu/scratch.h"
+
+namespace fastrnn::FASTRNN_ISA {
+namespace {
+
+/// W is what a weight is stored as: S itself, or Pair.
+template <class Cell, class S, class W>
+class Panels {
+  static constexpr int G = Cell::kGates;
+
+ public:
+  // Products of a unit: one a gate, x and h together, and one more for each gate that keeps them apart.
+  static constexpr int kProducts = G + Cell::kApart;
+
+  /// Which product holds the input's part of a gate; the recurrent part of gate g is product g.
+  static constexpr int input_product(int gate) {
+    return gate < G - Cell::kApart ? gate : gate + Cell::kApart;
+  }
+
+  /// Takes the arrays from scratch memory or a kept block; those that are not packed stay null.
+  FASTRNN_INLINE void lay_out(Memory& memory, int64_t I, int64_t P, int64_t H, bool packs_ih, bool packs_hh,
+                              bool projected) {
+    I_ = I, P_ = P, H_ = H;
+    units_ = {H}, outputs_ = {P};
+    bias = memory.take<S>(kProducts * H);
+    w_ih = packs_ih ? memory.take<W>(units_.count() * I * kBlockWidth) : nullptr;
+    w_hh = packs_hh ? memory.take<W>(units_.count() * P * kBlockWidth) : nullptr;
+    w_hr = packs_hh && projected ? memory.take<W>(outputs_.count() * H * kPanelWidth<S, W>) : nullptr;
+  }
+
+  /// One of several parts of the packing.
+  void pack(const Weights<S>& w, int64_t part, int64_t parts) const {
+    if (part == 0) pack_bias(w);
+    for (int64_t block = part; block < units_.count(); block += parts)
+      for (int gate = 0; gate < G; ++gate) {
+        const auto pack_gate = [&](Rows<const S> weights, int64_t K, W* panels) {
+          pack_transposed<S>({weights[gate * H_ + block * kBlock<S>], weights.stride}, K,
+                             units_.in_block(block), units_.vectors(block), panels + offset(K, block, gate));
+        };
+        if (w_ih) pack_gate(w.w_ih, I_, w_ih);
+        if (w_hh) pack_gate(w.w_hh, P_, w_hh);
+      }
+    for (int64_t block = part; w_hr && block < outputs_.count(); block += parts)
+      pack_transposed<S>({w.w_hr[block * kBlock<S>], w.w_hr.stride}, H_, outputs_.in_block(block),
+                         outputs_.vectors(block), w_hr + block * H_ * kPanelWidth<S, W>);
+  }
+
+  FASTRNN_INLINE const W* input_panel(int64_t block, int gate) const {
+    return w_ih + offset(I_, block, gate);
+  }
+  FASTRNN_INLINE const W* recurrent_panel(int64_t block, int gate) const {
+    return w_hh + offset(P_, block, gate);
+  }
+  FASTRNN_INLINE const W* projection_panel(int64_t block) const {
+    return w_hr + block * H_ * kPanelWidth<S, W>;
+  }
+
+  S* bias = nullptr;  // [kProducts, H]
+  W* w_ih = nullptr;  // [block of units][gate][I][panel], or null: read as they lie
+  W* w_hh = nullptr;  // [block of units][gate][P][panel], or null
+  W* w_hr = nullptr;  // [block of outputs][H][panel], or null
+
+ private:
+  static constexpr int64_t kBlockWidth = G * kPanelWidth<S, W>;
+
+  FASTRNN_INLINE int64_t offset(int64_t K, int64_t block, int gate) const {
+    return K * (block * kBlockWidth + gate * panel_width<S, W>(units_.vectors(block)));
+  }
+
+  void pack_bias(const Weights<S>& w) const {
+    __builtin_memset(bias, 0, kProducts * H_ * sizeof(S));
+    if (!w.b_ih) return;
+    for (int gate = 0; gate < G; ++gate)
+      for (int64_t u = 0; u < H_; ++u) {
+        bias[gate * H_ + u] += w.b_hh[gate * H_ + u];
+        bias[input_product(gate) * H_ + u] += w.b_ih[gate * H_ + u];
+      }
+  }
+
+  int64_t I_ = 0, P_ = 0, H_ = 0;
+  Blocks<S> units_{}, outputs_{};
+};
+
+/// The bytes of all directions' panels; fills `problem.to` where that is not null.
+template <class Cell, class S, class W>
+int64_t pack_all(const PackProblem<S>& problem) {
+  Memory memory(problem.to);
+  for (int d = 0; d < problem.directions; ++d) {
+    Panels<Cell, S, W> panels;
+    const Weights<S>& w = problem.weights[d];
+    panels.lay_out(memory, problem.I, problem.P, problem.H, true, true, problem.projected);
+    if (problem.to) panels.pack(w, 0, 1);
+  }
+  return memory.size();
+}
+
+}  // namespace
+}  // namespace fastrnn::FASTRNN_ISA
