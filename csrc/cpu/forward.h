@@ -36,7 +36,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   bool run() {
     if (sequence.T == 0 || sequence.B == 0) return true;
     const int64_t most = this->most_rows();
-    steps_at_once_ = most >= kInputRows ? 1 : min(sequence.T, (kInputRows + most - 1) / most);
+    turns_ = turning_pays();
+    steps_at_once_ = turns_ || most >= kInputRows ? 1 : min(sequence.T, (kInputRows + most - 1) / most);
     const Scratch scratch([this](Memory& memory) { lay_out(memory); });
     if (scratch.failed()) return false;
     this->Base::run(*this, problem.projected ? 2 * sequence.T : sequence.T);
@@ -62,6 +63,26 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
 
  private:
+  /// Rows of x or of h, [n, K], as they lie, and their transposed panels where the products want these.
+  struct Operand {
+    Rows<const S> rows;
+    int64_t K;
+    const S* turned;
+
+    FASTRNN_INLINE Operand from(int64_t i) const {
+      return {{rows[i], rows.stride}, K, turned ? turned + i * K : nullptr};
+    }
+  };
+
+  /// Turning x and h and the products beside packing W: numbers moved, once a step against once a call. And
+  /// a row that is missing in the last register of rows costs as much as one that is there.
+  bool turning_pays() const {
+    constexpr int64_t L = kLanes<S>;
+    const int64_t rows = this->most_rows(), K = problem.I + problem.P, GH = G * problem.H;
+    return !problem.packed && 4 * rows >= 3 * ((rows + L - 1) / L * L) &&
+           3 * sequence.T * rows * (K + 2 * GH) <= 2 * K * GH;
+  }
+
   void lay_out(Memory& s) {
     this->take_teams(s);
     const int64_t most = this->most_rows(), input_rows = most * steps_at_once_;
@@ -74,9 +95,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     part_blocks_ = (units.count() + plan.parts - 1) / plan.parts;
     if (steps_at_once_ > 1)
       products_ = s.take<S>(this->workers() * part_blocks_ * input_rows * kProductWidth);
-    // Few rows and few steps read the weights as they lie.
-    const bool packs_ih = problem.packed || input_rows > kFewRows;
-    const bool packs_hh = problem.packed || most > kFewRows || sequence.T >= kStepsWorthPacking;
+    if (turns_) turned_ = s.take<S>(this->workers() * turned_size());
+    const bool packs_ih = problem.packed || (!turns_ && packing_pays(most * sequence.T, problem.I));
+    const bool packs_hh = problem.packed || (!turns_ && packing_pays(most * sequence.T, problem.P));
     Memory kept(const_cast<char*>(problem.packed));
     for (int d = 0; d < problem.directions; ++d)
       panels_[d].lay_out(problem.packed ? kept : s, problem.I, problem.P, problem.H, packs_ih, packs_hh,
@@ -137,23 +158,30 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void step(int team, int64_t s, int part) {
     const Range blocks = blocks_of(part);
     const int64_t n = rows_at(team, s), offset = s % steps_at_once_ * this->most_rows();
+    const int d = this->direction_of(team);
+    const Rows<S> h_rows = h_buffer(team, s);
     if (steps_at_once_ > 1) {
+      const Operand h{{h_rows.data, h_rows.stride}, problem.P, nullptr};
       if (offset == 0) input_products(team, s, part);
       for (int64_t block = blocks.begin; block < blocks.end; ++block) {
         S* const product = products(team, part, block) + offset * kProducts * width_of(block);
-        recurrent_product(team, s, block, 0, n, product);
+        recurrent_product(d, block, h, n, product);
         finish(team, s, block, 0, n, product);
       }
       return;
     }
-    const Rows<S> x = x_buffer(team, part);
-    gather_x(team, s, x);
+    const Rows<S> x_rows = x_buffer(team, part);
+    gather_x(team, s, x_rows);
+    S* const turned = turns_ ? turned_ + (team * plan.parts + part) * turned_size() : nullptr;
+    const Operand x = operand(x_rows, n, problem.I, turned);
+    const Operand h = operand(h_rows, n, problem.P, turned + turned_rows() * problem.I);
+    const int64_t chunk = turns_ ? kBlock<S> : kChunk;
     alignas(64) S product[kChunk * kProductWidth];
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
-      for (int64_t i = 0, left = (n + kChunk - 1) / kChunk; left > 0; --left) {
-        const int64_t rows = (n - i + left - 1) / left;
-        input_product_of(this->direction_of(team), block, {x[i], x.stride}, rows, product);
-        recurrent_product(team, s, block, i, rows, product);
+      for (int64_t i = 0, left = (n + chunk - 1) / chunk; left > 0; --left) {
+        const int64_t rows = turns_ ? min(chunk, n - i) : (n - i + left - 1) / left;
+        input_product(d, block, x.from(i), rows, product);
+        recurrent_product(d, block, h.from(i), rows, product);
         finish(team, s, block, i, rows, product);
         i += rows;
       }
@@ -163,53 +191,64 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void input_products(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
     const int64_t most = this->most_rows(), steps = min(steps_at_once_, sequence.T - s);
-    const Rows<S> x = x_buffer(team, part);
+    const Rows<S> rows = x_buffer(team, part);
+    const Operand x{{rows.data, rows.stride}, problem.I, nullptr};
     bool even = true;  // all steps have the same rows
     for (int64_t k = 0; k < steps; ++k) {
-      gather_x(team, s + k, {x[k * most], x.stride});
+      gather_x(team, s + k, {rows[k * most], rows.stride});
       even &= rows_at(team, s + k) == most;
     }
     const Range blocks = blocks_of(part);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       S* const product = products(team, part, block);
       if (even) {
-        input_product_of(d, block, {x.data, x.stride}, steps * most, product);
+        input_product(d, block, x, steps * most, product);
         continue;
       }
       for (int64_t k = 0; k < steps; ++k)
-        input_product_of(d, block, {x[k * most], x.stride}, rows_at(team, s + k),
-                         product + k * most * kProducts * width_of(block));
+        input_product(d, block, x.from(k * most), rows_at(team, s + k),
+                      product + k * most * kProducts * width_of(block));
     }
   }
 
-  /// W_ih x of n rows, as the first of a block's products.
-  void input_product_of(int d, int64_t block, Rows<const S> x, int64_t n, S* product) {
-    const auto& weights = problem.direction[d].weights.w_ih;
-    for (int gate = 0; gate < G; ++gate)
-      gate_product(x, n, problem.I, panels_[d].w_ih ? panels_[d].input_panel(block, gate) : nullptr, weights,
-                   block, gate, product + Panels::input_product(gate) * width_of(block), false);
+  int64_t turned_rows() const { return (this->most_rows() + kBlock<S> - 1) / kBlock<S> * kBlock<S>; }
+  int64_t turned_size() const { return turned_rows() * (problem.I + problem.P); }
+
+  Operand operand(Rows<S> rows, int64_t n, int64_t K, S* turned) const {
+    for (int64_t i = 0; turns_ && i < n; i += kBlock<S>) {
+      const Blocks<S> of{n};
+      pack_transposed<S>({rows[i], rows.stride}, K, of.in_block(i / kBlock<S>), of.vectors(i / kBlock<S>),
+                         turned + i * K);
+    }
+    return {{rows.data, rows.stride}, K, turns_ ? turned : nullptr};
   }
 
-  /// Adds W_hh h of the team's rows i .. i + n to the products of a block.
-  void recurrent_product(int team, int64_t s, int64_t block, int64_t i, int64_t n, S* product) {
-    const int d = this->direction_of(team);
-    const Rows<S> h = h_buffer(team, s);
+  /// W_ih x of n rows, as the first of a block's products.
+  void input_product(int d, int64_t block, const Operand& x, int64_t n, S* product) {
+    const auto& weights = problem.direction[d].weights.w_ih;
+    for (int gate = 0; gate < G; ++gate)
+      gate_product(x, n, panels_[d].w_ih ? panels_[d].input_panel(block, gate) : nullptr, weights, block,
+                   gate, product + Panels::input_product(gate) * width_of(block), false);
+  }
+
+  /// Adds W_hh h of n rows to the products of a block.
+  void recurrent_product(int d, int64_t block, const Operand& h, int64_t n, S* product) {
     const auto& weights = problem.direction[d].weights.w_hh;
     for (int gate = 0; gate < G; ++gate)
-      gate_product({h[i], h.stride}, n, problem.P,
-                   panels_[d].w_hh ? panels_[d].recurrent_panel(block, gate) : nullptr, weights, block, gate,
-                   product + gate * width_of(block), Panels::input_product(gate) == gate);
+      gate_product(h, n, panels_[d].w_hh ? panels_[d].recurrent_panel(block, gate) : nullptr, weights, block,
+                   gate, product + gate * width_of(block), Panels::input_product(gate) == gate);
   }
 
   /// One gate's product c [n][kProducts * width] of a block, from its panel or from W as it lies.
-  void gate_product(Rows<const S> a, int64_t n, int64_t K, const W* panel, const Rows<const S>& w,
-                    int64_t block, int gate, S* c, bool accumulate) {
+  void gate_product(const Operand& a, int64_t n, const W* panel, const Rows<const S>& w, int64_t block,
+                    int gate, S* c, bool accumulate) {
     const int64_t ldc = kProducts * width_of(block);
-    if (panel)
-      multiply<S>(a, n, K, panel, units.vectors(block), c, ldc, accumulate);
+    if (panel) return multiply<S>(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate);
+    const Rows<const S> rows{w[gate * problem.H + block * kBlock<S>], w.stride};
+    if (a.turned)
+      multiply_turned<S>(a.turned, static_cast<int>(n), a.K, rows, units.in_block(block), c, ldc, accumulate);
     else
-      multiply_transposed<S>(a, n, K, {w[gate * problem.H + block * kBlock<S>], w.stride},
-                             units.in_block(block), c, ldc, accumulate);
+      multiply_transposed<S>(a.rows, n, a.K, rows, units.in_block(block), c, ldc, accumulate);
   }
 
   void finish(int team, int64_t s, int64_t block, int64_t i, int64_t n, const S* product) {
@@ -311,7 +350,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     if (dir.saved_c) __builtin_memset(dir.saved_c[row], 0, problem.H * sizeof(S));
   }
 
-  S *h_ = nullptr, *m_ = nullptr, *x_ = nullptr, *products_ = nullptr;
+  bool turns_ = false;
+  S *h_ = nullptr, *m_ = nullptr, *x_ = nullptr, *products_ = nullptr, *turned_ = nullptr;
   int64_t h_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0, steps_at_once_ = 1;
   Panels panels_[kMaxDirections];
 };

@@ -188,8 +188,12 @@ void pack(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
 
 // ---- Few rows read the weights as they lie: packing would cost more than it saves. --------------------
 
+// Rows in all steps together, with K numbers each, from which on packed weights W [units, K] are worth their
+// making: at K = 128 eight to sixteen, at 512 and 1024 about fifty.
+FASTRNN_INLINE bool packing_pays(int64_t rows, int64_t K) { return rows > min<int64_t>(48, 2 + K / 12); }
+
+// Backwards:
 constexpr int64_t kFewRows = 3;
-// From this many steps on they pack all the same: a panel streams faster than the rows of a matrix.
 constexpr int64_t kStepsWorthPacking = 8;
 
 // The sums of the lanes of kLanes registers, one in each lane: neighbours are added until one register is
@@ -205,37 +209,85 @@ FASTRNN_INLINE V<S> sums(V<S>* v) {
   return v[0];
 }
 
-// a . w[j] for the first `rows` of kLanes rows of W; the others are not read.
-template <class S, bool kAll>
-FASTRNN_INLINE V<S> dots(const S* a, Rows<const S> w, int64_t K, int rows) {
-  constexpr int L = kLanes<S>;
-  V<S> acc[L] = {};
-  int64_t k = 0;
-  for (; k + L <= K; k += L) {
-    const V<S> x = load(a + k);
-    for (int j = 0; j < L; ++j)
-      if (kAll || j < rows) acc[j] += x * load(w[j] + k);
+// Rows of A that share the loads of W: four sums for each, beside A's and one of W's registers.
+constexpr int kDotRows = kRegisters == 32 ? 6 : 3;
+
+// C[MR, kLanes] (+)= A[MR, K] W[kLanes, K]^T. Of W only `rows` rows are read, a few at a time, because the
+// processor does not fetch sixteen streams ahead.
+template <int MR, class S>
+void dots(Rows<const S> a, Rows<const S> w, int64_t K, int rows, S* c, int64_t ldc, bool accumulate) {
+  constexpr int L = kLanes<S>, kTogether = MR == 1 && L >= 8 ? 8 : L < 4 ? L : 4;
+  V<S> total[MR][L];
+  for (int first = 0; first < L; first += kTogether) {
+    const S *row[kTogether], *ahead[kTogether];
+    for (int j = 0; j < kTogether; ++j) {
+      row[j] = w[min(first + j, rows - 1)];
+      ahead[j] = row[j] + kTogether * w.stride;
+    }
+    V<S> acc[MR][kTogether] = {};
+    const auto step = [&](int64_t k, auto io) FASTRNN_LAMBDA_INLINE {
+      V<S> x[MR];
+      for (int i = 0; i < MR; ++i) x[i] = io(a[i] + k);
+      for (int j = 0; j < kTogether; ++j) {
+        V<S> weights = io(row[j] + k);
+        __builtin_prefetch(ahead[j] + k);
+        if constexpr (MR > 1) FASTRNN_KEEP(weights);
+        for (int i = 0; i < MR; ++i) acc[i][j] += x[i] * weights;
+      }
+    };
+    int64_t k = 0;
+    for (; k + L <= K; k += L) step(k, [](const S* p) FASTRNN_LAMBDA_INLINE { return load(p); });
+    if (const int rest = static_cast<int>(K - k); rest > 0)
+      step(k, [rest](const S* p) FASTRNN_LAMBDA_INLINE { return load(p, rest); });
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < kTogether; ++j) total[i][first + j] = acc[i][j];
   }
-  if (const int rest = static_cast<int>(K - k); rest > 0) {
-    const V<S> x = load(a + k, rest);
-    for (int j = 0; j < L; ++j)
-      if (kAll || j < rows) acc[j] += x * load(w[j] + k, rest);
+  for (int i = 0; i < MR; ++i) {
+    const V<S> result = sums<S>(total[i]);
+    store(c + i * ldc, accumulate ? result + load(c + i * ldc) : result);
   }
-  return sums<S>(acc);
 }
 
-// C[n, units] (+)= A[n, K] W[units, K]^T, n <= kFewRows. C is a tile: its rows have whole registers.
+template <class S>
+using Dots = void (*)(Rows<const S>, Rows<const S>, int64_t, int, S*, int64_t, bool);
+
+template <class S, int MR = kDotRows>
+FASTRNN_INLINE Dots<S> dots_for(int rows) {
+  if (MR > 1 && rows < MR) return dots_for<S, MR == 1 ? 1 : MR - 1>(rows);
+  return dots<MR, S>;
+}
+
+// C[n, units] (+)= A[n, K] W[units, K]^T. C is a tile: its rows have whole registers.
 template <class S>
 void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int units, S* c, int64_t ldc,
                          bool accumulate) {
+  for (int j = 0; j < units; j += kLanes<S>)
+    for (int64_t i = 0, left = (n + kDotRows - 1) / kDotRows; left > 0; --left) {
+      const int rows = static_cast<int>((n - i + left - 1) / left);
+      dots_for<S>(rows)({a[i], a.stride}, {w[j], w.stride}, K, min(units - j, kLanes<S>), c + i * ldc + j,
+                        ldc, accumulate);
+      i += rows;
+    }
+}
+
+// The same for up to kBlock rows whose A^T [K, n] is a panel: W stays where it lies and takes the part of A.
+// units is rounded up to whole registers in C.
+template <class S>
+void multiply_turned(const S* panel, int n, int64_t K, Rows<const S> w, int units, S* c, int64_t ldc,
+                     bool accumulate) {
   constexpr int L = kLanes<S>;
-  for (int j = 0; j < units; j += L)
-    for (int64_t i = 0; i < n; ++i) {
-      const Rows<const S> rows{w[j], w.stride};
-      const V<S> result =
-          j + L <= units ? dots<S, true>(a[i], rows, K, L) : dots<S, false>(a[i], rows, K, units - j);
-      S* const p = c + i * ldc + j;
-      store(p, accumulate ? result + load(p) : result);
+  alignas(64) S product[kBlock<S> * kBlock<S>];  // [units][n]
+  const int vectors = n > L ? 2 : 1, width = vectors * L;
+  multiply<S>(w, units, K, panel, vectors, product, width, false);
+  for (int u = 0; u < units; u += L)
+    for (int first = 0; first < n; first += L) {
+      V<S> square[L];
+      for (int j = 0; j < L; ++j) square[j] = load(product + (u + j) * width + first);
+      transpose<S>(square);
+      for (int i = 0; i < L && first + i < n; ++i) {
+        S* const p = c + (first + i) * ldc + u;
+        store(p, accumulate ? square[i] + load(p) : square[i]);
+      }
     }
 }
 
