@@ -81,7 +81,8 @@ struct BackwardDirection {
   Rows<S> dgates;          // [N, E*H] out
   Rows<S> dh;              // [B, P] in: dL/dh_n; out: dL/dh_0
   Rows<S> dc;              // [B, H] in: dL/dc_n; out: dL/dc_0
-  Rows<S> dh_rows;         // [N, P] out: complete dL/dh_t; only with projection, else null
+  Rows<S> dh_rows;         // [N, P] out: complete dL/dh_t; with projection or where kept, else null
+  Rows<S> dc_rows;         // [N, H] out: complete dL/dc_t; where kept, else null
 };
 
 /// The products over all steps at once that follow the backward scan.

@@ -130,11 +130,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 }
 
 template <class Cell>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved,
     const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
     const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
-    const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first) {
+    const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
   const auto [D, B, P, H, G] = check_weights<Cell>(h0, c0, w_hh, w_hr);
   STD_TORCH_CHECK(y.dim() == 2, "y must be [N, D*P]");
   const int64_t N = y.size(0);
@@ -169,7 +169,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor dc0 = !c0    ? empty({0}, h0)
                      : dc_n ? torch::stable::clone(as_contiguous(*dc_n))
                             : torch::stable::new_zeros(h0, {D, B, H});
-  const Tensor dh = w_hr.empty() ? empty({0}, h0) : empty({D, N, P}, h0);
+  const bool with_dh = keep || !w_hr.empty(), with_dc = keep && c0;
+  const Tensor dh = with_dh ? empty({D, N, P}, h0) : empty({0}, h0);
+  const Tensor dc = with_dc ? empty({D, N, H}, h0) : empty({0}, h0);
 
   with_type(h0, [&]<class S>(S) {
     const auto optional_rows = [](const MaybeTensor& tensor, int64_t d) {
@@ -191,14 +193,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
           .dgates = direction_rows<S>(dgates, d),
           .dh = direction_rows<S>(dh0, d),
           .dc = c0 ? direction_rows<S>(dc0, d) : Rows<S>{},
-          .dh_rows = w_hr.empty() ? Rows<S>{} : direction_rows<S>(dh, d),
+          .dh_rows = with_dh ? direction_rows<S>(dh, d) : Rows<S>{},
+          .dc_rows = with_dc ? direction_rows<S>(dc, d) : Rows<S>{},
       };
     if constexpr (std::is_same_v<S, float>)
       check_memory(kernels_of<Cell>().backward_f32(problem));
     else
       check_memory(kernels_of<Cell>().backward_f64(problem));
   });
-  return {dgates, dh0, dc0, dh};
+  return {dgates, dh0, dc0, dh, dc};
 }
 
 template <class Cell>
