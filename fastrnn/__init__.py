@@ -5,6 +5,7 @@ import sys
 try:
     from . import functional
     from ._explain import Explanation, explain
+    from ._prepack import prepack
     from .convert import convert, to_torch
     from .functional import FallbackWarning, set_strict
     from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -16,5 +17,5 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: a build that is ol
 __version__ = "0.1.0"
 __all__ = [
     "GRU", "LSTM", "RNN", "Explanation", "FallbackWarning", "GRUCell", "LSTMCell", "RNNCell", "convert",
-    "explain", "functional", "set_strict", "to_torch",
+    "explain", "functional", "prepack", "set_strict", "to_torch",
 ]  # fmt: skip

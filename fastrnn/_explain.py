@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, modules
+from . import _prepack, functional, modules
 from .reference import CELLS
 
 
@@ -85,7 +85,10 @@ def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence
     gates = CELLS[cell].gates
     forward = _shared_out(T, B, H, P, gates, D, weight.element_size())
     backward = _shared_out(T, B, P, H, gates, D, weight.element_size())
-    return Explanations(Explanation(name, layer, f"fastrnn::{cell}", forward, backward) for layer in range(L))
+    return Explanations(
+        Explanation(name, layer, f"fastrnn::{cell}", forward + _prepack.note(weights), backward)
+        for layer, (_, weights) in enumerate(module._scan_layers())  # type: ignore[operator]
+    )
 
 
 def _stack_sizes(module: nn.RNNBase) -> tuple[int, int, int, int]:

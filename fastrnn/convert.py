@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from . import modules
+from . import _prepack, modules
 
 __all__ = ["convert", "to_torch"]
 
@@ -17,6 +17,8 @@ def _change_classes(model: _Model, table: dict[type, type]) -> _Model:
     for module in model.modules():
         # Exactly these classes: a user's subclass has a forward of its own.
         if type(module) in table:
+            if hasattr(module, "_scan_layers"):
+                _prepack.undo(module, "converted")
             module.__class__ = table[type(module)]
     return model
 

@@ -109,27 +109,39 @@ class Rows:
         return steps.permute(1, 2, 0, 3) if self.batch_first else steps.transpose(1, 2)
 
 
+def layer_weights(params: Sequence[Sequence[Tensor]], has_biases: bool) -> _ops.Weights:
+    """Of one layer, from those of each of its D directions: w_ih [G*H, I], w_hh [G*H, P], then b_ih and b_hh
+    [G*H] with biases, then w_hr [P, H] with a projection."""
+    columns = [list(column) for column in zip(*params, strict=True)]
+    b_ih, b_hh = columns[2:4] if has_biases else ([], [])
+    return _ops.Weights(columns[0], columns[1], b_ih, b_hh, columns[-1] if len(columns) % 2 else [])
+
+
+def stack_weights(
+    params: Sequence[Tensor], has_biases: bool, num_layers: int, bidirectional: bool
+) -> list[_ops.Weights]:
+    """Of each layer, from all parameters in torch's order."""
+    D = 2 if bidirectional else 1
+    each = len(params) // (num_layers * D)
+    directions = [params[k : k + each] for k in range(0, len(params), each)]
+    return [layer_weights(directions[k : k + D], has_biases) for k in range(0, num_layers * D, D)]
+
+
 def layer(
     name: str,
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    params: Sequence[Sequence[Tensor]],
+    weights: _ops.Weights,
     rows: Rows,
-    has_biases: bool,
     all_c: bool = False,
     composed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scans one cell over time: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H] if all_c).
 
-    x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None; params: for each of the D directions (w_ih [G*H, I],
-    w_hh [G*H, P], then b_ih and b_hh [G*H] with biases, then w_hr [P, H] with a projection). ``composed``
-    makes it from torch operations, for what has no kernel.
+    x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None. ``composed`` makes it from torch operations, for what has
+    no kernel.
     """
-    columns = [list(column) for column in zip(*params, strict=True)]
-    b_ih, b_hh = columns[2:4] if has_biases else ([], [])
-    w_hr = columns[-1] if len(columns) % 2 else []
-    weights = _ops.Weights(columns[0], columns[1], b_ih, b_hh, w_hr)
     sequence = _ops.Sequence(rows.batch_first, rows.batch_sizes, rows.lengths, rows.reset)
     if composed:
         layout = sequence.layout(x.shape[0], h0.shape[1])
@@ -173,17 +185,13 @@ def _stack(
     """Layers one after the other, dropout between them: y [N, D*P] and h_n [L*D, B, P], c_n [L*D, B, H], or
     all states, h [T, L*D, B, P] and c [T, L*D, B, H]."""
     D = 2 if bidirectional else 1
-    each = len(params) // (num_layers * D)
     dtype = params[1].dtype
     hx = [h.to(dtype) for h in hx]
     results: list[tuple[Tensor, ...]] = []
-    for index in range(num_layers):
+    for index, weights in enumerate(stack_weights(params, has_biases, num_layers, bidirectional)):
         chunk = slice(index * D, (index + 1) * D)
-        directions = [params[each * d : each * (d + 1)] for d in range(index * D, (index + 1) * D)]
         c0 = hx[1][chunk] if CELLS[name].has_c else None
-        x, h, c, all_c = layer(
-            name, x, hx[0][chunk], c0, directions, rows, has_biases, return_states, composed
-        )
+        x, h, c, all_c = layer(name, x, hx[0][chunk], c0, weights, rows, return_states, composed)
         if return_states:
             h = rows.states(x.unflatten(1, (D, -1)))
             c = rows.states(all_c.transpose(0, 1)) if c0 is not None else c

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import _ops, _prepack, functional
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -61,6 +61,16 @@ class _Recurrent(nn.RNNBase):
 
     def _weights(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
+        """The cell and the weights of each layer."""
+        layers = functional.stack_weights(self._weights(), self.bias, self.num_layers, self.bidirectional)
+        return [(self.mode.lower(), weights) for weights in layers]
+
+    def train(self, mode: bool = True):
+        if mode:
+            _prepack.undo(self, "train() was called")
+        return super().train(mode)
 
     def _call(self, *args, **keywords):
         """The functional form, on (input, hx) or on (data, batch_sizes, hx)."""
@@ -135,6 +145,17 @@ class RNN(_Recurrent, nn.RNN):
 
 class _RecurrentCell(nn.RNNCellBase):
     """forward() of the cells, in the order and the words of torch.nn's."""
+
+    def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
+        """The cell and the weights of its one layer."""
+        cell = f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else _torch_name(self)[:-4].lower()
+        params = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
+        return [(cell, functional.layer_weights([params], self.bias))]  # type: ignore[list-item]
+
+    def train(self, mode: bool = True):
+        if mode:
+            _prepack.undo(self, "train() was called")
+        return super().train(mode)
 
     def _step(self, function, input: Tensor, hx):
         many = isinstance(self, nn.LSTMCell)

@@ -31,15 +31,14 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
 /// Checks shape, dtype and device against those of the whole call.
 class Arguments {
  public:
-  Arguments(const Tensor& like, int64_t directions, const char* name = "h0")
-      : like_(like), directions_(directions), name_(name) {}
+  Arguments(const Tensor& like, int64_t directions) : like_(like), directions_(directions) {}
 
   void check(const Tensor& tensor, const char* name, const char* letters,
              const std::vector<int64_t>& expected) const {
-    STD_TORCH_CHECK(tensor.scalar_type() == like_.scalar_type(), name, " must have the dtype of ", name_);
+    STD_TORCH_CHECK(tensor.scalar_type() == like_.scalar_type(), name, " must have the dtype of h0");
     STD_TORCH_CHECK(
         tensor.is_cpu() == like_.is_cpu() && tensor.get_device_index() == like_.get_device_index(), name,
-        " must be on the device of ", name_);
+        " must be on the device of h0");
     STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must be ", letters, " = ", to_string(expected),
                     ", got ", to_string(sizes_of(tensor)));
   }
@@ -54,7 +53,6 @@ class Arguments {
  private:
   const Tensor& like_;
   int64_t directions_;
-  const char* name_;  // of the tensor that the others must be like
 };
 
 /// A row's units must lie side by side; rows may be any distance apart.
@@ -85,7 +83,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
 
 template <class S>
 Rows<const S> rows(const Tensor& matrix) {
-  return {matrix.const_data_ptr<S>(), matrix.stride(0)};
+  return {static_cast<const S*>(matrix.const_data_ptr()), matrix.stride(0)};
 }
 
 /// Row-shaped tensors [D, N, *] of one direction, contiguous.

@@ -2,9 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
-#include <tuple>
 
-#include "common/arguments.h"
+#include "common/calls.h"
 #include "cpu/kernels.h"
 
 namespace fastrnn {
@@ -39,147 +38,28 @@ void check_memory(bool enough) {
   STD_TORCH_CHECK(enough, "fastrnn: not enough memory for the working arrays");
 }
 
-template <class S>
-Weights<S> weights_of(const Tensors& w_ih, const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh,
-                      const Tensors& w_hr, int64_t direction) {
-  const auto d = static_cast<size_t>(direction);
-  return {.w_ih = w_ih.empty() ? Rows<const S>{} : rows<S>(w_ih[d]),
-          .w_hh = rows<S>(w_hh[d]),
-          .b_ih = b_ih.empty() ? nullptr : b_ih[d].const_data_ptr<S>(),
-          .b_hh = b_hh.empty() ? nullptr : b_hh[d].const_data_ptr<S>(),
-          .w_hr = w_hr.empty() ? Rows<const S>{} : rows<S>(w_hr[d])};
-}
-
-Tensors each_with_rows(const Tensors& matrices) {
-  Tensors result;
-  for (const Tensor& matrix : matrices) result.push_back(with_rows(matrix));
-  return result;
-}
-
-Tensors each_contiguous(const Tensors& tensors) {
-  Tensors result;
-  for (const Tensor& tensor : tensors) result.push_back(as_contiguous(tensor));
-  return result;
-}
-
-/// The sizes that all arguments must agree on, read off h0 and W_hh.
-struct Sizes {
-  int64_t D, B, P, H, G;
-};
-
-/// Of the recurrence, the weights; returns H.
-template <class Cell>
-int64_t check_recurrent(const Arguments& arguments, int64_t P, const Tensors& w_hh, const Tensors& w_hr) {
-  constexpr int64_t G = Cell::kGates;
-  STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must be matrices [G*H, P]");
-  const int64_t H = w_hh[0].size(0) / G;
-  STD_TORCH_CHECK(H > 0 && P > 0, "H and P must be positive, got ", H, " and ", P);
-  arguments.check_each(w_hh, "w_hh", "[G*H, P]", {G * H, P});
-  STD_TORCH_CHECK(w_hr.empty() ? H == P : Cell::kCellState,
-                  w_hr.empty() ? "h0 must be as wide as the hidden size" : "only an LSTM has a projection");
-  if (!w_hr.empty()) arguments.check_each(w_hr, "w_hr", "[P, H]", {P, H});
-  return H;
+/// One kernel or the other, by the number type.
+template <class S, class Float, class Double, class Problem>
+void run(Float f32, Double f64, const Problem& problem) {
+  if constexpr (std::is_same_v<S, float>)
+    check_memory(f32(problem));
+  else
+    check_memory(f64(problem));
 }
 
 template <class Cell>
-void check_inputs(const Arguments& arguments, int64_t H, int64_t I, const Tensors& w_ih, const Tensors& b_ih,
-                  const Tensors& b_hh) {
-  constexpr int64_t G = Cell::kGates;
-  arguments.check_each(w_ih, "w_ih", "[G*H, I]", {G * H, I});
-  STD_TORCH_CHECK(b_ih.empty() == b_hh.empty(), "b_ih and b_hh come together or not at all");
-  if (!b_ih.empty()) arguments.check_each(b_ih, "b_ih", "[G*H]", {G * H});
-  if (!b_hh.empty()) arguments.check_each(b_hh, "b_hh", "[G*H]", {G * H});
-}
-
-void check_h0(const Tensor& h0) {
-  STD_TORCH_CHECK(h0.dim() == 3 && h0.is_cpu(), "h0 must be [D, B, P] on the CPU");
-  STD_TORCH_CHECK(h0.size(0) >= 1 && h0.size(0) <= kMaxDirections, "h0 must have 1 or 2 directions, got ",
-                  h0.size(0));
-}
-
-template <class Cell>
-void check_c0(const Arguments& arguments, const MaybeTensor& c0, int64_t D, int64_t B, int64_t H) {
-  STD_TORCH_CHECK(c0.has_value() == Cell::kCellState, Cell::kName, " takes ",
-                  Cell::kCellState ? "a c0" : "no c0");
-  if (c0) arguments.check(*c0, "c0", "[D, B, H]", {D, B, H});
-}
-
-template <class Cell>
-Sizes check_weights(const Tensor& h0, const MaybeTensor& c0, const Tensors& w_hh, const Tensors& w_hr) {
-  check_h0(h0);
-  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2);
-  const Arguments arguments(h0, D);
-  const int64_t H = check_recurrent<Cell>(arguments, P, w_hh, w_hr);
-  check_c0<Cell>(arguments, c0, D, B, H);
-  return {D, B, P, H, Cell::kGates};
-}
-
-using Scanned = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-/// What a forward scan reads its weights from: the tensors of each direction, or packed ones.
-struct ScanWeights {
-  Tensors w_ih, w_hh, b_ih, b_hh, w_hr;
-  bool projected;
-  const char* packed;
-  bool pairs;
-};
-
-template <class Cell>
-Scanned scan(const Tensor& x, const Tensor& h0, const MaybeTensor& c0, int64_t H, const ScanWeights& weights,
-             const SequenceLayout& layout, bool save) {
-  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), N = x.size(0), I = x.size(1);
-  const Tensor x_rows = with_rows(x), h0_rows = as_contiguous(h0);
-  const Tensor y = empty({N, D * P}, h0), h_n = empty({D, B, P}, h0);
-  const Tensor saved = save ? empty({D, N, Cell::kSaved * H}, h0) : empty({0}, h0);
-  const Tensor saved_c = save && c0 ? empty({D, N, H}, h0) : empty({0}, h0);
-  const Tensor c_n = c0 ? torch::stable::clone(as_contiguous(*c0)) : empty({0}, h0);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
+    Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    const MaybeTensor& reset, bool batch_first, bool save) {
+  const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
+                               batch_first, save);
   with_type(h0, [&]<class S>(S) {
-    ForwardProblem<S> problem{{layout.get(), H, P, static_cast<int>(D), {}, torch_threads()},
-                              rows<S>(x_rows),
-                              I,
-                              weights.projected,
-                              weights.packed,
-                              weights.pairs};
-    for (int64_t d = 0; d < D; ++d) {
-      const auto& [w_ih, w_hh, b_ih, b_hh, w_hr, projected, packed, pairs] = weights;
-      problem.direction[d] = {
-          .weights = packed ? Weights<S>{} : weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d),
-          .h0 = direction_rows<const S>(h0_rows, d),
-          .y = {y.mutable_data_ptr<S>() + d * P, D * P},
-          .h_n = direction_rows<S>(h_n, d),
-          .c = c0 ? direction_rows<S>(c_n, d) : Rows<S>{},
-          .saved = save ? direction_rows<S>(saved, d) : Rows<S>{},
-          .saved_c = save && c0 ? direction_rows<S>(saved_c, d) : Rows<S>{},
-      };
-    }
-    if constexpr (std::is_same_v<S, float>)
-      check_memory(kernels_of<Cell>().forward_f32(problem));
-    else
-      check_memory(kernels_of<Cell>().forward_f64(problem));
+    auto problem = call.template problem<S>(call.layout.get());
+    problem.parallel = torch_threads();
+    run<S>(kernels_of<Cell>().forward_f32, kernels_of<Cell>().forward_f64, problem);
   });
-  return {y, h_n, c_n, saved, saved_c};
-}
-
-template <class Cell>
-Scanned forward(const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh,
-                Tensors b_ih, Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
-                const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool save) {
-  const auto [D, B, P, H, G] = check_weights<Cell>(h0, c0, w_hh, w_hr);
-  STD_TORCH_CHECK(x.dim() == 2, "x must be [N, I]");
-  const int64_t N = x.size(0), I = x.size(1);
-  const Arguments arguments(h0, D);
-  arguments.check(x, "x", "[N, I]", {N, I});
-  check_inputs<Cell>(arguments, H, I, w_ih, b_ih, b_hh);
-  const SequenceLayout layout(N, B, batch_sizes, lengths, reset, batch_first);
-  const ScanWeights weights{each_with_rows(w_ih),
-                            each_with_rows(w_hh),
-                            each_contiguous(b_ih),
-                            each_contiguous(b_hh),
-                            each_with_rows(w_hr),
-                            !w_hr.empty(),
-                            nullptr,
-                            false};
-  return scan<Cell>(x, h0, c0, H, weights, layout, save);
+  return call.results();
 }
 
 // ---- Packed weights, kept by the caller ----------------------------------------------------------------
@@ -193,13 +73,29 @@ constexpr int64_t kHeaderBytes = 128;
 static_assert(sizeof(PackHeader) <= kHeaderBytes);
 
 template <class Cell>
-int64_t pack_panels(const Tensor& like, const PackHeader& header, const ScanWeights& weights, char* to) {
+PackHeader header_of(const Tensor& like, const Sizes& sizes, int64_t I, bool projected, bool pairs) {
+  PackHeader header{{},
+                    AllCells::index<Cell>(),
+                    static_cast<int64_t>(like.scalar_type()),
+                    sizes.D,
+                    I,
+                    sizes.H,
+                    sizes.P,
+                    projected,
+                    pairs};
+  std::strncpy(header.isa, instruction_set().name, sizeof header.isa - 1);
+  return header;
+}
+
+/// The bytes of the panels; fills `to` where that is not null.
+template <class Cell>
+int64_t pack_panels(const Tensor& like, const PackHeader& header, const Tensors& w_ih, const Tensors& w_hh,
+                    const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, char* to) {
   int64_t bytes = 0;
   with_type(like, [&]<class S>(S) {
     PackProblem<S> problem{
         header.I, header.H, header.P, header.projected != 0, header.pairs != 0, static_cast<int>(header.D),
         {},       to};
-    const auto& [w_ih, w_hh, b_ih, b_hh, w_hr, projected, packed, pairs] = weights;
     for (int64_t d = 0; to && d < header.D; ++d)
       problem.weights[d] = weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d);
     if constexpr (std::is_same_v<S, float>)
@@ -213,140 +109,81 @@ int64_t pack_panels(const Tensor& like, const PackHeader& header, const ScanWeig
 template <class Cell>
 Tensor pack(Tensors w_ih, Tensors w_hh, Tensors b_ih, Tensors b_hh, Tensors w_hr, bool bfloat16) {
   const auto D = static_cast<int64_t>(w_hh.size());
-  STD_TORCH_CHECK(D >= 1 && D <= kMaxDirections, "w_hh must have 1 or 2 directions, got ", D);
-  STD_TORCH_CHECK(w_hh[0].is_cpu() && w_hh[0].dim() == 2, "w_hh must be matrices [G*H, P] on the CPU");
+  STD_TORCH_CHECK(D >= 1 && w_hh[0].dim() == 2, "w_hh must be matrices [G*H, P]");
   STD_TORCH_CHECK(!w_ih.empty() && w_ih[0].dim() == 2, "w_ih must be matrices [G*H, I]");
-  const Tensor& like = w_hh[0];
+  const Tensor like = w_hh[0];
   STD_TORCH_CHECK(!bfloat16 || like.scalar_type() == ScalarType::Float,
-                  "weights can be stored as bfloat16 for float32 modules alone");
-  const Arguments arguments(like, D, "w_hh");
+                  "only float32 weights can be stored as bfloat16");
   const int64_t P = like.size(1), I = w_ih[0].size(1);
-  const int64_t H = check_recurrent<Cell>(arguments, P, w_hh, w_hr);
-  check_inputs<Cell>(arguments, H, I, w_ih, b_ih, b_hh);
-  PackHeader header{
-      {},      AllCells::index<Cell>(), static_cast<int64_t>(like.scalar_type()), D, I, H, P, !w_hr.empty(),
-      bfloat16};
-  std::strncpy(header.isa, instruction_set().name, sizeof header.isa - 1);
-  const ScanWeights weights{each_with_rows(w_ih),
-                            each_with_rows(w_hh),
-                            each_contiguous(b_ih),
-                            each_contiguous(b_hh),
-                            each_with_rows(w_hr),
-                            !w_hr.empty(),
-                            nullptr,
-                            bfloat16};
-  const int64_t bytes = kHeaderBytes + pack_panels<Cell>(like, header, weights, nullptr);
+  const Tensor h0 = empty({D, 0, P}, like);
+  const MaybeTensor c0 =
+      Cell::kCellState ? MaybeTensor(empty({D, 0, like.size(0) / Cell::kGates}, like)) : std::nullopt;
+  const Sizes sizes = check_weights<Cell>(h0, c0, w_hh, w_hr);
+  check_inputs<Cell>(Arguments(h0, D), sizes, I, w_ih, b_ih, b_hh);
+  w_ih = each_with_rows(w_ih), w_hh = each_with_rows(w_hh), w_hr = each_with_rows(w_hr);
+  b_ih = each_contiguous(b_ih), b_hh = each_contiguous(b_hh);
+  const PackHeader header = header_of<Cell>(like, sizes, I, !w_hr.empty(), bfloat16);
+  const int64_t bytes = kHeaderBytes + pack_panels<Cell>(like, header, {}, {}, {}, {}, {}, nullptr);
   const Tensor packed = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   auto* const to = static_cast<char*>(packed.mutable_data_ptr());
-  std::memset(to, 0, kHeaderBytes);
+  std::memset(to, 0, static_cast<size_t>(bytes));  // gaps too: the same weights give the same bytes
   std::memcpy(to, &header, sizeof header);
-  pack_panels<Cell>(like, header, weights, to + kHeaderBytes);
+  pack_panels<Cell>(like, header, w_ih, w_hh, b_ih, b_hh, w_hr, to + kHeaderBytes);
   return packed;
 }
 
 /// forward() with the result of pack() in the place of the weights.
 template <class Cell>
-Scanned forward_packed(const Tensor& x, const Tensor& h0, const MaybeTensor& c0, const Tensor& packed,
-                       const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset,
-                       bool batch_first, bool save) {
-  check_h0(h0);
-  STD_TORCH_CHECK(x.dim() == 2, "x must be [N, I]");
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_packed(const Tensor& x, const Tensor& h0,
+                                                                  const MaybeTensor& c0, const Tensor& packed,
+                                                                  const MaybeTensor& batch_sizes,
+                                                                  const MaybeTensor& lengths,
+                                                                  const MaybeTensor& reset, bool batch_first,
+                                                                  bool save) {
+  STD_TORCH_CHECK(h0.dim() == 3 && x.dim() == 2, "expected x [N, I], h0 [D, B, P]");
   STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1 && packed.is_contiguous() &&
-                      packed.scalar_type() == ScalarType::Byte && packed.numel() >= kHeaderBytes,
-                  "packed must be what fastrnn::", Cell::kName, "_pack gave");
-  PackHeader header;
+                      packed.scalar_type() == ScalarType::Byte && packed.numel() > kHeaderBytes,
+                  "packed must be the result of fastrnn::", Cell::kName, "_pack");
   const auto* const from = static_cast<const char*>(packed.const_data_ptr());
+  PackHeader header;
   std::memcpy(&header, from, sizeof header);
-  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), N = x.size(0);
-  STD_TORCH_CHECK(header.cell == AllCells::index<Cell>() &&
-                      !std::strncmp(header.isa, instruction_set().name, sizeof header.isa) &&
-                      header.scalar == static_cast<int64_t>(h0.scalar_type()),
-                  "packed must be what fastrnn::", Cell::kName,
-                  "_pack gave in this process for the dtype of h0");
-  const ScanWeights weights{
-      {}, {}, {}, {}, {}, header.projected != 0, from + kHeaderBytes, header.pairs != 0};
-  STD_TORCH_CHECK(header.D == D && header.P == P,
-                  "h0 must be [D, B, P] = ", to_string({header.D, B, header.P}),
-                  " for these packed weights, got ", to_string(sizes_of(h0)));
-  STD_TORCH_CHECK(packed.numel() == kHeaderBytes + pack_panels<Cell>(h0, header, weights, nullptr),
-                  "packed must be whole, got ", packed.numel(), " bytes");
-  const Arguments arguments(h0, D);
-  arguments.check(x, "x", "[N, I]", {N, header.I});
-  check_c0<Cell>(arguments, c0, D, B, header.H);
-  const SequenceLayout layout(N, B, batch_sizes, lengths, reset, batch_first);
-  return scan<Cell>(x, h0, c0, header.H, weights, layout, save);
+  const Sizes sizes{header.D, h0.size(1), header.P, header.H, Cell::kGates};
+  const PackHeader expected = header_of<Cell>(h0, sizes, header.I, header.projected, header.pairs);
+  STD_TORCH_CHECK(
+      !std::memcmp(&header, &expected, sizeof header) &&
+          packed.numel() == kHeaderBytes + pack_panels<Cell>(h0, header, {}, {}, {}, {}, {}, nullptr),
+      "packed must be the result of fastrnn::", Cell::kName,
+      "_pack, from this process and for the dtype of h0");
+  const Arguments arguments(h0, header.D);
+  arguments.check(h0, "h0", "[D, B, P]", {header.D, sizes.B, header.P});
+  arguments.check(x, "x", "[N, I]", {x.size(0), header.I});
+  check_c0<Cell>(arguments, c0, sizes);
+  const ForwardCall<Cell> call(sizes, x, h0, c0, batch_sizes, lengths, reset, batch_first, save);
+  with_type(h0, [&]<class S>(S) {
+    auto problem = call.template problem<S>(call.layout.get());
+    problem.parallel = torch_threads();
+    problem.projected = header.projected != 0;
+    problem.packed = from + kHeaderBytes;
+    problem.pairs = header.pairs != 0;
+    run<S>(kernels_of<Cell>().forward_f32, kernels_of<Cell>().forward_f64, problem);
+  });
+  return call.results();
 }
 
 template <class Cell>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved,
     const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
     const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
-    const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first) {
-  const auto [D, B, P, H, G] = check_weights<Cell>(h0, c0, w_hh, w_hr);
-  STD_TORCH_CHECK(y.dim() == 2, "y must be [N, D*P]");
-  const int64_t N = y.size(0);
-  const Arguments arguments(h0, D);
-  const auto check = [&](const MaybeTensor& tensor, const char* name, const char* letters,
-                         const std::vector<int64_t>& sizes) {
-    if (tensor) arguments.check(*tensor, name, letters, sizes);
-  };
-  arguments.check(y, "y", "[N, D*P]", {N, D * P});
-  arguments.check(saved, "saved", "[D, N, S*H]", {D, N, Cell::kSaved * H});
-  if (c0) arguments.check(saved_c, "saved_c", "[D, N, H]", {D, N, H});
-  check(dy, "dy", "[N, D*P]", {N, D * P});
-  check(dh_n, "dh_n", "[D, B, P]", {D, B, P});
-  check(dc_n, "dc_n", "[D, B, H]", {D, B, H});
-  check(dsaved, "dsaved", "[D, N, S*H]", {D, N, Cell::kSaved * H});
-  check(dsaved_c, "dsaved_c", "[D, N, H]", {D, N, H});
-  const SequenceLayout layout(N, B, batch_sizes, lengths, reset, batch_first);
-
-  w_hh = each_with_rows(w_hh), w_hr = each_with_rows(w_hr);
-  const auto contiguous_if = [](const MaybeTensor& tensor) {
-    return tensor ? MaybeTensor(as_contiguous(*tensor)) : std::nullopt;
-  };
-  const MaybeTensor dy_rows = dy ? MaybeTensor(with_rows(*dy)) : std::nullopt;
-  const MaybeTensor dsaved_rows = contiguous_if(dsaved), dsaved_c_rows = contiguous_if(dsaved_c);
-  const MaybeTensor c0_rows = contiguous_if(c0);
-  const Tensor h0_rows = as_contiguous(h0), y_rows = as_contiguous(y);
-  const Tensor saved_rows = as_contiguous(saved), saved_c_rows = as_contiguous(saved_c);
-
-  const Tensor dgates = empty({D, N, Cell::kGradients * H}, h0);
-  const Tensor dh0 =
-      dh_n ? torch::stable::clone(as_contiguous(*dh_n)) : torch::stable::new_zeros(h0, {D, B, P});
-  const Tensor dc0 = !c0    ? empty({0}, h0)
-                     : dc_n ? torch::stable::clone(as_contiguous(*dc_n))
-                            : torch::stable::new_zeros(h0, {D, B, H});
-  const Tensor dh = w_hr.empty() ? empty({0}, h0) : empty({D, N, P}, h0);
-
+    const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
+  const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
+                                batch_sizes, lengths, reset, batch_first, keep);
   with_type(h0, [&]<class S>(S) {
-    const auto optional_rows = [](const MaybeTensor& tensor, int64_t d) {
-      return tensor ? direction_rows<const S>(*tensor, d) : Rows<const S>{};
-    };
-    BackwardProblem<S> problem{layout.get(), H, P, static_cast<int>(D), {}, torch_threads()};
-    for (int64_t d = 0; d < D; ++d)
-      problem.direction[d] = {
-          .weights = weights_of<S>({}, w_hh, {}, {}, w_hr, d),
-          .dy = dy_rows ? Rows<const S>{dy_rows->const_data_ptr<S>() + d * P, dy_rows->stride(0)}
-                        : Rows<const S>{},
-          .dsaved = optional_rows(dsaved_rows, d),
-          .dsaved_c = optional_rows(dsaved_c_rows, d),
-          .saved = direction_rows<const S>(saved_rows, d),
-          .saved_c = c0 ? direction_rows<const S>(saved_c_rows, d) : Rows<const S>{},
-          .y = {y_rows.const_data_ptr<S>() + d * P, D * P},
-          .h0 = direction_rows<const S>(h0_rows, d),
-          .c0 = optional_rows(c0_rows, d),
-          .dgates = direction_rows<S>(dgates, d),
-          .dh = direction_rows<S>(dh0, d),
-          .dc = c0 ? direction_rows<S>(dc0, d) : Rows<S>{},
-          .dh_rows = w_hr.empty() ? Rows<S>{} : direction_rows<S>(dh, d),
-      };
-    if constexpr (std::is_same_v<S, float>)
-      check_memory(kernels_of<Cell>().backward_f32(problem));
-    else
-      check_memory(kernels_of<Cell>().backward_f64(problem));
+    auto problem = call.template problem<S>(call.layout.get());
+    problem.parallel = torch_threads();
+    run<S>(kernels_of<Cell>().backward_f32, kernels_of<Cell>().backward_f64, problem);
   });
-  return {dgates, dh0, dc0, dh};
+  return call.results();
 }
 
 template <class Cell>
@@ -394,10 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> products(const Tensor& dgates
           .db_ih = weights ? db_ih.mutable_data_ptr<S>() + d * G * H : nullptr,
           .db_hh = weights ? db_hh.mutable_data_ptr<S>() + d * G * H : nullptr,
       };
-    if constexpr (std::is_same_v<S, float>)
-      check_memory(kernels_of<Cell>().products_f32(problem));
-    else
-      check_memory(kernels_of<Cell>().products_f64(problem));
+    run<S>(kernels_of<Cell>().products_f32, kernels_of<Cell>().products_f64, problem);
   });
   return {dx, dw_ih, dw_hh, db_ih, db_hh};
 }

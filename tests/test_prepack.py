@@ -1,0 +1,379 @@
+"""prepack(): the same results from packs that are kept, and never from packs that are out of date."""
+
+import copy
+import gc
+import pickle
+import threading
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from scans import CELL_NAMES, FORMS, make_scan
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastrnn
+from fastrnn import _prepack
+
+
+class Operators(TorchDispatchMode):
+    """The fastrnn operators that were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastrnn":
+            self.names.append(func._schema.name.removeprefix("fastrnn::"))
+        return func(*args, **(kwargs or {}))
+
+
+def operators(module, *args, **keywords):
+    with torch.no_grad(), Operators() as seen:
+        module(*args, **keywords)
+    return seen.names
+
+
+@contextmanager
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def served(*args, cls=fastrnn.LSTM, **options):
+    return fastrnn.prepack(cls(*args, **options).eval())
+
+
+# ---- The operators -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_weights_give_the_same_bits_in_every_form(name, form, dtype):
+    scan = make_scan(name, 30, 7, 50, D=2, dtype=dtype, **FORMS[form])  # rows enough to pack in each call
+    packed = getattr(torch.ops.fastrnn, f"{name}_pack")(*scan.weights, False)
+    for save in (False, True):
+        arguments = (scan.x, scan.h0, scan.c0, packed, *scan.rows, save)
+        got = getattr(torch.ops.fastrnn, f"{name}_packed")(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(got, scan.kernel(save), strict=True))
+
+
+@pytest.mark.parametrize("P", [None, 19])
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (3, 2), (1, 40), (60, 5)])
+def test_packed_weights_agree_with_the_reference_with_few_rows_and_many(T, B, P):
+    scan = make_scan("lstm", T, B, 45, D=2, P=P, bias=P is None)
+    packed = torch.ops.fastrnn.lstm_pack(*scan.weights, False)
+    got = torch.ops.fastrnn.lstm_packed(scan.x, scan.h0, scan.c0, packed, *scan.rows, True)
+    for a, b in zip(got, scan.reference(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("H", [1, 16, 33, 64])  # a block whole, ragged, and of one register
+@pytest.mark.parametrize("B", [1, 20])
+def test_bfloat16_is_the_scan_with_weights_rounded_to_it(name, H, B):
+    scan = make_scan(name, 30, B, H, dtype=torch.float32)
+    scan.w_hh[0][0, 0] = float("nan")
+    packed = getattr(torch.ops.fastrnn, f"{name}_pack")(*scan.weights, True)
+    got = getattr(torch.ops.fastrnn, f"{name}_packed")(scan.x, scan.h0, scan.c0, packed, *scan.rows, False)
+    scan.w_ih, scan.w_hh = ([w.bfloat16().float() for w in part] for part in (scan.w_ih, scan.w_hh))
+    for a, b in zip(got, scan.kernel(False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+def test_the_operators_keep_their_promises_to_torch(name):
+    scan = make_scan(name, 3, 2, 5, dtype=torch.float32)
+    pack = getattr(torch.ops.fastrnn, f"{name}_pack").default
+    torch.library.opcheck(pack, (*scan.weights, True))
+    arguments = (scan.x, scan.h0, scan.c0, pack(*scan.weights, False), *scan.rows, True)
+    torch.library.opcheck(getattr(torch.ops.fastrnn, f"{name}_packed").default, arguments)
+
+
+def test_what_is_no_pack_for_this_call_is_refused():
+    scan = make_scan("lstm", 3, 2, 5, dtype=torch.float32)
+    packed = torch.ops.fastrnn.lstm_pack(*scan.weights, False)
+
+    def call(packed, scan=scan, operator=torch.ops.fastrnn.lstm_packed):
+        return operator(scan.x, scan.h0, scan.c0, packed, *scan.rows, False)
+
+    call(packed)
+    foreign = packed.clone()
+    foreign[:16] = torch.tensor(list(b"mmx".ljust(16, b"\0")), dtype=torch.uint8)
+    for wrong in (packed[:-64], foreign, torch.zeros(4096, dtype=torch.uint8), packed.view(torch.int32)):
+        with pytest.raises(RuntimeError, match="packed must be the result of fastrnn::lstm_pack"):
+            call(wrong)
+    with pytest.raises(RuntimeError, match="packed must be the result"):
+        call(packed, scan.map(torch.Tensor.double))
+    gru = make_scan("gru", 3, 2, 5, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="packed must be the result of fastrnn::gru_pack"):
+        call(packed, gru, torch.ops.fastrnn.gru_packed)
+    scan.x = torch.randn(6, 4)
+    with pytest.raises(RuntimeError, match=r"x must be \[N, I\] = \[6, 3\], got \[6, 4\]"):
+        call(packed)
+    with pytest.raises(RuntimeError, match="only float32"):
+        torch.ops.fastrnn.lstm_pack(*scan.map(torch.Tensor.double).weights, True)
+
+
+# ---- Modules -----------------------------------------------------------------------------------------
+
+MODULES = {
+    "lstm": lambda: fastrnn.LSTM(6, 40, 2, bidirectional=True, dropout=0.5),
+    "projection": lambda: fastrnn.LSTM(6, 40, proj_size=12),
+    "gru": lambda: fastrnn.GRU(6, 40, batch_first=True, bias=False),
+    "rnn": lambda: fastrnn.RNN(6, 40, nonlinearity="relu", dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_prepacked_module_gives_the_same_bits(kind):
+    module = MODULES[kind]().eval()
+    x = torch.randn(25, 30, 6, dtype=module.weight_ih_l0.dtype)
+    B, T = x.shape[:2] if module.batch_first else x.shape[1::-1]
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.arange(B, 0, -1).clamp(max=T), module.batch_first)
+    with torch.no_grad():
+        before = [module(x)[0], module(packed)[0].data, module(x, return_states=True)[0]]
+        assert fastrnn.prepack(module) is module
+        after = [module(x)[0], module(packed)[0].data, module(x, return_states=True)[0]]
+    assert all(map(torch.equal, before, after))
+    assert all(name.endswith("_packed") for name in operators(module, x))
+
+
+@pytest.mark.parametrize("cls", [fastrnn.LSTMCell, fastrnn.GRUCell, fastrnn.RNNCell])
+def test_cells_are_prepacked_too(cls):
+    cell, x = cls(6, 40).eval(), torch.randn(3, 6)
+    with torch.no_grad():
+        before = cell(x)
+        fastrnn.prepack(cell)
+        torch.testing.assert_close(cell(x), before)
+    assert [name.endswith("_packed") for name in operators(cell, x)] == [True]
+
+
+def test_bfloat16_weights_round_the_weights_alone():
+    module, x = fastrnn.GRU(6, 40).eval(), torch.randn(9, 30, 6)
+    rounded = copy.deepcopy(module)
+    with torch.no_grad():
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            parameter = getattr(rounded, name)
+            parameter.copy_(parameter.bfloat16())
+        fastrnn.prepack(module, weights=torch.bfloat16)
+        assert torch.equal(module(x)[0], rounded(x)[0])
+    assert "prepacked as bfloat16" in str(fastrnn.explain(module, x))
+
+
+def test_explain_says_what_is_prepacked_and_what_no_longer_is():
+    model = nn.Sequential(fastrnn.LSTM(4, 8), nn.Identity()).eval()
+    x = torch.randn(5, 3, 4)
+    assert "prepacked" not in str(fastrnn.explain(model, x))
+    fastrnn.prepack(model)
+    assert "prepacked" in fastrnn.explain(model, x)[0].forward
+    model.train()
+    assert "no longer prepacked: train() was called" in fastrnn.explain(model, x)[0].forward
+
+
+@torch.no_grad()
+def assign(module):
+    module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0 * 2)
+
+
+@torch.no_grad()
+def assign_a_bias(module):
+    module.bias_ih_l0 = nn.Parameter(module.bias_ih_l0 + 1)
+
+
+@torch.no_grad()
+def edit_in_place(module):
+    module.weight_ih_l0.mul_(2)
+
+
+def edit_in_inference_mode(module):
+    with torch.inference_mode():
+        module.weight_ih_l0.mul_(2)
+
+
+def load(module):
+    module.load_state_dict({k: v * 2 for k, v in module.state_dict().items()})
+
+
+def load_by_assignment(module):
+    module.load_state_dict({k: v * 2 for k, v in module.state_dict().items()}, assign=True)
+
+
+def replace_the_data(module):
+    module.bias_hh_l0.data = module.bias_hh_l0.data + 1
+
+
+def replace_the_data_at_the_old_address(module):
+    for parameter in module.parameters():
+        new = parameter.detach() * 2
+        parameter.data = torch.empty(0)
+        gc.collect()
+        parameter.data = new.clone()
+
+
+def optimize(module):
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+
+
+CHANGES = [
+    assign, assign_a_bias, edit_in_place, edit_in_inference_mode, load, load_by_assignment, replace_the_data,
+    replace_the_data_at_the_old_address, optimize,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore:fastrnn. prepack")
+def test_changed_weights_take_effect_at_the_next_call(change):
+    module, x = served(4, 33), torch.randn(12, 20, 4)
+    change(module)
+    fresh = copy.deepcopy(module)
+    with torch.no_grad():
+        assert torch.equal(module(x)[0], fresh(x)[0])
+    assert operators(module, x) == ["lstm"]
+    fastrnn.prepack(module)
+    assert operators(module, x) == ["lstm_packed"]
+
+
+@pytest.mark.filterwarnings("ignore:fastrnn. prepack")
+def test_conversions_take_effect():
+    module = served(4, 33)
+    assert module.double()(torch.randn(3, 2, 4).double())[0].dtype == torch.float64
+    module = served(4, 33)
+    module.share_memory()
+    assert operators(module, torch.randn(3, 2, 4)) == ["lstm"]
+
+
+def test_what_cannot_be_seen_takes_effect_when_prepack_is_called_again():
+    module, x = served(4, 33), torch.randn(3, 2, 4)
+    with torch.no_grad():
+        before = module(x)[0]
+        module.weight_ih_l0.data.mul_(2)
+        assert torch.equal(module(x)[0], before)
+        after = copy.deepcopy(module)(x)[0]
+        torch.testing.assert_close(fastrnn.prepack(module)(x)[0], after)
+    assert not torch.equal(before, after)
+
+
+def test_training_undoes_it():
+    x = torch.randn(3, 2, 4)
+    module = served(4, 8).train().eval()
+    assert operators(module, x) == ["lstm"]
+    module = served(4, 8)
+    with pytest.warns(UserWarning, match="undone, because a call needed gradients"):
+        module(x)[0].sum().backward()
+    with no_warning():
+        assert operators(module, x) == ["lstm"]
+    assert module.weight_hh_l0.grad is not None
+
+
+def test_weights_that_change_are_told_of():
+    module = served(4, 8)
+    edit_in_place(module)
+    with torch.no_grad(), pytest.warns(UserWarning, match="undone, because the weights have changed"):
+        module(torch.randn(3, 2, 4))
+
+
+def test_other_weights_do_not_use_the_pack():
+    module, x = served(4, 8), torch.randn(3, 2, 4)
+    other = {k: v.detach() * 2 for k, v in module.named_parameters()}
+    with torch.no_grad(), no_warning():
+        got = torch.func.functional_call(module, other, (x,))[0]
+        load(twin := copy.deepcopy(module))
+        assert torch.equal(got, twin(x)[0])
+    assert operators(module, x) == ["lstm_packed"]
+
+
+def test_transforms_and_compilers_go_by_the_weights():
+    module, x = served(4, 8), torch.randn(5, 3, 2, 4)
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda x: module(x)[0])(x)
+        torch.testing.assert_close(mapped, torch.stack([module(one)[0] for one in x]))
+        traced = torch.jit.trace(module, (x[0],))
+    assert "packed" not in str(traced.inlined_graph)
+    assert operators(module, x[0]) == ["lstm_packed"]
+
+
+# ---- Nothing of it stays or shows --------------------------------------------------------------------
+
+
+def test_state_pickle_and_copy_know_nothing_of_it():
+    module = fastrnn.LSTM(4, 8).eval()
+    state, pickled = list(module.state_dict()), pickle.dumps(module)
+    fastrnn.prepack(module)
+    assert list(module.state_dict()) == state
+    assert len(pickle.dumps(module)) == len(pickled)
+    x = torch.randn(3, 2, 4)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert operators(twin, x) == ["lstm"]
+    fastrnn.to_torch(module)
+    assert type(module) is nn.LSTM
+    assert _prepack.packs[id(module.weight_hh_l0)].packed is None
+
+
+def resident_megabytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096 / 2**20
+
+
+def test_a_thousand_models_leave_nothing_behind():
+    def serve():
+        model = served(64, 64)
+        with torch.no_grad():
+            model(torch.randn(2, 1, 64))
+
+    gc.collect()
+    packs = len(_prepack.packs)
+    for _ in range(50):
+        serve()
+    gc.collect()
+    before = resident_megabytes()
+    for _ in range(1000):  # 0.26 MB of packs and as much of weights each
+        serve()
+    gc.collect()
+    assert len(_prepack.packs) == packs
+    assert resident_megabytes() - before < 20
+
+
+def test_eight_threads_use_one_module():
+    module, x = served(16, 64, cls=fastrnn.GRU), torch.randn(20, 8, 16)
+    wrong = []
+    with torch.no_grad():
+        expected = module(x)[0]
+
+    @torch.no_grad()
+    def work():
+        for _ in range(25):
+            if not torch.equal(module(x)[0], expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# ---- Refusals ----------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_prepacked_is_said():
+    with pytest.raises(RuntimeError, match=r"LSTM is in training mode, call eval\(\)"):
+        fastrnn.prepack(fastrnn.LSTM(2, 3))
+    with pytest.raises(ValueError, match="no fastrnn module inside"):
+        fastrnn.prepack(nn.LSTM(2, 3).eval())
+    with pytest.raises(ValueError, match=r"weights must be None or torch.bfloat16, got torch.float16"):
+        fastrnn.prepack(fastrnn.LSTM(2, 3).eval(), torch.float16)
+    with pytest.raises(ValueError, match=r"float32 modules, LSTM has torch\.float64"):
+        fastrnn.prepack(fastrnn.LSTM(2, 3).double().eval(), torch.bfloat16)
+    with pytest.raises(ValueError, match=r"LSTM has torch\.bfloat16 on cpu"):
+        fastrnn.prepack(fastrnn.LSTM(2, 3).bfloat16().eval())
+    parametrized = nn.utils.parametrizations.weight_norm(fastrnn.LSTM(2, 3), "weight_hh_l0").eval()
+    with pytest.raises(ValueError, match="computed at each call"):
+        fastrnn.prepack(parametrized)
