@@ -2,6 +2,7 @@
 // the gate gradients, and multiplies these with W_hh, which gives the recurrent part of dL/dh_{t-1}. The
 // gradients of weights and input are products over all steps at once, and are made by the caller from dgates.
 #pragma once
+#include "cpu/columns.h"
 #include "cpu/math.h"
 #include "cpu/scan.h"
 
@@ -37,15 +38,9 @@ class Backward : public Scan<S, BackwardProblem<S>> {
 
   /// One of several parts of what comes before the first phase.
   void prepare(int64_t part, int64_t parts) {
-    for (int d = 0; d < problem.directions && packed(); ++d) {
-      const Weights<S>& w = problem.direction[d].weights;
-      for (int64_t block = part; block < outputs.count(); block += parts)
-        pack({w.w_hh.data + block * kBlock<S>, w.w_hh.stride}, G * problem.H, outputs.in_block(block),
-             outputs.vectors(block), panels_[d] + block * kBlock<S> * G * problem.H);
-      if (!projected()) continue;
-      for (int64_t block = part; block < units.count(); block += parts)
-        pack({w.w_hr.data + block * kBlock<S>, w.w_hr.stride}, problem.P, units.in_block(block),
-             units.vectors(block), projection_[d] + block * kBlock<S> * problem.P);
+    for (int d = 0; d < problem.directions && !few(); ++d) {
+      w_hh_[d].pack(part, parts);
+      if (projected()) w_hr_[d].pack(part, parts);
     }
     for (auto team = static_cast<int>(part); team < this->teams(); team += static_cast<int>(parts)) {
       const TeamRows rows = this->rows_of(team);
@@ -70,7 +65,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
 
  private:
   bool projected() const { return static_cast<bool>(problem.direction[0].weights.w_hr); }
-  bool packed() const { return this->most_rows() > kFewRows || sequence.T >= kStepsWorthPacking; }
+  bool few() const { return this->most_rows() <= kFewRows && sequence.T < kStepsWorthPacking; }
 
   void lay_out(Memory& s) {
     this->take_teams(s);
@@ -81,9 +76,11 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     dh_complete_ = s.take<S>(projected() ? this->teams() * most * dh_stride_ : 0);
     dgates_ = s.take<S>(this->teams() * 2 * most * dgates_stride_);
     for (int d = 0; d < problem.directions; ++d) {
-      if (!packed()) continue;
-      panels_[d] = s.take<S>(outputs.count() * kBlock<S> * G * problem.H);
-      projection_[d] = projected() ? s.take<S>(units.count() * kBlock<S> * problem.P) : nullptr;
+      if (few()) continue;
+      const Weights<S>& w = problem.direction[d].weights;
+      const bool packs = most * sequence.T > kRowsWorthPanels;
+      w_hh_[d].lay_out(s, w.w_hh, G * problem.H, problem.P, packs);
+      if (projected()) w_hr_[d].lay_out(s, w.w_hr, problem.P, problem.H, packs);
     }
   }
 
@@ -137,15 +134,15 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     }
     alignas(64) S dm[kChunk * kBlock<S>];
     const int d = this->direction_of(team);
-    const int vectors = units.vectors(block), count = units.in_block(block);
     const Rows<S> complete = complete_buffer(team);
     const Rows<const S> a{complete[i], complete.stride};
-    if (packed()) {
-      multiply<S>(a, n, problem.P, projection_[d] + first * problem.P, vectors, dm, kBlock<S>, false);
+    if (!few()) {
+      w_hr_[d].multiply(a, n, block, dm, kBlock<S>, false);
     } else {
       const Rows<const S>& w = problem.direction[d].weights.w_hr;
       __builtin_memset(dm, 0, sizeof dm);
-      multiply_in_place<S>(a, n, problem.P, {w.data + first, w.stride}, count, {dm, kBlock<S>});
+      multiply_in_place<S>(a, n, problem.P, {w.data + first, w.stride}, units.in_block(block),
+                           {dm, kBlock<S>});
     }
     cells(team, s, block, i, n, {dm, kBlock<S>});
   }
@@ -216,10 +213,10 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const int64_t n = this->rows_of(team).count(sequence.rows(this->time(d, s))), K = G * problem.H;
     const Rows<S> dh = dh_buffer(team), dgates = dgates_buffer(team, s);
     const Range blocks = share(outputs.count(), part, plan.parts);
-    if (packed()) {
+    if (!few()) {
       for (int64_t block = blocks.begin; block < blocks.end; ++block)
-        multiply<S>({dgates.data, dgates.stride}, n, K, panels_[d] + block * kBlock<S> * K,
-                    outputs.vectors(block), dh.data + block * kBlock<S>, dh.stride, Cell::kDirect);
+        w_hh_[d].multiply({dgates.data, dgates.stride}, n, block, dh.data + block * kBlock<S>, dh.stride,
+                          Cell::kDirect);
       return;
     }
     const Rows<const S>& w = problem.direction[d].weights.w_hh;
@@ -249,8 +246,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
 
   S *dh_ = nullptr, *dh_complete_ = nullptr, *dgates_ = nullptr;
   int64_t dh_stride_ = 0, dgates_stride_ = 0;
-  S* panels_[kMaxDirections] = {};
-  S* projection_[kMaxDirections] = {};
+  Columns<S> w_hh_[kMaxDirections], w_hr_[kMaxDirections];
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 // library to serve: few rows (the batch), one block of units at a time, the weights packed into panels
 // that stream. The micro-kernel `tile` is the only code that knows how many registers there are.
 #pragma once
+#include <cstdlib>
 #include <type_traits>
 
 #include "cpu/vector.h"
@@ -105,10 +106,9 @@ FASTRNN_INLINE Tile<S, W> tile_for(int rows, int vectors) {
 // C[n, vectors] (+)= A[n, K] panel[K, vectors]. The rows are dealt evenly to the tiles: 32 rows on 12-row
 // tiles are 11 + 11 + 10, not 12 + 12 + 8.
 template <class S, class W>
-void multiply(Rows<const S> a, int64_t n, int64_t K, const W* panel, int vectors, S* c, int64_t ldc,
-              bool accumulate) {
+void multiply_rows(Rows<const S> a, int64_t n, int64_t K, const W* panel, int64_t stride, int vectors, S* c,
+                   int64_t ldc, bool accumulate) {
   const int64_t width = vectors * kLanes<S>, tiles = (n + kTileRows - 1) / kTileRows;
-  const int64_t stride = panel_width<S, W>(vectors);
   if (K == 0 && !accumulate)
     for (int64_t i = 0; i < n; ++i) __builtin_memset(c + i * ldc, 0, width * sizeof(S));
   for (int64_t k = 0; k < K; k += kDepth) {
@@ -120,6 +120,12 @@ void multiply(Rows<const S> a, int64_t n, int64_t K, const W* panel, int vectors
       i += rows;
     }
   }
+}
+
+template <class S, class W>
+FASTRNN_INLINE void multiply(Rows<const S> a, int64_t n, int64_t K, const W* panel, int vectors, S* c,
+                             int64_t ldc, bool accumulate) {
+  multiply_rows<S>(a, n, K, panel, panel_width<S, W>(vectors), vectors, c, ldc, accumulate);
 }
 
 // Transposes kLanes x kLanes numbers: log2(kLanes) perfect shuffles of the registers.
@@ -192,7 +198,11 @@ void pack(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
 // making: at K = 128 eight to sixteen, at 512 and 1024 about fifty.
 FASTRNN_INLINE bool packing_pays(int64_t rows, int64_t K) { return rows > min<int64_t>(48, 2 + K / 12); }
 
-// Backwards:
+inline int64_t envrows() {
+  static const int64_t v = getenv("KB") ? atoi(getenv("KB")) : 64;
+  return v;
+}
+#define kRowsWorthPanels envrows()
 constexpr int64_t kFewRows = 3;
 constexpr int64_t kStepsWorthPacking = 8;
 

@@ -1,6 +1,7 @@
 // The products that follow the backward scan, over all steps at once: dx = dgates W_ih, dW_ih = dgates^T x,
 // dW_hh = dgates^T h_{t-1}, and the sums of dgates. The rows of h_{t-1} are read where they lie, in y and h0.
 #pragma once
+#include "cpu/columns.h"
 #include "cpu/scan.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -32,8 +33,9 @@ class Products {
     if (packers > 1) ::new (everyone_) Team(packers);
     problem.parallel(workers_, [&](int64_t worker) {
       if (problem.dx) {
-        together(everyone_, packers, worker % packers, 1,
-                 [&](int64_t, int part) { pack_weights(part, packers); });
+        together(everyone_, packers, worker % packers, 1, [&](int64_t, int part) {
+          for (int d = 0; d < problem.directions; ++d) w_ih_[d].pack(part, packers);
+        });
         input_gradient(worker);
       }
       if (problem.weights) weight_gradients(worker);
@@ -58,10 +60,11 @@ class Products {
     everyone_ = s.take<Team>(1);
     const int64_t K = G * problem.H;
     row_stride_ = padded<S>(K, kBlock<S>);
-    const bool packs = problem.dx && !few();
-    for (int d = 0; d < problem.directions && packs; ++d)
-      panels_[d] = s.take<S>(inputs.count() * kBlock<S> * K);
-    if (packs) chunks_ = s.take<S>(workers_ * kChunk * row_stride_);
+    if (problem.dx && !few()) {
+      for (int d = 0; d < problem.directions; ++d)
+        w_ih_[d].lay_out(s, problem.direction[d].weights.w_ih, K, problem.I, all_rows() > kRowsWorthPanels);
+      chunks_ = s.take<S>(workers_ * kChunk * row_stride_);
+    }
     if (!problem.weights) return;
     columns_ = s.take<S>(workers_ * (inputs.count() + outputs.count()) * kBlock<S> * deep_);
     units_ = s.take<S>(workers_ * kTall * deep_);
@@ -69,16 +72,6 @@ class Products {
   }
 
   // ---- dx ----------------------------------------------------------------------------------------------
-
-  void pack_weights(int64_t part, int64_t parts) {
-    const int64_t K = G * problem.H;
-    for (int d = 0; d < problem.directions; ++d) {
-      const Rows<const S>& w = problem.direction[d].weights.w_ih;
-      for (int64_t block = part; block < inputs.count(); block += parts)
-        pack({w.data + block * kBlock<S>, w.stride}, K, inputs.in_block(block), inputs.vectors(block),
-             panels_[d] + block * kBlock<S> * K);
-    }
-  }
 
   /// Few rows read W_ih as it lies.
   void few_input_gradients() {
@@ -102,8 +95,7 @@ class Products {
         for (int64_t i = 0; i < n; ++i)
           copy_row(a[i], problem.direction[d].dgates[first + i] + (E - G) * problem.H, K);
         for (int64_t block = 0; block < inputs.count(); ++block) {
-          multiply<S>({a.data, a.stride}, n, K, panels_[d] + block * kBlock<S> * K, inputs.vectors(block),
-                      product, kBlock<S>, false);
+          w_ih_[d].multiply({a.data, a.stride}, n, block, product, kBlock<S>, false);
           for (int64_t i = 0; i < n; ++i) {
             S* const dx = problem.dx[first + i];
             each_vector<S>(block * kBlock<S>, inputs.in_block(block), [&](auto io, int64_t u, int offset) {
@@ -275,7 +267,7 @@ class Products {
   int workers_ = 1;
   int64_t row_stride_ = 0, deep_ = 1;
   Team* everyone_ = nullptr;
-  S* panels_[kMaxDirections] = {};
+  Columns<S> w_ih_[kMaxDirections];
   S *chunks_ = nullptr, *columns_ = nullptr, *units_ = nullptr;
   Source* sources_ = nullptr;
 };

@@ -16,6 +16,12 @@ from fastrnn.bench.peak import Peak
 SUBJECT, RIVAL = "fastrnn", "torch"
 FORMAT = 1
 
+# What holds a library to fewer instructions or threads than the machine has; a figure means nothing without.
+VARIABLES = (
+    "ATEN_CPU_CAPABILITY", "FASTRNN_CPU_ISA", "KMP_AFFINITY", "MKL_DEBUG_CPU_TYPE", "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "ONEDNN_MAX_CPU_ISA",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Record:
@@ -66,12 +72,14 @@ def _record(entry: dict) -> Record:
     return Record(**{**entry, "ratios": ratios})
 
 
-def describe_environment(peaks: dict[int, Peak]) -> dict[str, object]:
+def describe_environment(peaks: dict[int, Peak], prepacked: bool = False) -> dict[str, object]:
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "kernels": torch.ops.fastrnn.cpu_isa(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "prepacked": prepacked,
         "peaks": {str(threads): asdict(peak) for threads, peak in peaks.items()},
         "python": platform.python_version(),
         "torch": torch.__version__,

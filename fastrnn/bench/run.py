@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="also time these, inference only",
     )
+    add("--prepack", action="store_true", help="inference after fastrnn.prepack()")
     add("--memory", action="store_true", help="also the peak memory of a training step")
     add("--list", action="store_true", help="name the chosen cases and stop")
     add("--json", type=Path, metavar="FILE")
@@ -58,7 +59,7 @@ def run(argv: list[str]) -> int:
         return 0
     warnings.filterwarnings("ignore", message=NO_PROJECTION)
     peaks = {threads: _peak(threads) for threads in options.threads}
-    environment = describe_environment(peaks)
+    environment = describe_environment(peaks, options.prepack)
     _show_environment(console, environment, peaks)
     records: list[Record] = []
     failures: list[str] = []
@@ -132,7 +133,7 @@ def _measure(
                     try:
                         record = measure_case(
                             case, mode, threads, peaks[threads],
-                            options.seconds, options.peers, options.memory,
+                            options.seconds, options.peers, options.memory, options.prepack,
                         )  # fmt: skip
                         records.append(record)
                     except Disagreement as failure:
@@ -147,6 +148,9 @@ def _show_environment(console: Console, environment: dict[str, object], peaks: d
     console.print(
         f"{environment['cpu']}, kernels {environment['kernels']}, torch {environment['torch']} "
         f"({environment['capability']}), load {environment['load']}"
+        + ", prepacked" * bool(environment["prepacked"])
     )
+    if environment["variables"]:
+        console.print(f"under {environment['variables']}", markup=False)
     for threads, peak in peaks.items():
         console.print(f"FMA peak, {threads} threads: {peak.gflops:.0f} GF/s ({peak.source})")

@@ -29,11 +29,14 @@ def measure_case(
     seconds: float,
     peers: Sequence[str] = (),
     memory: bool = False,
+    prepack: bool = False,
 ) -> Record:
     """Raises workload.Disagreement, before any timing, where a contender's results are wrong."""
     torch.set_num_threads(threads)
     expected = reference(case, mode)
     rival, subject = Workload(case, nn, mode), Workload(case, fastrnn, mode)
+    if prepack and mode == INFER:
+        fastrnn.prepack(subject.module)
     check(rival, expected)
     check(subject, expected)
     contenders: dict[str, Callable[[], object]] = {RIVAL: rival, SUBJECT: subject}
