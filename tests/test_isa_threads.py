@@ -116,7 +116,7 @@ def work():
         got = m(x)[0]
         torch.autograd.grad(got.sum(), m.weight_hh_l0)
         if not torch.allclose(got, y, atol=1e-5): wrong.append(1)
-threads = [threading.Thread(target=work) for _ in range(6)]
+threads = [threading.Thread(target=work) for _ in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]
 assert not wrong
 """
@@ -151,3 +151,30 @@ for p in pending:
 
 def test_calls_from_inside_other_parallel_work_finish():
     check(script=NESTED)
+
+
+REGION = """
+import ctypes, torch, fastrnn
+torch.set_num_threads(4)
+libraries = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+if not libraries:
+    print("no libgomp"); raise SystemExit(0)
+omp = ctypes.CDLL(libraries.pop())
+m = fastrnn.LSTM(8, 200)
+x = torch.randn(30, 2, 8)
+y = m(x)[0].detach()
+results = []
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def body(_):
+    assert omp.omp_in_parallel()
+    got = m(x)[0]
+    torch.autograd.grad(got.sum(), m.weight_hh_l0)
+    results.append(got.detach())
+omp.GOMP_parallel(body, None, 4, 0)
+assert len(results) == 4, results
+assert all(torch.allclose(got, y, atol=1e-5) for got in results)
+"""
+
+
+def test_calls_from_all_threads_of_a_parallel_region_finish():
+    check(script=REGION)

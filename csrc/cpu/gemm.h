@@ -2,7 +2,6 @@
 // library to serve: few rows (the batch), one block of units at a time, the weights packed into panels
 // that stream. The micro-kernel `tile` is the only code that knows how many registers there are.
 #pragma once
-#include <cstdlib>
 #include <type_traits>
 
 #include "cpu/vector.h"
@@ -198,11 +197,10 @@ void pack(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
 // making: at K = 128 eight to sixteen, at 512 and 1024 about fifty.
 FASTRNN_INLINE bool packing_pays(int64_t rows, int64_t K) { return rows > min<int64_t>(48, 2 + K / 12); }
 
-inline int64_t envrows() {
-  static const int64_t v = getenv("KB") ? atoi(getenv("KB")) : 64;
-  return v;
-}
-#define kRowsWorthPanels envrows()
+// The same for products A W, whose W [K, columns] is read in place at its own stride.
+constexpr int64_t kRowsWorthPanels = 64;
+
+// So few rows go along the rows of W instead of its columns, unless there are many steps.
 constexpr int64_t kFewRows = 3;
 constexpr int64_t kStepsWorthPacking = 8;
 

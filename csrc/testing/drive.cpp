@@ -1,0 +1,169 @@
+// One training step of one layer on the CPU kernels without torch: for other machines (tests/test_aarch64.py)
+// and for counting instructions (benchmarks/instructions.py).
+//
+//   drive CELL f32|f64 T B I H P THREADS [quiet]
+//
+// P is 0 without projection. Prints y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh, a number a
+// line, unless quiet. Array k is filled with value(k, i).
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fastrnn {
+namespace {
+
+// Evenly spread over [-1, 1), the same on every machine.
+double value(uint32_t array, int64_t i) {
+  return static_cast<double>((static_cast<uint32_t>(i) + array * 1000003u) * 2654435761u) / 2147483648.0 - 1;
+}
+
+template <class S>
+std::vector<S> filled(uint32_t array, int64_t count, double scale) {
+  std::vector<S> result(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i)
+    result[static_cast<size_t>(i)] = static_cast<S>(value(array, i) * scale);
+  return result;
+}
+
+void run_threads(int64_t count, void (*body)(void*, int64_t), void* context) {
+  std::vector<std::thread> others;
+  for (int64_t worker = 1; worker < count; ++worker) others.emplace_back(body, context, worker);
+  body(context, 0);
+  for (std::thread& other : others) other.join();
+}
+
+struct Shape {
+  int64_t T, B, I, H, P;
+  bool projected;
+  int threads;
+};
+
+template <class Cell, class S>
+struct Step {
+  static constexpr int64_t G = Cell::kGates, E = Cell::kGradients;
+
+  explicit Step(const Shape& shape) : s(shape) {}
+
+  const Shape s;
+  const int64_t N = s.T * s.B;
+  const Sequence sequence{s.T, s.B, s.B, 1, nullptr, nullptr, nullptr, nullptr};
+  const Parallel parallel{s.threads, run_threads};
+  const std::vector<S> x = filled<S>(1, N* s.I, 1), h0 = filled<S>(2, s.B* s.P, 1),
+                       c0 = filled<S>(3, s.B* s.H, 1), w_ih = filled<S>(4, G* s.H* s.I, 0.3),
+                       w_hh = filled<S>(5, G* s.H* s.P, 0.3), b_ih = filled<S>(6, G* s.H, 1),
+                       b_hh = filled<S>(7, G* s.H, 1), w_hr = filled<S>(8, s.P* s.H, 0.3),
+                       dy = filled<S>(9, N* s.P, 1);
+  std::vector<S> y = filled<S>(0, N* s.P, 0), h_n = filled<S>(0, s.B* s.P, 0), c_n = c0,
+                 saved = filled<S>(0, N* Cell::kSaved* s.H, 0), saved_c = filled<S>(0, N* s.H, 0),
+                 dgates = filled<S>(0, N * E * s.H, 0), dh0 = filled<S>(0, s.B* s.P, 0),
+                 dc0 = filled<S>(0, s.B* s.H, 0), dh = filled<S>(0, N* s.P, 0), dx = filled<S>(0, N* s.I, 0),
+                 dw_ih = filled<S>(0, G* s.H* s.I, 0), dw_hh = filled<S>(0, G* s.H* s.P, 0),
+                 db_ih = filled<S>(0, G* s.H, 0), db_hh = db_ih;
+
+  Weights<S> weights() const {
+    return {.w_ih = {w_ih.data(), s.I},
+            .w_hh = {w_hh.data(), s.P},
+            .b_ih = b_ih.data(),
+            .b_hh = b_hh.data(),
+            .w_hr = s.projected ? Rows<const S>{w_hr.data(), s.H} : Rows<const S>{}};
+  }
+
+  template <class F32, class F64>
+  static constexpr auto pick(F32 f32, F64 f64) {
+    if constexpr (std::is_same_v<S, float>)
+      return f32;
+    else
+      return f64;
+  }
+
+  bool forward(const CellKernels& kernels) {
+    ForwardProblem<S> problem{};
+    problem.sequence = sequence, problem.H = s.H, problem.P = s.P, problem.directions = 1;
+    problem.parallel = parallel, problem.x = {x.data(), s.I}, problem.I = s.I;
+    problem.projected = s.projected;
+    problem.direction[0] = {.weights = weights(),
+                            .h0 = {h0.data(), s.P},
+                            .y = {y.data(), s.P},
+                            .h_n = {h_n.data(), s.P},
+                            .c = {c_n.data(), s.H},
+                            .saved = {saved.data(), Cell::kSaved * s.H},
+                            .saved_c = {saved_c.data(), s.H}};
+    return pick(kernels.forward_f32, kernels.forward_f64)(problem);
+  }
+
+  bool backward(const CellKernels& kernels) {
+    BackwardProblem<S> problem{};
+    problem.sequence = sequence, problem.H = s.H, problem.P = s.P, problem.directions = 1;
+    problem.parallel = parallel;
+    BackwardDirection<S>& d = problem.direction[0];
+    d.weights = weights(), d.dy = {dy.data(), s.P}, d.saved = {saved.data(), Cell::kSaved * s.H};
+    d.saved_c = {saved_c.data(), s.H}, d.y = {y.data(), s.P}, d.h0 = {h0.data(), s.P};
+    d.c0 = {c0.data(), s.H}, d.dgates = {dgates.data(), E * s.H}, d.dh = {dh0.data(), s.P};
+    d.dc = {dc0.data(), s.H};
+    if (s.projected) d.dh_rows = {dh.data(), s.P};
+    return pick(kernels.backward_f32, kernels.backward_f64)(problem);
+  }
+
+  bool products(const CellKernels& kernels) {
+    ProductsProblem<S> problem{};
+    problem.sequence = sequence, problem.H = s.H, problem.P = s.P, problem.directions = 1;
+    problem.parallel = parallel, problem.x = {x.data(), s.I}, problem.dx = {dx.data(), s.I};
+    problem.I = s.I, problem.weights = true;
+    ProductsDirection<S>& d = problem.direction[0];
+    d.weights = weights(), d.dgates = {dgates.data(), E * s.H}, d.y = {y.data(), s.P};
+    d.h0 = {h0.data(), s.P}, d.dw_ih = {dw_ih.data(), s.I}, d.dw_hh = {dw_hh.data(), s.P};
+    d.db_ih = db_ih.data(), d.db_hh = db_hh.data();
+    return pick(kernels.products_f32, kernels.products_f64)(problem);
+  }
+
+  void print() const {
+    for (const auto* array : {&y, &h_n, &c_n, &dgates, &dh0, &dc0, &dx, &dw_ih, &dw_hh, &db_ih, &db_hh})
+      for (const S number : *array) std::printf("%.17g\n", static_cast<double>(number));
+  }
+};
+
+// What callgrind counts (--toggle-collect).
+extern "C" __attribute__((noinline)) bool fastrnn_measured(bool (*call)(void*), void* context) {
+  return call(context);
+}
+
+template <class Cell, class S>
+int drive(const Shape& shape, bool quiet) {
+  Step<Cell, S> step(shape);
+  const bool done = fastrnn_measured(
+      [](void* context) {
+        auto* const step = static_cast<Step<Cell, S>*>(context);
+        const CellKernels& kernels = instruction_set().cells[AllCells::index<Cell>()];
+        return step->forward(kernels) && step->backward(kernels) && step->products(kernels);
+      },
+      &step);
+  if (done && !quiet) step.print();
+  return done ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+int main(int count, char** arguments) {
+  if (count < 9) return 2;
+  const auto number = [&](int i) { return std::strtoll(arguments[i], nullptr, 10); };
+  const bool f64 = !std::strcmp(arguments[2], "f64"), quiet = count > 9;
+  const fastrnn::Shape shape{number(3),
+                             number(4),
+                             number(5),
+                             number(6),
+                             number(7) ? number(7) : number(6),
+                             number(7) != 0,
+                             static_cast<int>(number(8))};
+  int result = 2;
+  fastrnn::AllCells::each([&]<class Cell>() {
+    if (!std::strcmp(arguments[1], Cell::kName))
+      result = f64 ? fastrnn::drive<Cell, double>(shape, quiet) : fastrnn::drive<Cell, float>(shape, quiet);
+  });
+  return result;
+}
