@@ -18,12 +18,20 @@ def describe(record: Record) -> str:
     return f"{record.ratios[RIVAL].median:.2f} ({record.case})"
 
 
+def conditions(environment: dict) -> str:
+    """What was not as on an ordinary run: such figures are honest only together with it."""
+    parts = [f"`{name}={value}`" for name, value in environment.get("variables", {}).items()]
+    parts += ["inference after `fastrnn.prepack`"] * bool(environment.get("prepacked"))
+    parts += [f"beside {environment.get('busy')} busy processes"] * bool(environment.get("busy"))
+    return "".join(f", {part}" for part in parts)
+
+
 def table(results: Results) -> str:
     """Markdown, class by class in the order of the records."""
     environment = results.environment
     lines = [
         f"Measured on {environment['cpu']} ({environment['kernels']} kernels), torch {environment['torch']}, "
-        f"{str(environment['date'])[:10]}.",
+        f"{str(environment['date'])[:10]}{conditions(environment)}.",
         "",
         "| class | threads | shapes | mean | best | worst | slower than torch.nn |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -249,3 +249,21 @@ def test_onnx_runtime_computes_the_same_with_converted_weights(cell, bidirection
     work = workload.Workload(case, nn, INFER)
     outputs = [torch.from_numpy(array) for array in onnx_peer.make_call(work, 1)()]
     workload.agree(case.name, outputs, workload.reference_results(case, INFER))
+
+
+def test_prepacked_and_busy_runs_under_a_held_back_library_say_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "CASES", SMALL[:1])
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    modules = []
+    prepack = fastrnn.prepack
+    monkeypatch.setattr(fastrnn, "prepack", lambda module: modules.append(module) or prepack(module))
+    json = tmp_path / "a.json"
+    argv = ["--seconds", "0", "--threads", "1", "--prepack", "--busy", "1", "--json", str(json)]
+    assert bench.main(argv) == 0
+    environment = Results.load(json).environment
+    assert environment["variables"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert environment["prepacked"] is True
+    assert environment["busy"] == 1
+    assert len(modules) == 1  # inference alone
+    assert "prepacked, 1 busy neighbours" in capsys.readouterr().out
+    assert not any(record.disturbed or record.discarded for record in Results.load(json).records)

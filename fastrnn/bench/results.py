@@ -72,14 +72,13 @@ def _record(entry: dict) -> Record:
     return Record(**{**entry, "ratios": ratios})
 
 
-def describe_environment(peaks: dict[int, Peak], prepacked: bool = False) -> dict[str, object]:
+def describe_environment(peaks: dict[int, Peak]) -> dict[str, object]:
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "kernels": torch.ops.fastrnn.cpu_isa(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "prepacked": prepacked,
         "peaks": {str(threads): asdict(peak) for threads, peak in peaks.items()},
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastrnn.bench.cases import CASES, INFER, TRAIN, Case, smallest_of_each_class
+from fastrnn.bench.neighbours import busy_neighbours
 from fastrnn.bench.peak import Peak, measure_peak
 from fastrnn.bench.plots import plot_ratios
 from fastrnn.bench.results import Record, Results, describe_environment
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
         help="also time these, inference only",
     )
     add("--prepack", action="store_true", help="inference after fastrnn.prepack()")
+    add("--busy", type=int, default=0, metavar="N", help="beside N busy processes; no round is discarded")
     add("--memory", action="store_true", help="also the peak memory of a training step")
     add("--list", action="store_true", help="name the chosen cases and stop")
     add("--json", type=Path, metavar="FILE")
@@ -59,12 +61,13 @@ def run(argv: list[str]) -> int:
         return 0
     warnings.filterwarnings("ignore", message=NO_PROJECTION)
     peaks = {threads: _peak(threads) for threads in options.threads}
-    environment = describe_environment(peaks, options.prepack)
+    environment = describe_environment(peaks) | {"prepacked": options.prepack, "busy": options.busy}
     _show_environment(console, environment, peaks)
     records: list[Record] = []
     failures: list[str] = []
     try:
-        _measure(console, chosen, options, peaks, records, failures)
+        with busy_neighbours(options.busy):
+            _measure(console, chosen, options, peaks, records, failures)
     except KeyboardInterrupt:
         failures.append("interrupted")
     finally:  # what was measured before an error is kept
@@ -134,6 +137,7 @@ def _measure(
                         record = measure_case(
                             case, mode, threads, peaks[threads],
                             options.seconds, options.peers, options.memory, options.prepack,
+                            (lambda: 0.0) if options.busy else None,
                         )  # fmt: skip
                         records.append(record)
                     except Disagreement as failure:
@@ -149,6 +153,7 @@ def _show_environment(console: Console, environment: dict[str, object], peaks: d
         f"{environment['cpu']}, kernels {environment['kernels']}, torch {environment['torch']} "
         f"({environment['capability']}), load {environment['load']}"
         + ", prepacked" * bool(environment["prepacked"])
+        + f", {environment['busy']} busy neighbours" * bool(environment["busy"])
     )
     if environment["variables"]:
         console.print(f"under {environment['variables']}", markup=False)

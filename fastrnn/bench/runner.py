@@ -30,6 +30,7 @@ def measure_case(
     peers: Sequence[str] = (),
     memory: bool = False,
     prepack: bool = False,
+    others_cpu: Callable[[], float] | None = None,
 ) -> Record:
     """Raises workload.Disagreement, before any timing, where a contender's results are wrong."""
     torch.set_num_threads(threads)
@@ -42,7 +43,7 @@ def measure_case(
     contenders: dict[str, Callable[[], object]] = {RIVAL: rival, SUBJECT: subject}
     if mode == INFER:
         contenders |= {name: call for name in peers if (call := _peer(name, rival, threads, expected))}
-    timing = paired(contenders, SUBJECT, seconds)
+    timing = paired(contenders, SUBJECT, seconds, others_cpu)
     gflops = case.flops(mode) / timing.seconds[SUBJECT] / 1e9
     attainable = peak.gflops / (2 if case.dtype == torch.float64 else 1)
     return Record(
