@@ -220,11 +220,11 @@ FASTRNN_INLINE V<S> sums(V<S>* v) {
 // Rows of A that share the loads of W: four sums for each, beside A's and one of W's registers.
 constexpr int kDotRows = kRegisters == 32 ? 6 : 3;
 
-// C[MR, kLanes] (+)= A[MR, K] W[kLanes, K]^T. Of W only `rows` rows are read, a few at a time, because the
-// processor does not fetch sixteen streams ahead.
+// C[MR, kLanes] (+)= A[MR, K] W[kLanes, K]^T. Of W only `rows` rows are read: all at a time for one row of
+// A, which leaves registers for their sums, otherwise four, which share the loads with all rows of A.
 template <int MR, class S>
 void dots(Rows<const S> a, Rows<const S> w, int64_t K, int rows, S* c, int64_t ldc, bool accumulate) {
-  constexpr int L = kLanes<S>, kTogether = MR == 1 && L >= 8 ? 8 : L < 4 ? L : 4;
+  constexpr int L = kLanes<S>, kTogether = MR == 1 || L < 4 ? L : 4;
   V<S> total[MR][L];
   for (int first = 0; first < L; first += kTogether) {
     const S *row[kTogether], *ahead[kTogether];
@@ -238,8 +238,10 @@ void dots(Rows<const S> a, Rows<const S> w, int64_t K, int rows, S* c, int64_t l
       for (int i = 0; i < MR; ++i) x[i] = io(a[i] + k);
       for (int j = 0; j < kTogether; ++j) {
         V<S> weights = io(row[j] + k);
-        __builtin_prefetch(ahead[j] + k);
-        if constexpr (MR > 1) FASTRNN_KEEP(weights);
+        if constexpr (MR > 1) {
+          __builtin_prefetch(ahead[j] + k);
+          FASTRNN_KEEP(weights);
+        }
         for (int i = 0; i < MR; ++i) acc[i][j] += x[i] * weights;
       }
     };
