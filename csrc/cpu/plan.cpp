@@ -12,7 +12,7 @@ namespace {
 // Rough costs of a Zen class core; the choice between two plans needs their order only.
 constexpr double kFlopsPerNs = 100;    // fp32 multiply-adds in tiles, counted twice
 constexpr double kL2BytesPerNs = 75, kL3BytesPerNs = 30;
-constexpr double kForkNs = 60000;  // waking the other threads, twice a call, and what they lose when busy
+constexpr double kForkNs = 60000;      // waking the other threads, and what they lose when busy
 // One meeting of a team: 700 ns for two threads, measured. For more it is reasoned, not measured: everybody
 // adds to one counter, and its cache line takes about 100 ns from core to core.
 constexpr double kMeetNs = 500, kMeetNsEach = 100;
