@@ -17,6 +17,7 @@
 #include "common/schemas.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
+#include "cuda/describe.h"
 
 extern "C" PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
@@ -43,12 +44,24 @@ std::vector<int64_t> cpu_plan(int64_t T, int64_t B, int64_t units, int64_t K, in
   return {plan.teams, plan.parts};
 }
 
+// How a CUDA device with so many multiprocessors and bytes of shared memory a block runs a scan. numbers:
+// bf16, f16, tf32, f32 or f64.
+std::string cuda_plan(bool forward, std::string numbers, int64_t gates, int64_t T, int64_t B, int64_t H,
+                      int64_t directions, bool projected, int64_t multiprocessors, int64_t shared_bytes) {
+  const ScanSizes sizes{static_cast<int>(H), static_cast<int>(B), static_cast<int>(directions)};
+  return describe_cuda(forward, numbers, static_cast<int>(gates), T, sizes, projected,
+                       {static_cast<int>(multiprocessors), static_cast<int>(shared_bytes)});
+}
+
 }  // namespace
 }  // namespace fastrnn
 
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_plan(int T, int B, int units, int K, int gates, int directions, int element_bytes) -> int[]");
+  m.def(
+      "cuda_plan(bool forward, str numbers, int gates, int T, int B, int H, int directions, bool projected, "
+      "int multiprocessors, int shared_bytes) -> str");
   fastrnn::AllCells::each([&]<class Cell>() {
     m.def((std::string(Cell::kName) + fastrnn::kForward).c_str());
     m.def((std::string(Cell::kName) + "_backward" + fastrnn::kBackward).c_str());
@@ -59,4 +72,5 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&fastrnn::cpu_isa));
   m.impl("cpu_plan", TORCH_BOX(&fastrnn::cpu_plan));
+  m.impl("cuda_plan", TORCH_BOX(&fastrnn::cuda_plan));
 }

@@ -90,15 +90,6 @@ struct ExchangeMemory {
   }
 };
 
-/// Why a call does not take the persistent kernels, or "".
-template <class S>
-const char* no_persistent_reason(const Sequence& sequence, bool projected) {
-  if (std::is_same_v<S, double>) return "float64 has no persistent kernels";
-  if (projected) return "a projection has no persistent kernels";
-  if (sequence.T < 2) return "one step does not repay keeping the weights";
-  return "";
-}
-
 template <class Device, class Cell>
 class Driver {
  public:
@@ -155,7 +146,7 @@ class Driver {
 
   template <class S, class Problem>
   Choice persistent(const Problem& problem, bool forward, Arithmetic arithmetic, bool projected) const {
-    if (*no_persistent_reason<S>(problem.sequence, projected)) return {};
+    if (*no_persistent_reason(std::is_same_v<S, double>, projected, problem.sequence.T)) return {};
     const ScanSizes sizes{int(problem.H), int(problem.sequence.B), problem.directions};
     return choose(forward, arithmetic, G, sizes, device_.limits);
   }

@@ -134,6 +134,14 @@ FASTRNN_PLAIN Geometry fit(const Shape& shape, Arithmetic arithmetic, int rows_p
   return fits ? g : Geometry{};
 }
 
+/// Why a call takes the path of single steps, whatever its sizes, or "".
+FASTRNN_PLAIN const char* no_persistent_reason(bool float64, bool projected, int64_t T) {
+  if (float64) return "float64 has no persistent kernels";
+  if (projected) return "a projection has no persistent kernels";
+  if (T < 2) return "one step does not repay keeping W_hh";
+  return "";
+}
+
 struct Choice {
   Form form;
   Geometry geometry;
