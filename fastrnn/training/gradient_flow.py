@@ -111,7 +111,7 @@ class GradientFlow(L.Callback):
 
     def effort(self) -> str:
         """How the records were made, and what they cost."""
-        return f"{len(self.records)} records; {100 * self.cost:.1f} % of the training time."
+        return f"{len(self.records)} records; {100 * self.cost:.2g} % of the training time."
 
     def stacked(self, loss: str, quantity: str) -> np.ndarray:
         """Norms [records, K]; shorter records are filled with NaN."""
