@@ -136,6 +136,18 @@ def test_records_are_of_the_training_step_itself(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(found[key]), norms)
 
 
+def test_a_test_of_an_early_checkpoint_leaves_the_records_alone(text: TextData, tmp_path: Path) -> None:
+    flow = GradientFlow(every_n_steps=2)
+    run = trainer(tmp_path, flow, max_steps=3)
+    model = language_model(text)
+    run.fit(model, datamodule=text)
+    run.save_checkpoint(tmp_path / "early.ckpt")
+    run.fit_loop.epoch_loop.max_steps = 5
+    run.fit(model, datamodule=text, ckpt_path=tmp_path / "early.ckpt")
+    run.test(model, datamodule=text, ckpt_path=tmp_path / "early.ckpt")
+    assert [r["step"] for r in flow.records] == [0, 2, 4]
+
+
 def test_a_torch_stack_has_parameter_norms_alone(text: TextData, tmp_path: Path) -> None:
     flow = GradientFlow()
     trainer(tmp_path, flow, max_steps=1).fit(language_model(text, "torch"), datamodule=text)
