@@ -433,12 +433,18 @@ def _previous_index(batch_sizes: Tensor, B: int, N: int, direction: int) -> Tens
     """For each packed row, where its previous one lies in (h0, y)."""
     T = batch_sizes.shape[0]
     first = batch_sizes.cumsum(0) - batch_sizes
-    t = torch.repeat_interleave(torch.arange(T), batch_sizes, output_size=N)
-    b = torch.arange(N) - first[t]
+    t, b = packed_places(batch_sizes, N)
     before = t - 1 if direction == 0 else t + 1
     inside = before.clamp(0, T - 1)
     exists = (before == inside) & (b < batch_sizes[inside])
     return torch.where(exists, B + first[inside] + b, b)
+
+
+def packed_places(batch_sizes: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """The step of each packed row and its place in that step, both [N]."""
+    first = batch_sizes.cumsum(0) - batch_sizes
+    t = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes, output_size=N)
+    return t, torch.arange(N) - first[t]
 
 
 class Weights(NamedTuple):
@@ -472,7 +478,7 @@ def scan(
         y, h_n, c_n, _, c = _scan_function().apply(
             name, sequence.batch_first, bool(weights.b_ih), bool(weights.w_hr), *options, *tensors
         )
-        if listener is not None:
+        if listener is not None and y.grad_fn is not None:
             y.grad_fn.listener = listener  # the ctx of Scan.backward
     else:
         y, h_n, c_n, _, c = _FORWARD[name](x, h0, c0, *weights, *options, sequence.batch_first, all_c)
