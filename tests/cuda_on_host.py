@@ -25,7 +25,12 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 # Never with a sanitizer: what is done behind the kernels' back is not for it to see.
-RUNTIME = {"testing/fiber.cpp": "-O2", "testing/cuda_on_host.cpp": "-O2", "testing/cuda_module.cpp": "-O0"}
+RUNTIME = {
+    "testing/fiber.cpp": "-O2",
+    "testing/cuda_on_host.cpp": "-O2",
+    "testing/cuda_launch.cpp": "-O2",
+    "testing/cuda_module.cpp": "-O0",
+}
 KERNELS = ["testing/primitives.cpp"]
 
 SCHEDULES = [
@@ -92,13 +97,18 @@ def environment(sanitizer: str, module: Path) -> dict[str, str]:
         "PYTHONMALLOC": "malloc",
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",  # Python leaves much behind
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=98",
-        "TSAN_OPTIONS": "exitcode=66",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
     }
 
 
+def test_command(*arguments: str) -> list[str]:
+    """What a sanitizer has to say goes past pytest, or it would be lost where it ends the program."""
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *arguments]
+
+
 def main(sanitizer: str, *arguments: str) -> int:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, env=environment(sanitizer, build(sanitizer)), check=False).returncode
+    environ = environment(sanitizer, build(sanitizer))
+    return subprocess.run(test_command(*arguments), env=environ, check=False).returncode
 
 
 if __name__ == "__main__":

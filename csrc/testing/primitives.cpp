@@ -59,7 +59,9 @@ void relay(uint32_t* values, unsigned blocks, unsigned threads, int steps, bool 
 
 float unset_memory() {
   float found = 0;
-  run({1, 32, 4}, [&] { found = *dev::shared<float>(0); });
+  run({1, 32, 4}, [&] {
+    if (threadIdx.x == 0) found = *dev::shared<float>(0);
+  });
   return found;
 }
 
@@ -112,7 +114,7 @@ const std::map<std::string, Fault> kFaults = {
       }}},
     {"shared memory overrun", {false, [](uint32_t*, float*) { dev::shared<float>(0)[threadIdx.x + 1] = 1; }}},
     {"misaligned shared memory", {false, [](uint32_t*, float*) { dev::shared<float>(4); }}},
-    {"shared memory beyond its end", {false, [](uint32_t*, float*) { dev::shared<float>(256); }}},
+    {"shared memory beyond its end", {false, [](uint32_t*, float*) { dev::shared<float>(272); }}},
     {"misaligned load",
      {false, [](uint32_t*, float* global) { dev::load_l2(reinterpret_cast<const uint4*>(global + 2)); }}},
     {"operand not rounded",
