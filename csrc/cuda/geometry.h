@@ -38,9 +38,9 @@ struct Shape {
   FASTRNN_PLAIN int threads() const { return 32 * warps; }
 };
 
-// A thread of 8 warps can have 255 registers, one of 16 warps 128. Weights take so many of 8 that the rest is
+// A thread of 8 warps can have 255 registers, one of 12 warps 168. Weights take so many of 8 that the rest is
 // enough for what a step reads: float32 without tensor cores has more of that.
-FASTRNN_PLAIN int resident_tiles(Arithmetic a) { return a == Arithmetic::kF32 ? 8 : 12; }
+FASTRNN_PLAIN int resident_tiles(Arithmetic a) { return a == Arithmetic::kF32 ? 6 : 12; }
 /// The kernels that there are.
 enum class Form {
   kNone,
@@ -54,7 +54,7 @@ FASTRNN_PLAIN Shape shape_of(Form form, Arithmetic a, int gates) {
   const int tiles = resident_tiles(a);
   switch (form) {
     case Form::kSingle:
-      return {16, 3, tiles / 6, 3};
+      return {12, 4, tiles / 6, 4};
     case Form::kSplit:
       return gates == 3 ? Shape{8, 3, tiles / 3, 4} : Shape{8, 2, tiles / 2, 4};
     case Form::kWide:

@@ -66,11 +66,15 @@ struct TensorCore : Numbers<TensorCore<S>, S> {
     return load(reinterpret_cast<const uint4*>(columns + lane / 4 * stride) + lane % 4);
   }
 
-  template <class Load>
-  __device__ static void add(float (&sum)[kAccumulators], const Tile& w, const Columns& c, const char*, int,
-                             int, Load) {
-    multiply(sum, {w[0], w[1], w[2], w[3]}, {c.x, c.y});
-    multiply(sum, {w[4], w[5], w[6], w[7]}, {c.z, c.w});
+  /// Adds the products of row tiles, one below the other, with the columns.
+  template <int kTiles, class Load>
+  __device__ static void add(float (&sums)[kTiles][kAccumulators], const Tile (&w)[kTiles], const Columns& c,
+                             const char*, int, int, Load) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      multiply(sums[m], {w[m][0], w[m][1], w[m][2], w[m][3]}, {c.x, c.y});
+      multiply(sums[m], {w[m][4], w[m][5], w[m][6], w[m][7]}, {c.z, c.w});
+    }
   }
 
  private:
@@ -106,16 +110,18 @@ struct Ffma : Numbers<Ffma, float> {
     return {};
   }
 
-  template <class Load>
-  __device__ static void add(float (&sum)[kAccumulators], const Tile& w, const Columns&, const char* columns,
-                             int stride, int lane, Load load) {
+  template <int kTiles, class Load>
+  __device__ static void add(float (&sums)[kTiles][kAccumulators], const Tile (&w)[kTiles], const Columns&,
+                             const char* columns, int stride, int lane, Load load) {
 #pragma unroll
     for (int c = 0; c < kTileColumns; ++c) {
       const uint4* from = reinterpret_cast<const uint4*>(columns + c * stride) + lane / 16 * 2;
       const uint4 low = load(from), high = load(from + 1);
       const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[c] += dev::as_float(w[i]) * dev::as_float(words[i]);
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < kTileWords; ++i) sums[m][c] += dev::as_float(w[m][i]) * dev::as_float(words[i]);
     }
   }
 };

@@ -93,6 +93,14 @@ __global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).
     if (step > 0) recur(step - 1);
 
     float dgates[kShape.pairs][Cell::kGradients];
+    // What no other block waits for: said to have arrived before it is stored.
+    const auto keep = [&](int i) {
+      const int pair = thread + i * kShape.threads(), b = pair / place.units;
+      if (pair >= pairs || b >= active) return;
+      S* const to = d.dgates[sequence.row(t, place.first_row + b)] + place.first_unit + pair % place.units;
+#pragma unroll
+      for (int e = 0; e < Cell::kGradients; ++e) to[e * H] = store<S>(dgates[i][e]);
+    };
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
       const int pair = thread + i * kShape.threads(), b = pair / place.units, unit = pair % place.units;
@@ -105,18 +113,12 @@ __global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).
 #pragma unroll
       for (int gate = 0; gate < G; ++gate)
         to[gate * gate_numbers] = M::element(zero ? 0.f : dgates[i][Cell::recurrent(gate)]);
+      if constexpr (kOneBlock) keep(i);
     }
     exchange.arrive();
-
-    // Nobody waits for these.
+    if constexpr (!kOneBlock)
 #pragma unroll
-    for (int i = 0; i < kShape.pairs; ++i) {
-      const int pair = thread + i * kShape.threads(), b = pair / place.units;
-      if (pair >= pairs || b >= active) continue;
-      S* const to = d.dgates[sequence.row(t, place.first_row + b)] + place.first_unit + pair % place.units;
-#pragma unroll
-      for (int e = 0; e < Cell::kGradients; ++e) to[e * H] = store<S>(dgates[i][e]);
-    }
+      for (int i = 0; i < kShape.pairs; ++i) keep(i);
   }
 
   if (sequence.T > 0) recur(sequence.T - 1);

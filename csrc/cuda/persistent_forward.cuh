@@ -94,6 +94,18 @@ __global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).
     __syncthreads();
 
     float saved[kShape.pairs][larger(Cell::kSaved, 1)];
+    // What no other block waits for: said to have arrived before it is stored.
+    const auto keep = [&](int i) {
+      const int pair = thread + i * kShape.threads(), b = pair / place.units;
+      if (pair >= pairs || b >= active) return;
+      const int j = place.first_unit + pair % place.units;
+      const int64_t row = sequence.row(t, place.first_row + b);
+      d.y[row][j] = store<S>(h[pair]);
+      if (d.saved)
+#pragma unroll
+        for (int s = 0; s < Cell::kSaved; ++s) d.saved[row][s * H + j] = store<S>(saved[i][s]);
+      if (Cell::kCellState && d.saved_c) d.saved_c[row][j] = store<S>(c[pair]);
+    };
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
       const int pair = thread + i * kShape.threads(), b = pair / place.units, unit = pair % place.units;
@@ -112,22 +124,12 @@ __global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).
         c[pair] = cell_state;
       }
       publish(step + 1, b, unit, h[pair]);
+      if constexpr (kOneBlock) keep(i);
     }
     exchange.arrive();
-
-    // Nobody waits for these.
+    if constexpr (!kOneBlock)
 #pragma unroll
-    for (int i = 0; i < kShape.pairs; ++i) {
-      const int pair = thread + i * kShape.threads(), b = pair / place.units;
-      if (pair >= pairs || b >= active) continue;
-      const int j = place.first_unit + pair % place.units;
-      const int64_t row = sequence.row(t, place.first_row + b);
-      d.y[row][j] = store<S>(h[pair]);
-      if (d.saved)
-#pragma unroll
-        for (int s = 0; s < Cell::kSaved; ++s) d.saved[row][s * H + j] = store<S>(saved[i][s]);
-      if (Cell::kCellState && d.saved_c) d.saved_c[row][j] = store<S>(c[pair]);
-    }
+      for (int i = 0; i < kShape.pairs; ++i) keep(i);
   }
 
   for (int pair = thread; pair < pairs; pair += kShape.threads()) {

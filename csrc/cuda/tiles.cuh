@@ -85,9 +85,7 @@ class WarpTiles {
 #pragma unroll
     for (int c = 0; c < kShape.resident; ++c)
       if (chunk(c) < g_.chunks)
-#pragma unroll
-        for (int m = 0; m < kShape.row_tiles; ++m)
-          M::add(sums[m], resident_[c][m], columns[c], at + chunk(c) * kChunkBytes, g_.stride(), lane_, load);
+        M::add(sums, resident_[c], columns[c], at + chunk(c) * kChunkBytes, g_.stride(), lane_, load);
   }
 
   template <class Load>
@@ -97,13 +95,15 @@ class WarpTiles {
       if (k >= g_.chunks) return;
       const char* const from = at + k * kChunkBytes;
       const typename M::Columns columns = M::fetch(from, g_.stride(), lane_, load);
+      Tile tiles[kShape.row_tiles];
 #pragma unroll
       for (int m = 0; m < kShape.row_tiles; ++m) {
-        const uint4* const tile = spilled_ + (c * kShape.row_tiles + m) * 64 + lane_;
-        const uint4 low = tile[0], high = tile[32];
-        const Tile words = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        M::add(sums[m], words, columns, from, g_.stride(), lane_, load);
+        const uint4* const words = spilled_ + (c * kShape.row_tiles + m) * 64 + lane_;
+        const uint4 low = words[0], high = words[32];
+        tiles[m][0] = low.x, tiles[m][1] = low.y, tiles[m][2] = low.z, tiles[m][3] = low.w;
+        tiles[m][4] = high.x, tiles[m][5] = high.y, tiles[m][6] = high.z, tiles[m][7] = high.w;
       }
+      M::add(sums, tiles, columns, from, g_.stride(), lane_, load);
     }
   }
 
