@@ -110,6 +110,9 @@ def test_compare_shows_runs_side_by_side(
     assert main(["compare", *runs, "--metric=rmse", f"--out={tmp_path}/both.png"]) == 0
     shown = capsys.readouterr().out
     assert all(run in shown for run in runs)
+    assert re.search(
+        r"torch/version_0 beside .*train/rmse is \S+ away on average; it took [\d.]+ times as long", shown
+    )
     assert (tmp_path / "both.png").stat().st_size > 1000
     assert main(["compare", str(tmp_path)]) == 2
     assert "has no metrics.csv" in capsys.readouterr().err
