@@ -53,6 +53,8 @@ def test_validate_test_and_predict_take_a_checkpoint(
     run = tmp_path / "shakespeare/version_0"
     assert list((run / "tensorboard").glob("events.*"))
     best = f"--ckpt_path={run}/checkpoints/best.ckpt"
+    assert main(["test", *given]) == 2
+    assert "test needs --ckpt_path" in capsys.readouterr().err
     assert main(["validate", *given, *quiet, best]) == 0
     assert main(["test", *given, *quiet, best]) == 0
     prompts = "--data.prompts=['line', 'text']"
