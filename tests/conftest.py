@@ -1,10 +1,12 @@
 """What the core tests share: the internals of the extension as a module, and a fixed random state."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import cuda_on_host
 import pytest
 import torch
 
@@ -32,6 +34,12 @@ def build_internals():
 @pytest.fixture(scope="session")
 def internals():
     return build_internals()
+
+
+@pytest.fixture(scope="session")
+def on_host():
+    """The CUDA kernels on the CPU."""
+    return cuda_on_host.load(os.environ.get(cuda_on_host.MODULE) or cuda_on_host.build())
 
 
 @pytest.fixture(autouse=True)

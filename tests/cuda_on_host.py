@@ -1,0 +1,115 @@
+"""The CUDA kernels on the CPU: builds the module fastrnn_cuda_on_host of csrc/testing, with or without a
+sanitizer, and runs tests with it.
+
+    python tests/cuda_on_host.py {plain,address,thread} PYTEST-ARGUMENTS
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "cuda_on_host"
+MODULE = "FASTRNN_CUDA_ON_HOST"  # in the environment: the module to test, if it is not to be built
+
+CXX = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SANITIZERS = {
+    "plain": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+# Never with a sanitizer: what is done behind the kernels' back is not for it to see.
+RUNTIME = {
+    "testing/fiber.cpp": "-O2",
+    "testing/cuda_on_host.cpp": "-O2",
+    "testing/cuda_launch.cpp": "-O2",
+    "testing/cuda_module.cpp": "-O0",
+}
+KERNELS = ["testing/primitives.cpp"]
+
+SCHEDULES = [
+    ("fifo", 0),
+    ("lifo", 0),
+    *(("random", seed) for seed in range(3)),
+    *(("starve", seed) for seed in range(3)),
+]
+
+
+def run(command):
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(" ".join(map(str, command)) + "\n" + done.stderr)
+
+
+def up_to_date(target: Path) -> bool:
+    """Whether the object is newer than everything that it was compiled from."""
+    rule = target.with_suffix(".d")
+    if not (target.exists() and rule.exists()):
+        return False
+    sources = [Path(s) for s in rule.read_text().replace("\\\n", " ").split(":", 1)[1].split()]
+    return all(s.exists() and s.stat().st_mtime < target.stat().st_mtime for s in sources)
+
+
+def build(sanitizer: str = "plain", csrc: Path = CSRC, out: Path = BUILD, optimize: str = "-O2") -> Path:
+    """Compiles what has changed, and returns the module."""
+    import pybind11
+
+    includes = [f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    out.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: str, flags: list[str], suffix: str) -> Path:
+        target = out / f"{Path(source).stem}{suffix}.o"
+        if not up_to_date(target):
+            run([CXX, *FLAGS, *flags, *includes, "-MMD", "-c", csrc / source, "-o", target])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [pool.submit(compiled, s, [o], "") for s, o in RUNTIME.items()]
+        flags = [optimize, *SANITIZERS[sanitizer]]
+        objects += [pool.submit(compiled, s, flags, f"-{sanitizer}{optimize}") for s in KERNELS]
+    objects = [o.result() for o in objects]
+    module = out / f"fastrnn_cuda_on_host-{sanitizer}.so"
+    if not module.exists() or any(o.stat().st_mtime > module.stat().st_mtime for o in objects):
+        run([CXX, "-shared", *objects, *SANITIZERS[sanitizer], "-o", module])
+    return module
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location("fastrnn_cuda_on_host", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment(sanitizer: str, module: Path) -> dict[str, str]:
+    """For a Python that is to load the module: the sanitizer's runtime must be there before its allocator."""
+    names = {"plain": [], "address": ["asan", "ubsan", "stdc++"], "thread": ["tsan", "stdc++"]}[sanitizer]
+    find = lambda name: subprocess.check_output([CXX, f"-print-file-name=lib{name}.so"], text=True).strip()  # noqa: E731
+    return os.environ | {
+        MODULE: str(module),
+        "LD_PRELOAD": " ".join(map(find, names)),
+        "PYTHONMALLOC": "malloc",
+        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",  # Python leaves much behind
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=98",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+    }
+
+
+def test_command(*arguments: str) -> list[str]:
+    """What a sanitizer has to say goes past pytest, or it would be lost where it ends the program."""
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *arguments]
+
+
+def main(sanitizer: str, *arguments: str) -> int:
+    environ = environment(sanitizer, build(sanitizer))
+    return subprocess.run(test_command(*arguments), env=environ, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
