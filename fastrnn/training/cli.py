@@ -62,9 +62,13 @@ class SequenceCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """All objects; a checkpoint to be used, not trained on, decides how data is numbered."""
-        super().instantiate_classes()
         checkpoint = self._get(self.config, "ckpt_path")
-        if self.subcommand != "fit" and checkpoint:
+        if self.subcommand != "fit" and not checkpoint:
+            raise InputError(
+                f"{self.subcommand} needs --ckpt_path: a model that was never trained says nothing"
+            )
+        super().instantiate_classes()
+        if self.subcommand != "fit":
             saved = AtomicCheckpoints().load_checkpoint(checkpoint)
             spec = saved.get("hyper_parameters", {}).get("spec", {})
             self.datamodule.adopt(spec)

@@ -53,6 +53,8 @@ def test_validate_test_and_predict_take_a_checkpoint(
     run = tmp_path / "shakespeare/version_0"
     assert list((run / "tensorboard").glob("events.*"))
     best = f"--ckpt_path={run}/checkpoints/best.ckpt"
+    assert main(["test", *given]) == 2
+    assert "test needs --ckpt_path" in capsys.readouterr().err
     assert main(["validate", *given, *quiet, best]) == 0
     assert main(["test", *given, *quiet, best]) == 0
     prompts = "--data.prompts=['line', 'text']"
@@ -110,6 +112,9 @@ def test_compare_shows_runs_side_by_side(
     assert main(["compare", *runs, "--metric=rmse", f"--out={tmp_path}/both.png"]) == 0
     shown = capsys.readouterr().out
     assert all(run in shown for run in runs)
+    assert re.search(
+        r"torch/version_0 beside .*train/rmse is \S+ away on average; it took [\d.]+ times as long", shown
+    )
     assert (tmp_path / "both.png").stat().st_size > 1000
     assert main(["compare", str(tmp_path)]) == 2
     assert "has no metrics.csv" in capsys.readouterr().err
