@@ -74,7 +74,7 @@ def build(sanitizer: str = "plain", csrc: Path = CSRC, out: Path = BUILD, optimi
         flags = [optimize, *SANITIZERS[sanitizer]]
         objects += [pool.submit(compiled, s, flags, f"-{sanitizer}{optimize}") for s in KERNELS]
     objects = [o.result() for o in objects]
-    module = out / f"fastrnn_cuda_on_host-{sanitizer}.so"
+    module = out / f"fastrnn_cuda_on_host-{sanitizer}{optimize}.so"
     if not module.exists() or any(o.stat().st_mtime > module.stat().st_mtime for o in objects):
         run([CXX, "-shared", *objects, *SANITIZERS[sanitizer], "-o", module])
     return module
