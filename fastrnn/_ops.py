@@ -4,7 +4,7 @@ The operators do what torch cannot do in parallel, the scan over time; all gradi
 ordinary torch products around them, so that autograd, vmap and torch.compile treat those natively.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ def _register_fakes(name: str) -> None:
     @torch.library.register_fake(f"fastrnn::{name}_backward")
     def _(
         dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, batch_sizes, lengths,
-        reset, batch_first,
+        reset, batch_first, keep,
     ):  # fmt: skip
         D, B, P = h0.shape
         N, H = y.shape[0], w_hh[0].shape[0] // cell.gates
@@ -59,7 +59,8 @@ def _register_fakes(name: str) -> None:
             h0.new_empty(D, N, cell.gradients * H),
             h0.new_empty(D, B, P),
             h0.new_empty(D, B, H) if cell.has_c else h0.new_empty(0),
-            h0.new_empty(D, N, P) if w_hr else h0.new_empty(0),
+            h0.new_empty(D, N, P) if w_hr or keep else h0.new_empty(0),
+            h0.new_empty(D, N, H) if cell.has_c and keep else h0.new_empty(0),
         )
 
     @torch.library.register_fake(f"fastrnn::{name}_products")
@@ -107,6 +108,7 @@ class Scan(torch.autograd.Function):
         y, _, _, saved, saved_c = output
         D = h0.shape[0]
         ctx.options = name, batch_first, bias, projected, D
+        ctx.listener = None  # of the gradients of the states: see scan()
         ctx.set_materialize_grads(False)
         w_ih, w_hh, _, _, w_hr = _split(tuple(weights), D, bias, projected)
         ctx.save_for_backward(batch_sizes, lengths, reset, saved, saved_c, y, x, h0, c0, *w_ih, *w_hh, *w_hr)
@@ -121,13 +123,16 @@ class Scan(torch.autograd.Function):
             dc_n = dsaved_c = None
         if not cell.saved:
             dsaved = None
+        keep = ctx.listener is not None
         arguments = (
-            name, batch_first, projected, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c,
+            name, batch_first, keep, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c,
             saved, saved_c, y, h0, c0, *recurrent_weights,
         )  # fmt: skip
         needed = _is_dual() or _needs_function(arguments[3:])
         function = _backward_function().apply if needed else ScanBackward.forward
-        dgates, dh0, dc0, dh = function(*arguments)
+        dgates, dh0, dc0, dh, dc = function(*arguments)
+        if keep:
+            ctx.listener(dh.detach(), dc.detach())
 
         wants_x, _, _, *wants_weights = ctx.needs_input_grad[7:]
         wants = _split(tuple(wants_weights), D, bias, projected)
@@ -177,7 +182,7 @@ def _replaced(tensors: Iterable[Maybe], positions: list[int], by: Iterable[Tenso
 
 def _reference_backward(options: tuple, saved: Iterable[Maybe], varying: list[int]):
     """The reference as a function of some of the tensors of a ScanBackward, the others as they were saved."""
-    name, batch_first = options
+    name, batch_first, keep = options
     batch_sizes, lengths, reset, *tensors = saved
     sequence = Sequence(batch_first, batch_sizes, lengths, reset)
 
@@ -186,7 +191,7 @@ def _reference_backward(options: tuple, saved: Iterable[Maybe], varying: list[in
         y, h0 = full[7:9]
         D = h0.shape[0]
         layout = sequence.layout(y.shape[0], h0.shape[1])
-        return reference.backward(CELLS[name], layout, *full[:10], full[10 : 10 + D], full[10 + D :])
+        return reference.backward(CELLS[name], layout, *full[:10], full[10 : 10 + D], full[10 + D :], keep)
 
     return function
 
@@ -205,22 +210,22 @@ class EagerScan(Scan):
 
 
 class ScanBackward(torch.autograd.Function):
-    """(dgates, dh0, dc0, dh) of one layer; its own derivative is that of the reference."""
+    """(dgates, dh0, dc0, dh, dc) of one layer; its own derivative is that of the reference."""
 
     @staticmethod
     def forward(
-        name, batch_first, projected, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c, saved,
+        name, batch_first, keep, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c, saved,
         saved_c, y, h0, c0, *weights,
     ):  # fmt: skip
         D = h0.shape[0]
         return _BACKWARD[name](
             dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, weights[:D], weights[D:],
-            batch_sizes, lengths, reset, batch_first,
+            batch_sizes, lengths, reset, batch_first, keep,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.options = inputs[:2]
+        ctx.options = inputs[:3]
         ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
@@ -232,17 +237,17 @@ class ScanBackward(torch.autograd.Function):
         return (None,) * 6 + tuple(_replaced([None] * len(tensors), present, vjp(tuple(gradients))))
 
     @staticmethod
-    def vmap(info, in_dims, name, batch_first, projected, *args):
+    def vmap(info, in_dims, name, batch_first, keep, *args):
         V, dims = info.batch_size, in_dims[3:]
         if any(a is not None for a in args[:3]) or any(d is not None for d in dims[13:]):
-            return _one_by_one(_backward_function(), V, (name, batch_first, projected), args, dims)
+            return _one_by_one(_backward_function(), V, (name, batch_first, keep), args, dims)
         dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0 = (
             _front(a, d, V) for a, d in zip(args[3:13], dims[3:13], strict=True)
         )
         B = h0.shape[2]
         saves = [_fold_saved(t, B, batch_first) for t in (dsaved, dsaved_c, saved, saved_c)]
-        dgates, dh0, dc0, dh = _backward_function().apply(
-            name, batch_first, projected, None, None, None, _fold_rows(dy, B, batch_first),
+        dgates, dh0, dc0, dh, dc = _backward_function().apply(
+            name, batch_first, keep, None, None, None, _fold_rows(dy, B, batch_first),
             _fold_state(dh_n), _fold_state(dc_n), *saves, _fold_rows(y, B, batch_first), _fold_state(h0),
             _fold_state(c0), *args[13:],
         )  # fmt: skip
@@ -251,6 +256,7 @@ class ScanBackward(torch.autograd.Function):
             _unfold_state(dh0, V),
             _unfold_state(dc0, V),
             _unfold_saved(dh, V, B, batch_first),
+            _unfold_saved(dc, V, B, batch_first),
         )
         return outputs, tuple(0 if o.dim() > 1 else None for o in outputs)
 
@@ -427,12 +433,18 @@ def _previous_index(batch_sizes: Tensor, B: int, N: int, direction: int) -> Tens
     """For each packed row, where its previous one lies in (h0, y)."""
     T = batch_sizes.shape[0]
     first = batch_sizes.cumsum(0) - batch_sizes
-    t = torch.repeat_interleave(torch.arange(T), batch_sizes, output_size=N)
-    b = torch.arange(N) - first[t]
+    t, b = packed_places(batch_sizes, N)
     before = t - 1 if direction == 0 else t + 1
     inside = before.clamp(0, T - 1)
     exists = (before == inside) & (b < batch_sizes[inside])
     return torch.where(exists, B + first[inside] + b, b)
+
+
+def packed_places(batch_sizes: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """The step of each packed row and its place in that step, both [N]."""
+    first = batch_sizes.cumsum(0) - batch_sizes
+    t = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes, output_size=N)
+    return t, torch.arange(N) - first[t]
 
 
 class Weights(NamedTuple):
@@ -446,11 +458,19 @@ class Weights(NamedTuple):
 
 
 def scan(
-    name: str, x: Tensor, h0: Tensor, c0: Maybe, weights: Weights, sequence: Sequence, all_c: bool = False
+    name: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Maybe,
+    weights: Weights,
+    sequence: Sequence,
+    all_c: bool = False,
+    listener: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H] if all_c).
 
-    x [N, I]; h0 [D, B, P]; c0 [D, B, H] for cells that have one, else None.
+    x [N, I]; h0 [D, B, P]; c0 [D, B, H] for cells that have one, else None. ``listener`` is called with the
+    complete dL/dh_t [D, N, P] and dL/dc_t [D, N, H] (without c: [0]) of every row at each back-propagation.
     """
     tensors = (x, h0, c0, *(t for part in weights for t in part))
     options = (sequence.batch_sizes, sequence.lengths, sequence.reset)
@@ -458,6 +478,8 @@ def scan(
         y, h_n, c_n, _, c = _scan_function().apply(
             name, sequence.batch_first, bool(weights.b_ih), bool(weights.w_hr), *options, *tensors
         )
+        if listener is not None and y.grad_fn is not None:
+            y.grad_fn.listener = listener  # the ctx of Scan.backward
     else:
         y, h_n, c_n, _, c = _FORWARD[name](x, h0, c0, *weights, *options, sequence.batch_first, all_c)
     return y, h_n, c_n, c

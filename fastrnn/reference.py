@@ -16,8 +16,9 @@ from torch import Tensor
 __all__ = ["CELLS", "Cell", "Layout", "backward", "forward"]
 
 # ---- The cells. A step maps (x [G], a [G], h, c) to (h, c, saved [S]); x is the input's part of each gate,
-# a the recurrent part. Its backward maps (saved, h, h_prev, c, c_prev, dh, dc) to (dgates [E], dh_prev,
-# dc_prev), where the last G of dgates belong to x and dh_prev is what does not pass through a.
+# a the recurrent part. Its backward maps (saved, h, h_prev, c, c_prev, dh, dc) to (dgates [E], dh_prev, dc,
+# dc_prev), where the last G of dgates belong to x, dh_prev is what does not pass through a, and dc is now
+# complete.
 
 
 def lstm_step(x, a, h, c):
@@ -36,7 +37,7 @@ def lstm_step_backward(saved, h, h_prev, c, c_prev, dh, dc, dsaved):
     if dsaved is not None:
         di, df, dg, do = di + dsaved[0], df + dsaved[1], dg + dsaved[2], do + dsaved[3]
     dgates = (di * i * (1 - i), df * f * (1 - f), dg * (1 - g**2), do * o * (1 - o))
-    return dgates, None, dc * f
+    return dgates, None, dc, dc * f
 
 
 def gru_step(x, a, h, c):
@@ -55,7 +56,7 @@ def gru_step_backward(saved, h, h_prev, c, c_prev, dh, dc, dsaved):
     dr, dq = dn * q, dn * r
     if dsaved is not None:
         dr, dq = dr + dsaved[0], dq + dsaved[3]
-    return (dq, dr * r * (1 - r), dz * z * (1 - z), dn), dh * z, None
+    return (dq, dr * r * (1 - r), dz * z * (1 - z), dn), dh * z, None, None
 
 
 def rnn_tanh_step(x, a, h, c):
@@ -64,7 +65,7 @@ def rnn_tanh_step(x, a, h, c):
 
 
 def rnn_tanh_step_backward(saved, h, h_prev, c, c_prev, dh, dc, dsaved):
-    return (dh * (1 - h**2),), None, None
+    return (dh * (1 - h**2),), None, None, None
 
 
 def rnn_relu_step(x, a, h, c):
@@ -73,7 +74,7 @@ def rnn_relu_step(x, a, h, c):
 
 
 def rnn_relu_step_backward(saved, h, h_prev, c, c_prev, dh, dc, dsaved):
-    return (torch.where(h <= 0, torch.zeros_like(dh), dh),), None, None
+    return (torch.where(h <= 0, torch.zeros_like(dh), dh),), None, None, None
 
 
 @dataclass(frozen=True)
@@ -198,21 +199,21 @@ def forward(cell: Cell, layout: Layout, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
 def backward(
-    cell: Cell, layout: Layout, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr
+    cell: Cell, layout: Layout, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, keep
 ):
     """The operator ``fastrnn::<cell>_backward``; shapes as in csrc/ops.cpp."""
     D, _, P = h0.shape
     H = w_hh[0].shape[0] // cell.gates
     steps, batch = layout.steps(), layout.order
     back = torch.argsort(batch)
-    all_dgates, dh0, dc0, all_dh = [], [], [], []
+    all_dgates, dh0, dc0, all_dh, all_dc = [], [], [], [], []
     for d in range(D):
         y_d = y[:, d * P : (d + 1) * P]
         dh = dh_n[d][batch] if dh_n is not None else torch.zeros_like(h0[d])
         dc = None
         if cell.has_c:
             dc = dc_n[d][batch] if dc_n is not None else torch.zeros_like(c0[d])
-        dgates, dhs = [None] * layout.T, [None] * layout.T
+        dgates, dhs, dcs = ([None] * layout.T for _ in range(3))
         order = list(_order(d, layout.T))
         for s in reversed(range(layout.T)):
             t = order[s]
@@ -232,7 +233,7 @@ def backward(
             if cell.has_c:
                 c, c_prev = saved_c[d][rows], previous(saved_c[d], c0[d])
                 dc_t = dc[:n] + dsaved_c[d][rows] if dsaved_c is not None else dc[:n]
-            dgate, direct, dc_prev = cell.step_backward(
+            dgate, direct, dcs[t], dc_prev = cell.step_backward(
                 _blocks(saved[d][rows], H),
                 y_d[rows],
                 previous(y_d, h0[d]),
@@ -252,13 +253,15 @@ def backward(
         all_dh.append(layout.assemble(dhs))
         dh0.append(dh[back])
         if cell.has_c:
+            all_dc.append(layout.assemble(dcs))
             dc0.append(dc[back])
     none = h0.new_empty(0)
     return (
         torch.stack(all_dgates),
         torch.stack(dh0),
         torch.stack(dc0) if cell.has_c else none,
-        torch.stack(all_dh) if w_hr else none,
+        torch.stack(all_dh) if w_hr or keep else none,
+        torch.stack(all_dc) if cell.has_c and keep else none,
     )
 
 

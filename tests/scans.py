@@ -64,20 +64,20 @@ class Scan:
     def reference(self) -> tuple[Tensor, ...]:
         return reference.forward(CELLS[self.name], self.layout, self.x, self.h0, self.c0, *self.weights)
 
-    def backward_arguments(self, outputs: tuple, gradients: tuple) -> tuple:
+    def backward_arguments(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple:
         """outputs are those of the forward scan, gradients theirs (None: not wanted)."""
         y, _, _, saved, saved_c = outputs
         return (
-            *gradients, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, *self.rows,
+            *gradients, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, *self.rows, keep,
         )  # fmt: skip
 
-    def kernel_backward(self, outputs: tuple, gradients: tuple) -> tuple[Tensor, ...]:
+    def kernel_backward(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple[Tensor, ...]:
         operator = getattr(torch.ops.fastrnn, self.name + "_backward")
-        return operator(*self.backward_arguments(outputs, gradients))
+        return operator(*self.backward_arguments(outputs, gradients, keep))
 
-    def reference_backward(self, outputs: tuple, gradients: tuple) -> tuple[Tensor, ...]:
-        arguments = self.backward_arguments(outputs, gradients)[: -len(self.rows)]
-        return reference.backward(CELLS[self.name], self.layout, *arguments)
+    def reference_backward(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple[Tensor, ...]:
+        arguments = self.backward_arguments(outputs, gradients)[: -len(self.rows) - 1]
+        return reference.backward(CELLS[self.name], self.layout, *arguments, keep)
 
     def gradients(self, outputs: tuple, wanted: str = "all", seed: int = 1) -> tuple:
         """Random gradients of y, h_n, c_n, saved, saved_c; ``wanted`` is a key of ``kept``."""

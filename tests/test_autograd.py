@@ -99,7 +99,7 @@ def test_opcheck_accepts_both_operators(name, P, form, dtype):
         )
         outputs = scan.kernel()
         for wanted in ("all", "first", "y"):
-            arguments = scan.backward_arguments(outputs, scan.gradients(outputs, wanted))
+            arguments = scan.backward_arguments(outputs, scan.gradients(outputs, wanted), wanted == "all")
             torch.library.opcheck(
                 getattr(torch.ops.fastrnn, name + "_backward").default, arguments, test_utils=OPCHECKS
             )

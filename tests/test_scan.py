@@ -7,11 +7,11 @@ import torch
 from scans import CELL_NAMES, FORMS, make_scan
 
 from fastrnn import reference
-from fastrnn.reference import CELLS
+from fastrnn.reference import CELLS, Layout
 
 ODD_SIZES = (1, 3, 7, 17, 65, 129)
 NAMES = ("y", "h_n", "c_n", "saved", "saved_c")
-GRADIENT_NAMES = ("dgates", "dh0", "dc0", "dh")
+GRADIENT_NAMES = ("dgates", "dh0", "dc0", "dh", "dc")
 
 
 def assert_same(ours, theirs, names, tolerance=1e-12):
@@ -27,11 +27,12 @@ def assert_scan_is_reference(scan, wanted=("all",)):
     assert_same(scan.kernel(save=False)[:3], expected[:3], NAMES[:3])
     for which in wanted:
         gradients = scan.gradients(expected, which)
-        assert_same(
-            scan.kernel_backward(expected, gradients),
-            scan.reference_backward(expected, gradients),
-            GRADIENT_NAMES,
-        )
+        for keep in (True, False):
+            assert_same(
+                scan.kernel_backward(expected, gradients, keep),
+                scan.reference_backward(expected, gradients, keep),
+                GRADIENT_NAMES,
+            )
 
 
 @pytest.fixture(params=[1, 2, 4])
@@ -113,9 +114,11 @@ def test_an_empty_batch_gives_empty_results(name, batch_first):
         (2, 0, cell.saved * 5),
         (2, 0, 5) if cell.has_c else (0,),
     ]
-    dgates, dh0, _, _ = scan.kernel_backward(outputs, scan.gradients(outputs))
+    dgates, dh0, _, dh, dc = scan.kernel_backward(outputs, scan.gradients(outputs))
     assert dgates.shape == (2, 0, cell.gradients * 5)
     assert dh0.shape == (2, 0, 5)
+    assert dh.shape == (2, 0, 5)
+    assert dc.shape == ((2, 0, 5) if cell.has_c else (0,))
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
@@ -132,7 +135,7 @@ def test_the_reference_backward_is_the_derivative_of_the_reference_forward(name)
         ends, given = zip(*pairs, strict=True)
         expected = torch.autograd.grad(ends, leaves, given)
         detached = scan.map(torch.Tensor.detach)
-        dgates, dh0, _, _ = detached.reference_backward(tuple(o.detach() for o in outputs), gradients)
+        dgates, dh0, *_ = detached.reference_backward(tuple(o.detach() for o in outputs), gradients)
         cell = CELLS[name]
         dgx = [reference.input_gradients(cell, dgates[d]) for d in range(2)]
         dx = sum(dgx[d] @ detached.w_ih[d] for d in range(2))
@@ -140,6 +143,36 @@ def test_the_reference_backward_is_the_derivative_of_the_reference_forward(name)
         torch.testing.assert_close(dh0, expected[1])
         for d in range(2):
             torch.testing.assert_close(dgx[d].sum(0), expected[2 + d])
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_kept_gradients_are_the_derivatives_by_every_state(name, form, monkeypatch):
+    """Autograd by the h_t and c_t inside the forward specification is the independent judge."""
+    assemble, made = Layout.assemble, []
+
+    def listed(layout, steps):
+        made.append(steps)
+        return assemble(layout, steps)
+
+    for P in (None, 2) if name == "lstm" else (None,):
+        scan = make_scan(name, 4, 3, 5, D=2, P=P, **FORMS[form])
+        scan.x.requires_grad_()
+        made.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Layout, "assemble", listed)
+            outputs = scan.reference()
+        gradients = scan.gradients(outputs, "first")
+        of_direction = 3 if CELLS[name].has_c else 2  # lists: h, saved and, of an LSTM, c
+        detached = scan.map(torch.Tensor.detach)
+        found = detached.kernel_backward(tuple(o.detach() for o in outputs), gradients)[3:]
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+        ends, given = zip(*pairs, strict=True)
+        for which, kept in zip((0, 2), found, strict=True) if CELLS[name].has_c else [(0, found[0])]:
+            for d in range(2):
+                states = made[d * of_direction + which]
+                expected = torch.autograd.grad(ends, states, given, retain_graph=True, materialize_grads=True)
+                torch.testing.assert_close(kept[d], assemble(scan.layout, list(expected)))
 
 
 # ---- Memory: kernels see numbers, not arrangements ----------------------------------------------------

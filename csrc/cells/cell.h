@@ -19,12 +19,13 @@
 //       c          in: c_{t-1}; out: c_t (only with kCellState)
 //       saved [S]  what backward wants
 //
-//     backward<M>(saved, dsaved, h, h_prev, c, c_prev, dh, dc, dgates, dh_prev)
+//     backward<M>(saved, dsaved, h, h_prev, c, c_prev, dh, dc, dgates, dh_prev, dc_prev)
 //       dsaved [S] further gradient with respect to the saved activations (second derivatives)
-//       dh         dL/dh_t, complete; dc in: dL/dc_t from step t+1, out: dL/dc_{t-1}
+//       dh         dL/dh_t, complete; dc in: dL/dc_t from step t+1, out: complete
 //       dgates [E] dL/d(gate before activation). The last G are those of x; those of a are
 //                  dgates[recurrent(g)] for gate g of a
 //       dh_prev    dL/dh_{t-1} by the direct way alone (only with kDirect)
+//       dc_prev    dL/dc_{t-1} (only with kCellState)
 //   };
 #pragma once
 

@@ -32,7 +32,7 @@ struct Gru {
 
   template <class M, class V>
   FASTRNN_CELL void backward(const V* saved, const V* dsaved, V /*h*/, V h_prev, V /*c*/, V /*c_prev*/, V dh,
-                             V& /*dc*/, V* dgates, V& dh_prev) {
+                             V& /*dc*/, V* dgates, V& dh_prev, V& /*dc_prev*/) {
     const V r = saved[kSavedReset], z = saved[kSavedUpdate], n = saved[kSavedNew];
     const V q = saved[kSavedProduct];
     const V dn = (dh * (1 - z) + dsaved[kSavedNew]) * (1 - n * n);

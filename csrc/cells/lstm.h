@@ -29,15 +29,15 @@ struct Lstm {
 
   template <class M, class V>
   FASTRNN_CELL void backward(const V* saved, const V* dsaved, V /*h*/, V /*h_prev*/, V c, V c_prev, V dh,
-                             V& dc, V* dgates, V& /*dh_prev*/) {
+                             V& dc, V* dgates, V& /*dh_prev*/, V& dc_prev) {
     const V i = saved[kInput], f = saved[kForget], g = saved[kCandidate], o = saved[kOutput];
     const V tanh_c = M::tanh(c);
-    const V dc_t = dc + dh * o * (1 - tanh_c * tanh_c);
-    dgates[kInput] = (dc_t * g + dsaved[kInput]) * i * (1 - i);
-    dgates[kForget] = (dc_t * c_prev + dsaved[kForget]) * f * (1 - f);
-    dgates[kCandidate] = (dc_t * i + dsaved[kCandidate]) * (1 - g * g);
+    dc = dc + dh * o * (1 - tanh_c * tanh_c);
+    dgates[kInput] = (dc * g + dsaved[kInput]) * i * (1 - i);
+    dgates[kForget] = (dc * c_prev + dsaved[kForget]) * f * (1 - f);
+    dgates[kCandidate] = (dc * i + dsaved[kCandidate]) * (1 - g * g);
     dgates[kOutput] = (dh * tanh_c + dsaved[kOutput]) * o * (1 - o);
-    dc = dc_t * f;
+    dc_prev = dc * f;
   }
 };
 

@@ -20,7 +20,7 @@ struct Rnn {
 
   template <class M, class V>
   FASTRNN_CELL void backward(const V* /*saved*/, const V* /*dsaved*/, V h, V /*h_prev*/, V /*c*/,
-                             V /*c_prev*/, V dh, V& /*dc*/, V* dgates, V& /*dh_prev*/) {
+                             V /*c_prev*/, V dh, V& /*dc*/, V* dgates, V& /*dh_prev*/, V& /*dc_prev*/) {
     dgates[0] = Activation::gradient(h, dh);
   }
 };

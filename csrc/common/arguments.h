@@ -83,7 +83,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, const Tensor& like) {
 
 template <class S>
 Rows<const S> rows(const Tensor& matrix) {
-  return {matrix.const_data_ptr<S>(), matrix.stride(0)};
+  return {static_cast<const S*>(matrix.const_data_ptr()), matrix.stride(0)};
 }
 
 /// Row-shaped tensors [D, N, *] of one direction, contiguous.

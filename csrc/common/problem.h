@@ -6,7 +6,11 @@
 
 // Helpers of headers that are compiled once per instruction set must never become symbols that the
 // linker could share between them.
+#ifdef __CUDACC__
+#define FASTRNN_INLINE __host__ __device__ __forceinline__
+#else
 #define FASTRNN_INLINE __attribute__((always_inline)) inline
+#endif
 
 namespace fastrnn {
 
@@ -45,7 +49,7 @@ struct Rows {
   int64_t stride;  // between rows, in elements
 
   FASTRNN_INLINE S* operator[](int64_t row) const { return data + row * stride; }
-  explicit operator bool() const { return data != nullptr; }
+  FASTRNN_INLINE explicit operator bool() const { return data != nullptr; }
 };
 
 /// The weights of one direction.
@@ -81,7 +85,8 @@ struct BackwardDirection {
   Rows<S> dgates;          // [N, E*H] out
   Rows<S> dh;              // [B, P] in: dL/dh_n; out: dL/dh_0
   Rows<S> dc;              // [B, H] in: dL/dc_n; out: dL/dc_0
-  Rows<S> dh_rows;         // [N, P] out: complete dL/dh_t; only with projection, else null
+  Rows<S> dh_rows;         // [N, P] out: complete dL/dh_t; with projection or where kept, else null
+  Rows<S> dc_rows;         // [N, H] out: complete dL/dc_t; where kept, else null
 };
 
 /// The products over all steps at once that follow the backward scan.
@@ -118,7 +123,7 @@ struct Problem {
   int64_t H, P;
   int directions;  // direction 1 runs from the last step to the first
   Direction direction[kMaxDirections];
-  Parallel parallel;
+  Parallel parallel;  // CPU only
 };
 
 template <class S>

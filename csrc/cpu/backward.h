@@ -160,7 +160,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const int64_t t = this->time(d, s), H = problem.H;
     const int64_t t_prev = this->time(d, s - 1), rows_prev = s > 0 ? sequence.rows(t_prev) : 0;
     const Rows<S> dgates_now = dgates_buffer(team, s);
-    const bool add_dy = dir.dy && !projected();
+    const bool add_dy = dir.dy && !projected(), keep_dh = dir.dh_rows && !projected();
     for (int64_t k = 0; k < n; ++k) {
       const int64_t i = i_begin + k, position = rows.position(i), b = sequence.batch(position);
       const int64_t row = sequence.row(t, position);
@@ -171,7 +171,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       S* const dgates_row = dir.dgates[row];
       each_vector<S>(block * kBlock<S>, units.in_block(block), [&](auto io, int64_t u, int offset) {
         V<S> saved[Cell::kSaved + 1], dsaved[Cell::kSaved + 1], dgates[Cell::kGradients];
-        V<S> h{}, h_prev{}, c{}, c_prev{}, dc{}, dh_prev{};
+        V<S> h{}, h_prev{}, c{}, c_prev{}, dc{}, dh_prev{}, dc_prev{};
         for (int j = 0; j < Cell::kSaved; ++j) {
           saved[j] = io.load(saved_row + j * H + u);
           dsaved[j] = dir.dsaved ? io.load(dir.dsaved[row] + j * H + u) : V<S>{};
@@ -186,10 +186,15 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         }
         V<S> dh = io.load(dh_rows[k] + offset);
         if (add_dy) dh += io.load(dir.dy[row] + u);
-        Cell::template backward<Math<S>, V<S>>(saved, dsaved, h, h_prev, c, c_prev, dh, dc, dgates, dh_prev);
+        if (keep_dh) io.store(dir.dh_rows[row] + u, dh);
+        Cell::template backward<Math<S>, V<S>>(saved, dsaved, h, h_prev, c, c_prev, dh, dc, dgates, dh_prev,
+                                               dc_prev);
         for (int e = 0; e < Cell::kGradients; ++e) io.store(dgates_row + e * H + u, dgates[e]);
         for (int g = 0; g < G; ++g) io.store(dgates_now[i] + g * H + u, dgates[Cell::recurrent(g)]);
-        if constexpr (Cell::kCellState) io.store(dir.dc[b] + u, forgets ? V<S>{} : dc);
+        if constexpr (Cell::kCellState) {
+          if (dir.dc_rows) io.store(dir.dc_rows[row] + u, dc);
+          io.store(dir.dc[b] + u, forgets ? V<S>{} : dc_prev);
+        }
         if constexpr (Cell::kDirect) io.store(dh_rows[k] + offset, dh_prev);
       });
     }
@@ -239,6 +244,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         const int64_t row = sequence.row(t, position);
         __builtin_memset(dir.dgates[row], 0, Cell::kGradients * problem.H * sizeof(S));
         if (dir.dh_rows) __builtin_memset(dir.dh_rows[row], 0, problem.P * sizeof(S));
+        if (dir.dc_rows) __builtin_memset(dir.dc_rows[row], 0, problem.H * sizeof(S));
       }
     }
   }

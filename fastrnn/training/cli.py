@@ -138,10 +138,20 @@ def main(argv: list[str]) -> int:
         if argv[:1] == ["compare"]:
             return compare.main(argv[1:])
         run(with_shipped_configs(argv))
-    except InputError as error:
-        print(f"fastrnn train: {error}", file=sys.stderr)
+    except Exception as error:
+        cause = input_error(error)
+        if cause is None:
+            raise
+        print(f"fastrnn train: {cause}", file=sys.stderr)
         return 2
     return 0
+
+
+def input_error(error: BaseException | None) -> InputError | None:
+    """The bad input behind an error: the parser wraps what a class says of its arguments."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def is_news(record: logging.LogRecord) -> bool:

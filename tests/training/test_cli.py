@@ -72,6 +72,7 @@ def test_validate_test_and_predict_take_a_checkpoint(
     [
         (["--config", "shakespear"], "no configuration shakespear: give a file, or one of adding"),
         (["--config", "co2", "--data.missing=raise"], "59 missing values, the first in line 8"),
+        (["--config", "co2", "--model.stack.cell=lsmt"], "cell must be one of lstm, gru, rnn, rnn_relu, got"),
         (["--config", "co2", "--data.window=3000"], "too short for a window of 3000"),
         (["--config", "shakespeare", "--data.paths=['/absent']"], "cannot read /absent"),
     ],

@@ -1,0 +1,226 @@
+// A call of an operator: its tensors checked, its results allocated, and the problem that a kernel is told.
+// The same for every device.
+#pragma once
+#include <tuple>
+
+#include "common/arguments.h"
+
+namespace fastrnn {
+
+template <class S>
+Weights<S> weights_of(const Tensors& w_ih, const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh,
+                      const Tensors& w_hr, int64_t direction) {
+  const auto d = static_cast<size_t>(direction);
+  const auto vector = [d](const Tensors& biases) {
+    return biases.empty() ? nullptr : static_cast<const S*>(biases[d].const_data_ptr());
+  };
+  return {.w_ih = w_ih.empty() ? Rows<const S>{} : rows<S>(w_ih[d]),
+          .w_hh = rows<S>(w_hh[d]),
+          .b_ih = vector(b_ih),
+          .b_hh = vector(b_hh),
+          .w_hr = w_hr.empty() ? Rows<const S>{} : rows<S>(w_hr[d])};
+}
+
+inline Tensors each_with_rows(const Tensors& matrices) {
+  Tensors result;
+  for (const Tensor& matrix : matrices) result.push_back(with_rows(matrix));
+  return result;
+}
+
+inline Tensors each_contiguous(const Tensors& vectors) {
+  Tensors result;
+  for (const Tensor& vector : vectors) result.push_back(as_contiguous(vector));
+  return result;
+}
+
+inline MaybeTensor contiguous_if(const MaybeTensor& tensor) {
+  return tensor ? MaybeTensor(as_contiguous(*tensor)) : std::nullopt;
+}
+
+/// Rows of one direction of [D, N, *], or none.
+template <class S>
+Rows<const S> optional_rows(const MaybeTensor& tensor, int64_t d) {
+  return tensor ? direction_rows<const S>(*tensor, d) : Rows<const S>{};
+}
+
+/// The sizes that all arguments must agree on, read off h0 and W_hh.
+struct Sizes {
+  int64_t D, B, P, H, G;
+};
+
+template <class Cell>
+Sizes check_weights(const Tensor& h0, const MaybeTensor& c0, const Tensors& w_hh, const Tensors& w_hr) {
+  STD_TORCH_CHECK(h0.dim() == 3, "h0 must be [D, B, P]");
+  constexpr int64_t G = Cell::kGates;
+  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2);
+  STD_TORCH_CHECK(D >= 1 && D <= kMaxDirections, "h0 must have 1 or 2 directions, got ", D);
+  STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must be matrices [G*H, P]");
+  const int64_t H = w_hh[0].size(0) / G;
+  STD_TORCH_CHECK(H > 0 && P > 0, "H and P must be positive, got ", H, " and ", P);
+  const Arguments arguments(h0, D);
+  arguments.check_each(w_hh, "w_hh", "[G*H, P]", {G * H, P});
+  STD_TORCH_CHECK(w_hr.empty() ? H == P : Cell::kCellState,
+                  w_hr.empty() ? "h0 must be as wide as the hidden size" : "only an LSTM has a projection");
+  if (!w_hr.empty()) arguments.check_each(w_hr, "w_hr", "[P, H]", {P, H});
+  STD_TORCH_CHECK(c0.has_value() == Cell::kCellState, Cell::kName, " takes ",
+                  Cell::kCellState ? "a c0" : "no c0");
+  if (c0) arguments.check(*c0, "c0", "[D, B, H]", {D, B, H});
+  return {D, B, P, H, G};
+}
+
+inline int64_t rows_in(const Tensor& x, const char* name, const char* letters) {
+  STD_TORCH_CHECK(x.dim() == 2, name, " must be ", letters);
+  return x.size(0);
+}
+
+/// fastrnn::<cell>
+template <class Cell>
+struct ForwardCall {
+  Sizes sizes;
+  int64_t N, I;
+  SequenceLayout layout;
+  Tensor x, h0;
+  Tensors w_ih, w_hh, b_ih, b_hh, w_hr;
+  bool has_c, save;
+  Tensor y, h_n, c_n, saved, saved_c;  // results
+
+  ForwardCall(const Tensor& x_, const Tensor& h0_, const MaybeTensor& c0, const Tensors& w_ih_,
+              const Tensors& w_hh_, const Tensors& b_ih_, const Tensors& b_hh_, const Tensors& w_hr_,
+              const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset,
+              bool batch_first, bool save_)
+      : sizes(check_weights<Cell>(h0_, c0, w_hh_, w_hr_)),
+        N(rows_in(x_, "x", "[N, I]")),
+        I(x_.size(1)),
+        layout(N, sizes.B, batch_sizes, lengths, reset, batch_first),
+        x(with_rows(x_)),
+        h0(as_contiguous(h0_)),
+        w_ih(each_with_rows(w_ih_)),
+        w_hh(each_with_rows(w_hh_)),
+        b_ih(each_contiguous(b_ih_)),
+        b_hh(each_contiguous(b_hh_)),
+        w_hr(each_with_rows(w_hr_)),
+        has_c(c0.has_value()),
+        save(save_) {
+    const auto [D, B, P, H, G] = sizes;
+    const Arguments arguments(h0_, D);
+    arguments.check(x_, "x", "[N, I]", {N, I});
+    arguments.check_each(w_ih_, "w_ih", "[G*H, I]", {G * H, I});
+    STD_TORCH_CHECK(b_ih_.empty() == b_hh_.empty(), "b_ih and b_hh come together or not at all");
+    if (!b_ih_.empty()) arguments.check_each(b_ih_, "b_ih", "[G*H]", {G * H});
+    if (!b_hh_.empty()) arguments.check_each(b_hh_, "b_hh", "[G*H]", {G * H});
+    y = empty({N, D * P}, h0), h_n = empty({D, B, P}, h0);
+    saved = save ? empty({D, N, Cell::kSaved * H}, h0) : empty({0}, h0);
+    saved_c = save && has_c ? empty({D, N, H}, h0) : empty({0}, h0);
+    c_n = has_c ? torch::stable::clone(as_contiguous(*c0)) : empty({0}, h0);
+  }
+
+  template <class S>
+  ForwardDirection<S> direction(int64_t d) const {
+    const int64_t D = sizes.D, P = sizes.P;
+    return {.weights = weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d),
+            .h0 = direction_rows<const S>(h0, d),
+            .y = {static_cast<S*>(y.mutable_data_ptr()) + d * P, D * P},
+            .h_n = direction_rows<S>(h_n, d),
+            .c = has_c ? direction_rows<S>(c_n, d) : Rows<S>{},
+            .saved = save ? direction_rows<S>(saved, d) : Rows<S>{},
+            .saved_c = save && has_c ? direction_rows<S>(saved_c, d) : Rows<S>{}};
+  }
+
+  template <class S>
+  ForwardProblem<S> problem(const Sequence& sequence) const {
+    ForwardProblem<S> problem{{sequence, sizes.H, sizes.P, static_cast<int>(sizes.D), {}, {}}, rows<S>(x), I};
+    for (int64_t d = 0; d < sizes.D; ++d) problem.direction[d] = direction<S>(d);
+    return problem;
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {y, h_n, c_n, saved, saved_c}; }
+};
+
+/// fastrnn::<cell>_backward
+template <class Cell>
+struct BackwardCall {
+  Sizes sizes;
+  int64_t N;
+  SequenceLayout layout;
+  Tensor saved, saved_c, y, h0;
+  MaybeTensor dy, dsaved, dsaved_c, c0;
+  Tensors w_hh, w_hr;
+  bool with_dh, with_dc;
+  Tensor dgates, dh0, dc0, dh, dc;  // results
+
+  BackwardCall(const MaybeTensor& dy_, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+               const MaybeTensor& dsaved_, const MaybeTensor& dsaved_c_, const Tensor& saved_,
+               const Tensor& saved_c_, const Tensor& y_, const Tensor& h0_, const MaybeTensor& c0_,
+               const Tensors& w_hh_, const Tensors& w_hr_, const MaybeTensor& batch_sizes,
+               const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep)
+      : sizes(check_weights<Cell>(h0_, c0_, w_hh_, w_hr_)),
+        N(rows_in(y_, "y", "[N, D*P]")),
+        layout(N, sizes.B, batch_sizes, lengths, reset, batch_first),
+        saved(as_contiguous(saved_)),
+        saved_c(as_contiguous(saved_c_)),
+        y(as_contiguous(y_)),
+        h0(as_contiguous(h0_)),
+        dy(dy_ ? MaybeTensor(with_rows(*dy_)) : std::nullopt),
+        dsaved(contiguous_if(dsaved_)),
+        dsaved_c(contiguous_if(dsaved_c_)),
+        c0(contiguous_if(c0_)),
+        w_hh(each_with_rows(w_hh_)),
+        w_hr(each_with_rows(w_hr_)),
+        with_dh(keep || !w_hr_.empty()),
+        with_dc(keep && c0_) {
+    const auto [D, B, P, H, G] = sizes;
+    const Arguments arguments(h0_, D);
+    const auto check = [&](const MaybeTensor& tensor, const char* name, const char* letters,
+                           const std::vector<int64_t>& expected) {
+      if (tensor) arguments.check(*tensor, name, letters, expected);
+    };
+    arguments.check(y_, "y", "[N, D*P]", {N, D * P});
+    arguments.check(saved_, "saved", "[D, N, S*H]", {D, N, Cell::kSaved * H});
+    if (c0_) arguments.check(saved_c_, "saved_c", "[D, N, H]", {D, N, H});
+    check(dy_, "dy", "[N, D*P]", {N, D * P});
+    check(dh_n, "dh_n", "[D, B, P]", {D, B, P});
+    check(dc_n, "dc_n", "[D, B, H]", {D, B, H});
+    check(dsaved_, "dsaved", "[D, N, S*H]", {D, N, Cell::kSaved * H});
+    check(dsaved_c_, "dsaved_c", "[D, N, H]", {D, N, H});
+    const auto initial = [&](const MaybeTensor& given, int64_t width) {
+      return given ? torch::stable::clone(as_contiguous(*given))
+                   : torch::stable::new_zeros(h0, {D, B, width});
+    };
+    dgates = empty({D, N, Cell::kGradients * H}, h0);
+    dh0 = initial(dh_n, P);
+    dc0 = c0 ? initial(dc_n, H) : empty({0}, h0);
+    dh = with_dh ? empty({D, N, P}, h0) : empty({0}, h0);
+    dc = with_dc ? empty({D, N, H}, h0) : empty({0}, h0);
+  }
+
+  template <class S>
+  BackwardDirection<S> direction(int64_t d) const {
+    const int64_t D = sizes.D, P = sizes.P;
+    return {.weights = weights_of<S>({}, w_hh, {}, {}, w_hr, d),
+            .dy = dy ? Rows<const S>{static_cast<const S*>(dy->const_data_ptr()) + d * P, dy->stride(0)}
+                     : Rows<const S>{},
+            .dsaved = optional_rows<S>(dsaved, d),
+            .dsaved_c = optional_rows<S>(dsaved_c, d),
+            .saved = direction_rows<const S>(saved, d),
+            .saved_c = c0 ? direction_rows<const S>(saved_c, d) : Rows<const S>{},
+            .y = {static_cast<const S*>(y.const_data_ptr()) + d * P, D * P},
+            .h0 = direction_rows<const S>(h0, d),
+            .c0 = optional_rows<S>(c0, d),
+            .dgates = direction_rows<S>(dgates, d),
+            .dh = direction_rows<S>(dh0, d),
+            .dc = c0 ? direction_rows<S>(dc0, d) : Rows<S>{},
+            .dh_rows = with_dh ? direction_rows<S>(dh, d) : Rows<S>{},
+            .dc_rows = with_dc ? direction_rows<S>(dc, d) : Rows<S>{}};
+  }
+
+  template <class S>
+  BackwardProblem<S> problem(const Sequence& sequence) const {
+    BackwardProblem<S> problem{sequence, sizes.H, sizes.P, static_cast<int>(sizes.D), {}, {}};
+    for (int64_t d = 0; d < sizes.D; ++d) problem.direction[d] = direction<S>(d);
+    return problem;
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {dgates, dh0, dc0, dh, dc}; }
+};
+
+}  // namespace fastrnn
