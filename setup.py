@@ -78,7 +78,9 @@ LIBRARIES = [kernels(*item) for item in INSTRUCTION_SETS.items()]
 # Neither a GPU nor a CUDA build of torch is needed to compile them.
 CUDA = "fastrnn._C_cuda"
 CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
-CUDA_HEADERS = [*HEADERS, *sorted(str(p) for p in Path("csrc/cuda").glob("*.cuh"))]
+CUDA_HEADERS = sorted(
+    str(p) for folder in ("cells", "common", "cuda") for p in Path("csrc", folder).glob("*.*h")
+)
 
 
 def find_nvcc() -> str | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, reference  # noqa: F401  (_C registers the operators)
+from . import _C, _cuda, reference  # noqa: F401  (_C registers the operators)
 from .reference import CELLS, Layout
 
 Maybe = Tensor | None
@@ -74,8 +74,19 @@ def _register_fakes(name: str) -> None:
         )
 
 
+def _register_products(name: str) -> None:
+    """On CUDA torch's own products are the fastest there are."""
+
+    @torch.library.impl(f"fastrnn::{name}_products", "CUDA")
+    def _(dgates, *arguments):
+        products = _composed_products(CELLS[name], dgates, *arguments)
+        return tuple(dgates.new_empty(0) if p is None else p for p in products)
+
+
 for _name in CELLS:
     _register_fakes(_name)
+    _register_products(_name)
+_cuda.missing()  # or registers the scans
 
 # Resolved once: looking an operator up by name costs some microseconds.
 _FORWARD = {name: getattr(torch.ops.fastrnn, name).default for name in CELLS}
@@ -398,8 +409,10 @@ def _composed_products(
         return dx, None, None, None, None
     sequence = Sequence(batch_first, batch_sizes, lengths, reset)
     dga = reference.recurrent_gradients(cell, dgates)
-    before = torch.stack([previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d) for d in range(D)])
-    return dx, dgx.mT @ x, dga.mT @ before, dgx.sum(1), dga.sum(1)
+    before = [previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d) for d in range(D)]
+    dw_ih = torch.stack([dgx[d].T @ x for d in range(D)])
+    dw_hh = torch.stack([dga[d].T @ before[d] for d in range(D)])
+    return dx, dw_ih, dw_hh, dgx.sum(1), dga.sum(1)
 
 
 # ---- What the layers call ----------------------------------------------------------------------------
@@ -412,7 +425,7 @@ def previous_rows(y: Tensor, h0: Tensor, sequence: Sequence, direction: int) -> 
     if B == 0:
         return y
     if batch_sizes is not None:
-        before = torch.cat((h0, y))[_previous_index(batch_sizes, B, N, direction)]
+        before = torch.cat((h0, y))[_previous_index(batch_sizes, B, N, direction).to(y.device)]
     else:
         dim = 1 if batch_first else 0
         steps = y.unflatten(0, (B, -1) if batch_first else (-1, B))
@@ -424,7 +437,7 @@ def previous_rows(y: Tensor, h0: Tensor, sequence: Sequence, direction: int) -> 
         shifted = torch.cat(parts, dim)
         if direction == 1 and lengths is not None:
             last = torch.arange(T).unsqueeze(1 - dim) == (lengths - 1).unsqueeze(dim)
-            shifted = torch.where(last.unsqueeze(-1), h0.unsqueeze(dim), shifted)
+            shifted = torch.where(last.unsqueeze(-1).to(y.device), h0.unsqueeze(dim), shifted)
         before = shifted.flatten(0, 1)
     return before if reset is None else torch.where(reset.unsqueeze(1), torch.zeros_like(before), before)
 

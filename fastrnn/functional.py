@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import _ops, reference
+from . import _cuda, _ops, reference
 from .reference import CELLS
 
 __all__ = [
@@ -44,8 +44,10 @@ def set_strict(strict: bool) -> bool:
 
 def no_kernel_reason(weight: Tensor) -> str | None:
     """Why a recurrence with this weight takes torch.nn's own path, or None if there is a kernel for it."""
+    if weight.is_cuda:
+        return _cuda.no_kernel_reason(weight)
     if not (weight.is_cpu or weight.is_meta):
-        return f"this build has no kernels for {weight.device.type} devices"
+        return f"there are no kernels for {weight.device.type} devices"
     if weight.dtype not in _KERNEL_DTYPES:
         return f"there are no CPU kernels for {weight.dtype}"
     return None
@@ -175,10 +177,18 @@ def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
     return (rows.dense(y) * noise.transpose(0, 1)).flatten(0, 1)
 
 
+def _lowered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Under CUDA's autocast, in its dtype: torch.nn lowers recurrent layers and cells there as wholes."""
+    if not (tensors[0].is_cuda and torch.is_autocast_enabled("cuda")):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype("cuda")
+    return [t if t.dtype is torch.float64 else t.to(dtype) for t in tensors]
+
+
 def _autocast_dtype(name: str, hx: Tensor, one_step: bool) -> torch.dtype | None:
-    """The dtype that torch.nn's outputs have under autocast: it knows lstm, rnn and their cells as wholes,
-    and of gru and lstm_cell it casts the products inside alone."""
-    if not torch.is_autocast_enabled("cpu"):
+    """The dtype that torch.nn's outputs have under the CPU's autocast: it knows lstm, rnn and their cells as
+    wholes, and of gru and lstm_cell it casts the products inside alone. The kernels compute in float32."""
+    if hx.is_cuda or not torch.is_autocast_enabled("cpu"):
         return None
     keeps = name == "gru" or (one_step and name == "lstm")
     return hx.dtype if keeps else torch.get_autocast_dtype("cpu")
@@ -275,6 +285,7 @@ def _recurrent(
     if torch_path and not extended:
         return getattr(torch, name)(*args)
     _check_attributes(x, hidden, params)
+    params = _lowered(params)
     if packed:
         rows = Rows(batch_sizes.shape[0], hidden[0].shape[1], batch_sizes=batch_sizes)
         flat = x
@@ -362,6 +373,9 @@ def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) 
     biases = ([], []) if b_ih is None else ([b_ih], [b_hh])
     _check_cell(input, hidden, w_ih, w_hh)
     _check_attributes(input, hidden, (w_ih, w_hh, *biases[0], *biases[1]))
+    w_ih, w_hh = _lowered((w_ih, w_hh))
+    biases = tuple(_lowered(b) if b else b for b in biases)
+    input, *hidden = _lowered((input, *hidden))  # type: ignore[assignment]
     output_dtype = _autocast_dtype(name, hidden[0], one_step=True)
     if output_dtype is not None:
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]

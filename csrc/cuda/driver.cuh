@@ -173,7 +173,7 @@ class Driver {
           device_.launch(persistent_forward<Cell, M, Form::kSingle>, grid, p);
         else if (choice.form == Form::kSplit)
           device_.launch(persistent_forward<Cell, M, Form::kSplit>, grid, p);
-        else
+        else if constexpr (G == 4)
           device_.launch(persistent_forward<Cell, M, Form::kWide>, grid, p);
         done = true;
       });
@@ -234,12 +234,15 @@ class Driver {
         device_.multiply(out, first_rows(h_in, n), w_hh);
       }
       device_.launch(forward_step<Cell, S>, one_thread_each(B * H), p);
-      if (!projects) continue;
-      if (n > 0) {
-        Tensor out = first_rows(projected, n);
-        device_.multiply(out, first_rows(hidden, n), torch::stable::transpose(call.w_hr[size_t(d)], 0, 1));
-      }
-      device_.launch(forward_projected<S>, one_thread_each(B * P), p);
+      if constexpr (Cell::kCellState)  // only an LSTM has a projection
+        if (projects) {
+          if (n > 0) {
+            Tensor out = first_rows(projected, n);
+            device_.multiply(out, first_rows(hidden, n),
+                             torch::stable::transpose(call.w_hr[size_t(d)], 0, 1));
+          }
+          device_.launch(forward_projected<S>, one_thread_each(B * P), p);
+        }
     }
     device_.launch(end_forward<S>, states, p);
   }
@@ -273,11 +276,12 @@ class Driver {
       p.t = d == 0 ? host.T - 1 - step : step;
       const int64_t n = host.rows(p.t);
       if (n == 0) continue;
-      if (projects) {
-        device_.launch(backward_projected<S>, one_thread_each(n * P), p);
-        Tensor out = first_rows(dh_hidden, n);
-        device_.multiply(out, first_rows(dh_complete, n), call.w_hr[size_t(d)]);
-      }
+      if constexpr (Cell::kCellState)
+        if (projects) {
+          device_.launch(backward_projected<S>, one_thread_each(n * P), p);
+          Tensor out = first_rows(dh_hidden, n);
+          device_.multiply(out, first_rows(dh_complete, n), call.w_hr[size_t(d)]);
+        }
       device_.launch(backward_step<Cell, S>, one_thread_each(n * H), p);
       Tensor out = first_rows(dh, n);
       if constexpr (Cell::kDirect)

@@ -151,7 +151,7 @@ struct Choice {
 FASTRNN_PLAIN Choice choose(bool forward, Arithmetic a, int gates, const ScanSizes& s,
                             const DeviceLimits& device) {
   const Form forms[] = {Form::kSingle, forward ? Form::kSplit : Form::kDeep,
-                        forward ? Form::kWide : Form::kNone};
+                        forward && gates == 4 ? Form::kWide : Form::kNone};
   for (const Form form : forms) {
     if (form == Form::kNone) break;
     const Geometry g = fit(shape_of(form, a, gates), a, forward ? gates : 1, forward ? 1 : gates,
