@@ -26,6 +26,7 @@ TIMEOUT = 300  # seconds: a mutant may never end
 class Tests:
     """What is to notice."""
 
+    library: str  # that is tested
     arguments: tuple[str, ...]  # of pytest
     sanitizer: str = "plain"
 
@@ -40,7 +41,7 @@ class Mutant:
 
 
 def self_test(name: str, sanitizer: str = "plain") -> Tests:
-    return Tests(("tests/test_cuda_on_host.py", "-k", name), sanitizer)
+    return Tests("fastrnn_cuda_on_host", ("tests/test_cuda_on_host.py", "-k", name), sanitizer)
 
 
 RELAY = self_test("meet_at_every_step")
@@ -78,7 +79,7 @@ MUTANTS = SAMPLE + KERNELS
 
 
 def mutated(mutant: Mutant, work: Path) -> Path:
-    """The module of a copy of the sources; objects that do not contain the change are the original's."""
+    """The library of a copy of the sources; objects that do not contain the change are the original's."""
     tree, out = work / "csrc", work / "build"
     shutil.copytree(CSRC, tree)
     source = (tree / mutant.file).read_text()
@@ -92,17 +93,15 @@ def mutated(mutant: Mutant, work: Path) -> Path:
         if str(CSRC / mutant.file) not in rule.read_text().split():
             for original in (rule, rule.with_suffix(".o")):
                 shutil.copy2(original, out)
-    return build(mutant.tests.sanitizer, tree, out, OPTIMIZE)
+    return build(mutant.tests.library, mutant.tests.sanitizer, tree, out, OPTIMIZE)
 
 
-def test(tests: Tests, module: Path) -> str:
+def test(tests: Tests, library: Path) -> str:
     """What the tests say: nothing if they pass."""
     command = test_command("-x", "-q", "--no-header", *tests.arguments)
+    environ = environment(tests.sanitizer) | {tests.library: str(library), "PYTHONPATH": str(ROOT)}
     try:
-        done = subprocess.run(
-            command, env=environment(tests.sanitizer, module) | {"PYTHONPATH": str(ROOT)}, cwd=ROOT,
-            capture_output=True, text=True, timeout=TIMEOUT,
-        )  # fmt: skip
+        done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         return f"did not end in {TIMEOUT} s"
     if done.returncode == 0:
@@ -125,7 +124,7 @@ def judge(mutant: Mutant) -> tuple[str, float]:
 def main(*words: str) -> int:
     mutants = [m for m in MUTANTS if all(word in m.name for word in words)]
     for tests in dict.fromkeys(m.tests for m in mutants):
-        if complaint := test(tests, build(tests.sanitizer, optimize=OPTIMIZE)):
+        if complaint := test(tests, build(tests.library, tests.sanitizer, optimize=OPTIMIZE)):
             print(f"the kernels do not pass {tests}: {complaint}")
             return 1
     survivors = 0
