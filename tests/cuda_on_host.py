@@ -70,9 +70,10 @@ def up_to_date(target: Path) -> bool:
 
 
 def build(
-    library: str, sanitizer: str = "plain", csrc: Path = CSRC, out: Path = BUILD, optimize: str = "-O2"
+    library: str, sanitizer: str = "plain", csrc: Path = CSRC, out: Path = BUILD, optimize: str = ""
 ) -> Path:
     """Compiles what has changed, and returns the library."""
+    optimize = optimize or ("-O2" if sanitizer == "plain" else "-O1")  # twice as fast to compile
     out.mkdir(parents=True, exist_ok=True)
     compiling, linking = foreign()
 
