@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -path csrc/testing -prune -o -type f -print)
 CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test bench build lint format sanitize wheel clean
+.PHONY: train test bench build lint format sanitize mutants wheel clean
 
 train: build
 	$(BIN)/python -m fastrnn train fit --config shakespeare
@@ -12,6 +12,7 @@ train: build
 test: lint build
 	$(BIN)/python -m pytest tests
 	$(MAKE) sanitize
+	$(MAKE) mutants
 
 bench: build
 	$(BIN)/python -m fastrnn bench
@@ -29,6 +30,10 @@ format: .venv/ready
 
 sanitize: build
 	PYTHON=$(BIN)/python tests/sanitize.sh
+	PYTHON=$(BIN)/python tests/sanitize_cuda.sh
+
+mutants: build
+	$(BIN)/python tests/cuda_mutations.py
 
 wheel: .venv/ready
 	$(BIN)/python -m build --no-isolation

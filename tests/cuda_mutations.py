@@ -1,6 +1,6 @@
 """Breaks the CUDA kernels on purpose, in one place at a time: the tests must notice each time.
 
-    python tests/cuda_mutations.py [WORDS IN NAMES]
+    python tests/cuda_mutations.py [WORDS]        only mutants with these words in their names
 
 Ends non-zero if a mutant survives. A change of the kernels that takes away a mutant's text is an error: the
 list is to follow the kernels.
@@ -26,6 +26,7 @@ TIMEOUT = 300  # seconds: a mutant may never end
 class Tests:
     """What is to notice."""
 
+    library: str  # that is tested
     arguments: tuple[str, ...]  # of pytest
     sanitizer: str = "plain"
 
@@ -40,7 +41,7 @@ class Mutant:
 
 
 def self_test(name: str, sanitizer: str = "plain") -> Tests:
-    return Tests(("tests/test_cuda_on_host.py", "-k", name), sanitizer)
+    return Tests("fastrnn_cuda_on_host", ("tests/test_cuda_on_host.py", "-k", name), sanitizer)
 
 
 RELAY = self_test("meet_at_every_step")
@@ -50,36 +51,26 @@ ARRIVE = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    dev::add_release(co
 LEAVE = "n);\n  }\n  __syncthreads();\n"
 PRIMITIVES = "testing/primitives.cuh"
 
-# The machine itself: a sample kernel, broken in the ways that kernels break.
+# What the runner is tried on: a kernel of the machine's own tests, broken in the ways that kernels break.
 SAMPLE = [
     Mutant("sample: no barrier before the count", PRIMITIVES, ARRIVE, ARRIVE[19:], RELAY),
     Mutant("sample: no barrier before the count, race", PRIMITIVES, ARRIVE, ARRIVE[19:], RELAY_RACES),
-    Mutant("sample: no barrier after the wait", PRIMITIVES, LEAVE, "n);\n  }\n", RELAY),
     Mutant("sample: no barrier after the wait, race", PRIMITIVES, LEAVE, "n);\n  }\n", RELAY_RACES),
     Mutant("sample: the grid does not meet", PRIMITIVES, "    meet_grid(counter, t + 1);", "", RELAY),
-    Mutant("sample: one block does not wait", PRIMITIVES, "if (threadIdx.x == 0) {",
-           "if (threadIdx.x == 0 && blockIdx.x != 1) {", RELAY),
-    Mutant("sample: waits for one block too few", PRIMITIVES, "* gridDim.x, n)", "* gridDim.x - 1, n)", RELAY),
-    Mutant("sample: waits for one block too many", PRIMITIVES, "* gridDim.x, n)", "* gridDim.x + 1, n)", RELAY),
-    Mutant("sample: counts by a plain store", PRIMITIVES, "dev::add_release(counter, 1)", "*counter += 1", RELAY),
+    Mutant("sample: waits for one block too few", PRIMITIVES, "* gridDim.x, n)", "* gridDim.x - 1, n)",
+           RELAY),
+    Mutant("sample: counts by a plain store", PRIMITIVES, "dev::add_release(counter, 1)", "*counter += 1",
+           RELAY),
     Mutant("sample: one buffer for two steps", PRIMITIVES, "exchange + t % 2 * n", "exchange", RELAY),
-    Mutant("sample: neighbours overwritten", PRIMITIVES,
-           "    __syncthreads();  // neighbours have been read\n", "", RELAY),
     Mutant("sample: neighbours overwritten, race", PRIMITIVES,
            "    __syncthreads();  // neighbours have been read\n", "", RELAY_RACES),
     Mutant("sample: some threads miss a barrier", PRIMITIVES,
-           "    __syncthreads();  // neighbours have been read\n", "    if (i % 5) __syncthreads();\n", RELAY),
-    Mutant("sample: shared memory overrun", PRIMITIVES, "neighbours[threadIdx.x] = v",
-           "neighbours[threadIdx.x] = neighbours[threadIdx.x + 1] = v", RELAY),
+           "    __syncthreads();  // neighbours have been read\n", "    if (i % 5) __syncthreads();\n",
+           RELAY),
     Mutant("sample: shared memory overread", PRIMITIVES, "neighbours[blockDim.x - 1 - threadIdx.x] +",
-           "neighbours[blockDim.x - 1 - threadIdx.x] + 0 * neighbours[blockDim.x] +", RELAY_BOUNDS),
-    Mutant("sample: global memory overread", PRIMITIVES, "+ (i + 37) % n / 4)", "+ (i + 37) / 4)", RELAY_BOUNDS),
-    Mutant("sample: release without order", "testing/cuda_on_host.h", "__ATOMIC_RELEASE", "__ATOMIC_RELAXED",
-           RELAY_RACES),
-    Mutant("sample: acquire without order", "testing/cuda_on_host.h", "__ATOMIC_ACQUIRE", "__ATOMIC_RELAXED",
-           RELAY_RACES),
-    Mutant("sample: a shuffle from another lane", PRIMITIVES, "x[i], lane_mask)", "x[i], lane_mask ^ 1)",
-           self_test("shuffles and fifo")),
+           "neighbours[blockDim.x - 1 - threadIdx.x] + (neighbours[blockDim.x] == 7) +", RELAY_BOUNDS),
+    Mutant("sample: global memory overread", PRIMITIVES, "+ (i + 37) % n / 4)", "+ (i + 37) / 4)",
+           RELAY_BOUNDS),
     Mutant("sample: words of a tile exchanged", PRIMITIVES, "v % 2 * 16 + v / 2 % 2 * 8 + v / 4 * 128",
            "v % 2 * 16 + v / 4 * 8 + v / 2 % 2 * 128", self_test("mma and fifo")),
 ]  # fmt: skip
@@ -88,7 +79,7 @@ MUTANTS = SAMPLE + KERNELS
 
 
 def mutated(mutant: Mutant, work: Path) -> Path:
-    """The module of a copy of the sources; objects that do not contain the change are those of the original."""
+    """The library of a copy of the sources; objects that do not contain the change are the original's."""
     tree, out = work / "csrc", work / "build"
     shutil.copytree(CSRC, tree)
     source = (tree / mutant.file).read_text()
@@ -102,38 +93,38 @@ def mutated(mutant: Mutant, work: Path) -> Path:
         if str(CSRC / mutant.file) not in rule.read_text().split():
             for original in (rule, rule.with_suffix(".o")):
                 shutil.copy2(original, out)
-    return build(mutant.tests.sanitizer, tree, out, OPTIMIZE)
+    return build(mutant.tests.library, mutant.tests.sanitizer, tree, out, OPTIMIZE)
 
 
-def test(tests: Tests, module: Path) -> str:
+def test(tests: Tests, library: Path) -> str:
     """What the tests say: nothing if they pass."""
-    command = test_command("-x", "-q", "--no-header", "--tb=line", *tests.arguments)
+    command = test_command("-x", "-q", "--no-header", *tests.arguments)
+    environ = environment(tests.sanitizer) | {tests.library: str(library), "PYTHONPATH": str(ROOT)}
     try:
-        done = subprocess.run(
-            command, env=environment(tests.sanitizer, module) | {"PYTHONPATH": str(ROOT)}, cwd=ROOT,
-            capture_output=True, text=True, timeout=TIMEOUT,
-        )  # fmt: skip
+        done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         return f"did not end in {TIMEOUT} s"
     if done.returncode == 0:
         return ""
     if done.returncode in (2, 3, 4, 5):  # pytest's own: nothing was tested
         raise RuntimeError(" ".join(command) + "\n" + done.stdout + done.stderr)
-    lines = (done.stdout + done.stderr).splitlines()
-    told = [line for line in lines if "Error: " in line or line.startswith("SUMMARY: ")]
-    return told[-1] if told else f"exit status {done.returncode}"
+    lines = reversed((done.stdout + done.stderr).splitlines())
+    return next(
+        (l for l in lines if l.startswith(("FAILED ", "SUMMARY: "))), f"exit status {done.returncode}"
+    )
 
 
 def judge(mutant: Mutant) -> tuple[str, float]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
-        return test(mutant.tests, mutated(mutant, Path(work))), time.monotonic() - start
+        complaint = test(mutant.tests, mutated(mutant, Path(work)))
+        return complaint.replace(f"{work}/", ""), time.monotonic() - start
 
 
 def main(*words: str) -> int:
     mutants = [m for m in MUTANTS if all(word in m.name for word in words)]
     for tests in dict.fromkeys(m.tests for m in mutants):
-        if complaint := test(tests, build(tests.sanitizer, optimize=OPTIMIZE)):
+        if complaint := test(tests, build(tests.library, tests.sanitizer, optimize=OPTIMIZE)):
             print(f"the kernels do not pass {tests}: {complaint}")
             return 1
     survivors = 0

@@ -85,9 +85,7 @@ def run(device: Device, numbers: str, scan, wanted: str = "all", save: bool = Tr
         close(numbers, name, a, b)
 
 
-@pytest.fixture(autouse=True)
-def operators(on_host):
-    """torch.ops.fastrnn_cuda_on_host"""
+pytestmark = pytest.mark.usefixtures("cuda_operators")
 
 
 # ---- every path, number type and form ------------------------------------------------------------------

@@ -135,13 +135,26 @@ const std::map<std::string, Fault> kFaults = {
         __shfl_xor_sync(~0u, 1, 1);  // a meeting, but no order
         if (blockIdx.x == 0) global[threadIdx.x] = shared[kThreads - 1 - threadIdx.x];
       }}},
-    {"race between blocks",
+    {"counts before it has written",
      {true,
       [](uint32_t* counter, float* global) {
         if (threadIdx.x != 0) return;
         if (blockIdx.x == 0) {
           dev::add_release(counter, 1);
           global[0] = 1;
+        } else {
+          dev::wait_until(counter, 1, 0);
+          global[1] = global[0];
+        }
+      }}},
+    {"counts without order",
+     {true,
+      [](uint32_t* counter, float* global) {
+        if (threadIdx.x != 0) return;
+        if (blockIdx.x == 0) {
+          global[0] = 1;
+          __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+          released(counter);
         } else {
           dev::wait_until(counter, 1, 0);
           global[1] = global[0];
