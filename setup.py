@@ -74,8 +74,8 @@ def kernels(name: str, flags: list[str]) -> tuple[str, dict]:
 
 LIBRARIES = [kernels(*item) for item in INSTRUCTION_SETS.items()]
 
-# FASTRNN_CUDA: 1 needs nvcc, 0 leaves the CUDA kernels out, auto (the default) builds them where nvcc is.
-# Neither a GPU nor a CUDA build of torch is needed to compile them.
+# FASTRNN_CUDA: 1 builds the CUDA kernels, for which nvcc is enough, without a GPU or a CUDA build of torch;
+# 0 leaves them out; auto, the default, builds them where nvcc is and this torch could load them.
 CUDA = "fastrnn._C_cuda"
 CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
 CUDA_HEADERS = sorted(
@@ -84,16 +84,23 @@ CUDA_HEADERS = sorted(
 
 
 def find_nvcc() -> str | None:
+    """nvcc, if the CUDA kernels are to be built."""
     wanted = os.environ.get("FASTRNN_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"fastrnn: FASTRNN_CUDA must be 0, 1 or auto, got {wanted!r}.")
+    if wanted == "0" or (wanted == "auto" and torch.version.cuda is None):
+        return None
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
-    if wanted == "1" and not nvcc:
+    if nvcc is None and wanted == "1":
         sys.exit(
-            "fastrnn: FASTRNN_CUDA=1 needs nvcc, and there is none; install CUDA's toolkit or set CUDA_HOME."
+            "fastrnn: FASTRNN_CUDA=1 needs nvcc; install CUDA's toolkit, or say with CUDA_HOME where it is."
         )
-    return None if wanted == "0" else nvcc
+    if nvcc is None:
+        print(
+            "fastrnn: there is no nvcc, so that the CUDA kernels are left out (CUDA_HOME says where it is)."
+        )
+    return nvcc
 
 
 NVCC = find_nvcc()
