@@ -94,7 +94,7 @@ struct SharedMemory {
 FASTRNN_PLAIN SharedMemory shared_memory(const Shape& shape, const Geometry& g) {
   const int rows = g.row_warps * shape.row_tiles * 16, pairs = g.batch * g.units;
   SharedMemory m{};
-  m.partial = shape.warps * g.spilled * shape.row_tiles * 1024;
+  m.partial = g.row_warps * g.depth_warps * g.spilled * shape.row_tiles * 1024;
   m.bias = m.partial + round_up(g.depth_warps * rows * (g.batch + 1) * 4, 16);
   m.h = m.bias + rows * 4;
   m.c = m.h + pairs * 4;
@@ -147,18 +147,21 @@ struct Choice {
   Geometry geometry;
 };
 
-/// The first of the forms that has room.
+/// One block where it has room for all units; else the form whose blocks read the least in a step.
 FASTRNN_PLAIN Choice choose(bool forward, Arithmetic a, int gates, const ScanSizes& s,
                             const DeviceLimits& device) {
-  const Form forms[] = {Form::kSingle, forward ? Form::kSplit : Form::kDeep,
-                        forward && gates == 4 ? Form::kWide : Form::kNone};
-  for (const Form form : forms) {
-    if (form == Form::kNone) break;
-    const Geometry g = fit(shape_of(form, a, gates), a, forward ? gates : 1, forward ? 1 : gates,
-                           form == Form::kSingle, s, device);
-    if (g.exists()) return {form, g};
+  const int rows = forward ? gates : 1, depth = forward ? 1 : gates;
+  const auto fitted = [&](Form form) {
+    return Choice{form, fit(shape_of(form, a, gates), a, rows, depth, form == Form::kSingle, s, device)};
+  };
+  if (const Choice single = fitted(Form::kSingle); single.geometry.exists()) return single;
+  Choice best = fitted(forward ? Form::kSplit : Form::kDeep);
+  if (forward && gates == 4) {
+    const Choice wide = fitted(Form::kWide);
+    const bool reads_less = wide.geometry.exchange_bytes() < best.geometry.exchange_bytes();
+    if (wide.geometry.exists() && (reads_less || !best.geometry.exists())) best = wide;
   }
-  return {};
+  return best.geometry.exists() ? best : Choice{};
 }
 
 }  // namespace fastrnn

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <string>
 
-#include "cells/registry.h"
 #include "common/schemas.h"
 #include "cuda/driver.cuh"
 
@@ -75,19 +74,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return call.results();
 }
 
+template <class Cell, class Library>
+void define_operators(Library& m) {
+  m.def((Cell::kName + with_device(kForward)).c_str());
+  m.def((std::string(Cell::kName) + "_backward" + with_device(kBackward)).c_str());
+}
+
+template <class Cell, class Library>
+void register_operators(Library& m) {
+  m.impl(Cell::kName, TORCH_BOX(&forward<Cell>));
+  m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX(&backward<Cell>));
+}
+
 }  // namespace
 }  // namespace fastrnn
-
-STABLE_TORCH_LIBRARY(fastrnn_cuda_on_host, m) {
-  fastrnn::AllCells::each([&]<class Cell>() {
-    m.def((Cell::kName + fastrnn::with_device(fastrnn::kForward)).c_str());
-    m.def((std::string(Cell::kName) + "_backward" + fastrnn::with_device(fastrnn::kBackward)).c_str());
-  });
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda_on_host, CPU, m) {
-  fastrnn::AllCells::each([&]<class Cell>() {
-    m.impl(Cell::kName, TORCH_BOX(&fastrnn::forward<Cell>));
-    m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX(&fastrnn::backward<Cell>));
-  });
-}
