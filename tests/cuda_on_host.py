@@ -94,6 +94,8 @@ def build(
 
 
 def load(path: Path):
+    import torch  # noqa: F401  (the module is linked with its libraries)
+
     spec = importlib.util.spec_from_file_location("fastrnn_cuda_on_host", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
