@@ -1,6 +1,7 @@
 """What the core tests share: the internals of the extension as a module, and a fixed random state."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,15 +38,8 @@ def internals():
 
 @pytest.fixture(scope="session")
 def on_host():
-    """The machine that runs CUDA kernels on the CPU, and its own kernels."""
-    return cuda_on_host.load(cuda_on_host.find("fastrnn_cuda_on_host"))
-
-
-@pytest.fixture(scope="session")
-def cuda_operators():
-    """The CUDA operators on the CPU."""
-    torch.ops.load_library(str(cuda_on_host.find("cuda_operators")))
-    return torch.ops.fastrnn_cuda_on_host
+    """The CUDA kernels on the CPU."""
+    return cuda_on_host.load(os.environ.get(cuda_on_host.MODULE) or cuda_on_host.build())
 
 
 @pytest.fixture(autouse=True)

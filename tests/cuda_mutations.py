@@ -26,9 +26,9 @@ TIMEOUT = 300  # seconds: a mutant may never end
 class Tests:
     """What is to notice."""
 
-    library: str  # that is tested
     arguments: tuple[str, ...]  # of pytest
     sanitizer: str = "plain"
+    cells: tuple[str, ...] = ()  # whose kernels are needed: each takes a while to compile
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Mutant:
 
 
 def self_test(name: str, sanitizer: str = "plain") -> Tests:
-    return Tests("fastrnn_cuda_on_host", ("tests/test_cuda_on_host.py", "-k", name), sanitizer)
+    return Tests(("tests/test_cuda_on_host.py", "-k", name), sanitizer)
 
 
 RELAY = self_test("meet_at_every_step")
@@ -79,7 +79,7 @@ MUTANTS = SAMPLE + KERNELS
 
 
 def mutated(mutant: Mutant, work: Path) -> Path:
-    """The library of a copy of the sources; objects that do not contain the change are the original's."""
+    """The module of a copy of the sources; objects that do not contain the change are the original's."""
     tree, out = work / "csrc", work / "build"
     shutil.copytree(CSRC, tree)
     source = (tree / mutant.file).read_text()
@@ -93,13 +93,13 @@ def mutated(mutant: Mutant, work: Path) -> Path:
         if str(CSRC / mutant.file) not in rule.read_text().split():
             for original in (rule, rule.with_suffix(".o")):
                 shutil.copy2(original, out)
-    return build(mutant.tests.library, mutant.tests.sanitizer, tree, out, OPTIMIZE)
+    return build(mutant.tests.sanitizer, tree, out, OPTIMIZE, mutant.tests.cells)
 
 
-def test(tests: Tests, library: Path) -> str:
+def test(tests: Tests, module: Path) -> str:
     """What the tests say: nothing if they pass."""
     command = test_command("-x", "-q", "--no-header", *tests.arguments)
-    environ = environment(tests.sanitizer) | {tests.library: str(library), "PYTHONPATH": str(ROOT)}
+    environ = environment(tests.sanitizer, module) | {"PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -124,7 +124,7 @@ def judge(mutant: Mutant) -> tuple[str, float]:
 def main(*words: str) -> int:
     mutants = [m for m in MUTANTS if all(word in m.name for word in words)]
     for tests in dict.fromkeys(m.tests for m in mutants):
-        if complaint := test(tests, build(tests.library, tests.sanitizer, optimize=OPTIMIZE)):
+        if complaint := test(tests, build(tests.sanitizer, optimize=OPTIMIZE, cells=tests.cells)):
             print(f"the kernels do not pass {tests}: {complaint}")
             return 1
     survivors = 0

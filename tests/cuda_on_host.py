@@ -1,5 +1,5 @@
-"""The CUDA kernels on the CPU: builds the libraries of csrc/testing that run them, with or without a
-sanitizer, and runs tests with these.
+"""The CUDA kernels on the CPU: builds the module fastrnn_cuda_on_host of csrc/testing, with or without a
+sanitizer, and runs tests with it.
 
     python tests/cuda_on_host.py {plain,address,thread} PYTEST-ARGUMENTS
 """
@@ -9,14 +9,14 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_on_host"
-# In the environment: with which sanitizer, and LIBRARY=path, a library that is there and not to be built.
-SANITIZER = "FASTRNN_CUDA_SANITIZER"
+MODULE = "FASTRNN_CUDA_ON_HOST"  # in the environment: the module to test, if it is not to be built
 
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -26,14 +26,14 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 # Never with a sanitizer: what is done behind the kernels' back is not for it to see.
-RUNTIME = {"testing/fiber.cpp": "-O2", "testing/cuda_on_host.cpp": "-O2", "testing/cuda_launch.cpp": "-O2"}
-CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-# fastrnn_cuda_on_host: a Python module. cuda_operators: torch.ops.fastrnn_cuda_on_host.
-LIBRARIES = {
-    "fastrnn_cuda_on_host": (RUNTIME | {"testing/cuda_module.cpp": "-O0"}, ["testing/primitives.cpp"]),
-    "cuda_operators": (RUNTIME, [f"testing/cuda_{cell}.cpp" for cell in CELLS]),
-    "cuda_lstm": (RUNTIME, ["testing/cuda_lstm.cpp"]),  # of these, for the mutants
+RUNTIME = {
+    "testing/fiber.cpp": "-O2",
+    "testing/cuda_on_host.cpp": "-O2",
+    "testing/cuda_launch.cpp": "-O2",
+    "testing/cuda_module.cpp": "-O0",
 }
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 SCHEDULES = [
     ("fifo", 0),
@@ -44,22 +44,9 @@ SCHEDULES = [
 
 
 def run(command):
-    """Without the sanitizer that this Python may run under."""
-    environ = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environ)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(" ".join(map(str, command)) + "\n" + done.stderr)
-
-
-def foreign() -> tuple[list[str], list[str]]:
-    """Flags to compile and to link with Python's, pybind11's and torch's C++."""
-    import pybind11
-    from torch.utils import cpp_extension
-
-    folders = [sysconfig.get_paths()["include"], pybind11.get_include(), *cpp_extension.include_paths()]
-    compiling = [f"-isystem{folder}" for folder in folders]
-    linking = [*(f"-L{folder}" for folder in cpp_extension.library_paths()), "-ltorch_cpu", "-ltorch"]
-    return [*compiling, "-DTORCH_TARGET_VERSION=0x020a000000000000"], linking
 
 
 def up_to_date(target: Path) -> bool:
@@ -72,53 +59,58 @@ def up_to_date(target: Path) -> bool:
 
 
 def build(
-    library: str, sanitizer: str = "plain", csrc: Path = CSRC, out: Path = BUILD, optimize: str = ""
+    sanitizer: str = "plain",
+    csrc: Path = CSRC,
+    out: Path = BUILD,
+    optimize: str = "",
+    cells: Sequence[str] = CELLS,
 ) -> Path:
-    """Compiles what has changed, and returns the library."""
-    optimize = optimize or ("-O2" if sanitizer == "plain" else "-O1")  # twice as fast to compile
+    """Compiles what has changed, and returns the module."""
+    optimize = optimize or ("-O2" if sanitizer == "plain" else "-O1")  # compiled in half the time
+    import pybind11
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    system = [pybind11.get_include(), sysconfig.get_paths()["include"], *include_paths()]
+    includes = [STABLE_ABI, f"-I{csrc}", *(f"-isystem{path}" for path in system)]
+    torch = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
+    kernels = ["testing/primitives.cpp", *(f"testing/cuda_{cell}.cpp" for cell in cells)]
     out.mkdir(parents=True, exist_ok=True)
-    compiling, linking = foreign()
 
     def compiled(source: str, flags: list[str], suffix: str) -> Path:
         target = out / f"{Path(source).stem}{suffix}.o"
         if not up_to_date(target):
-            run([CXX, *FLAGS, *flags, f"-I{csrc}", *compiling, "-MMD", "-c", csrc / source, "-o", target])
+            run([CXX, *FLAGS, *flags, *includes, "-MMD", "-c", csrc / source, "-o", target])
         return target
 
-    runtime, kernels = LIBRARIES[library]
-    variant = f"-{sanitizer}{optimize}"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [pool.submit(compiled, s, [o], "") for s, o in runtime.items()]
-        objects += [pool.submit(compiled, s, [optimize, *SANITIZERS[sanitizer]], variant) for s in kernels]
+        objects = [pool.submit(compiled, s, [o], "") for s, o in RUNTIME.items()]
+        flags = [optimize, *SANITIZERS[sanitizer]]
+        objects += [pool.submit(compiled, s, flags, f"-{sanitizer}{optimize}") for s in kernels]
     objects = [o.result() for o in objects]
-    target = out / f"{library}{variant}.so"
-    if not target.exists() or any(o.stat().st_mtime > target.stat().st_mtime for o in objects):
-        run([CXX, "-shared", *objects, *SANITIZERS[sanitizer], *linking, "-o", target])
-    return target
-
-
-def find(library: str) -> Path:
-    """What the environment names, or what it asks to build."""
-    return Path(os.environ.get(library) or build(library, os.environ.get(SANITIZER, "plain")))
+    module = out / f"fastrnn_cuda_on_host-{'-'.join([sanitizer + optimize, *cells])}.so"
+    if not module.exists() or any(o.stat().st_mtime > module.stat().st_mtime for o in objects):
+        run([CXX, "-shared", *objects, *SANITIZERS[sanitizer], *torch, "-o", module])
+    return module
 
 
 def load(path: Path):
+    import torch  # noqa: F401  (the module is linked with its libraries)
+
     spec = importlib.util.spec_from_file_location("fastrnn_cuda_on_host", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def environment(sanitizer: str) -> dict[str, str]:
-    """For a Python that is to load them: the sanitizer's runtime must be there before its allocator."""
+def environment(sanitizer: str, module: Path) -> dict[str, str]:
+    """For a Python that is to load the module: the sanitizer's runtime must be there before its allocator."""
     names = {"plain": [], "address": ["asan", "ubsan", "stdc++"], "thread": ["tsan", "stdc++"]}[sanitizer]
-    runtimes = [
-        subprocess.check_output([CXX, f"-print-file-name=lib{n}.so"], text=True).strip() for n in names
-    ]
+    find = lambda name: subprocess.check_output([CXX, f"-print-file-name=lib{name}.so"], text=True).strip()  # noqa: E731
     return os.environ | {
-        SANITIZER: sanitizer,
-        "LD_PRELOAD": " ".join(runtimes),
+        MODULE: str(module),
+        "LD_PRELOAD": " ".join(map(find, names)),
         "PYTHONMALLOC": "malloc",
+        "OMP_NUM_THREADS": "1",  # torch's own threads are not to be watched
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",  # Python leaves much behind
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=98",
         "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
@@ -131,7 +123,8 @@ def test_command(*arguments: str) -> list[str]:
 
 
 def main(sanitizer: str, *arguments: str) -> int:
-    return subprocess.run(test_command(*arguments), env=environment(sanitizer), check=False).returncode
+    environ = environment(sanitizer, build(sanitizer))
+    return subprocess.run(test_command(*arguments), env=environ, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def run(device: Device, numbers: str, scan, wanted: str = "all", save: bool = Tr
         close(numbers, name, a, b)
 
 
-pytestmark = pytest.mark.usefixtures("cuda_operators")
+pytestmark = pytest.mark.usefixtures("on_host")
 
 
 # ---- every path, number type and form ------------------------------------------------------------------
@@ -155,7 +155,8 @@ def test_one_step_and_no_rows(cell):
     run(ONE_BLOCK, "f32", make_scan(cell, 1, 5, 17))
     none = make_scan(cell, 3, 0, 17, D=2, dtype=torch.float32)
     outputs = getattr(torch.ops.fastrnn_cuda_on_host, cell)(*none.arguments(), *ONE_BLOCK.arguments("f32"))
-    assert outputs[0].shape == (0, 34) and torch.equal(outputs[1], none.h0)
+    assert outputs[0].shape == (0, 34)
+    assert torch.equal(outputs[1], none.h0)
 
 
 @pytest.mark.parametrize("path", PATHS)
