@@ -1,6 +1,7 @@
 """The CUDA kernels: whether they are here, why not, and which path a scan takes on a device."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def missing() -> str | None:
     if torch.version.cuda is None:
         return "this torch is not a CUDA build"
     try:
-        from . import _C_cuda  # noqa: F401  (registers them)  # type: ignore[attr-defined]
+        from . import _C_cuda  # type: ignore[attr-defined]  # noqa: F401  (registers them)
     except ImportError as error:
         return f"fastrnn's CUDA kernels do not load: {error}"
     return None
@@ -49,7 +50,7 @@ def plan(weight: Tensor, forward: bool, gates: int, T: int, B: int, H: int, D: i
     numbers = _NUMBERS[weight.dtype]
     if numbers == "f32" and _tf32_is_allowed():
         numbers = "tf32"
-    device = torch.cuda.get_device_properties(weight.device)
+    device: Any = torch.cuda.get_device_properties(weight.device)
     return torch.ops.fastrnn.cuda_plan(
         forward, numbers, gates, T, B, H, D, projected,
         device.multi_processor_count, device.shared_memory_per_block_optin,

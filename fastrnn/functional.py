@@ -370,17 +370,16 @@ _ONE_STEP = _ops.Sequence(batch_first=False)
 
 def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) -> tuple[Tensor, ...]:
     w_ih, w_hh, b_ih, b_hh = weights
-    biases = ([], []) if b_ih is None else ([b_ih], [b_hh])
+    biases = [] if b_ih is None else [b_ih, b_hh]
     _check_cell(input, hidden, w_ih, w_hh)
-    _check_attributes(input, hidden, (w_ih, w_hh, *biases[0], *biases[1]))
-    w_ih, w_hh = _lowered((w_ih, w_hh))
-    biases = tuple(_lowered(b) if b else b for b in biases)
+    _check_attributes(input, hidden, (w_ih, w_hh, *biases))
+    w_ih, w_hh, *biases = _lowered((w_ih, w_hh, *biases))
     input, *hidden = _lowered((input, *hidden))  # type: ignore[assignment]
     output_dtype = _autocast_dtype(name, hidden[0], one_step=True)
     if output_dtype is not None:
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
     c0 = hidden[1].unsqueeze(0) if CELLS[name].has_c else None
-    layer_weights = _ops.Weights([w_ih], [w_hh], *biases, [])
+    layer_weights = _ops.Weights([w_ih], [w_hh], biases[:1], biases[1:], [])
     _, *states = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, layer_weights, _ONE_STEP)
     results = tuple(s.squeeze(0) for s in states[: len(hidden)])
     return results if output_dtype is None else tuple(s.to(output_dtype) for s in results)
