@@ -4,14 +4,15 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -path csrc/testing -prune -o -type f -print)
 CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test bench build lint format sanitize wheel clean
+.PHONY: train test bench build cuda lint format sanitize mutants wheel clean
 
 train: build
 	$(BIN)/python -m fastrnn train fit --config shakespeare
 
-test: lint build
+test: lint build cuda
 	$(BIN)/python -m pytest tests
 	$(MAKE) sanitize
+	$(MAKE) mutants
 
 bench: build
 	$(BIN)/python -m fastrnn bench
@@ -29,6 +30,16 @@ format: .venv/ready
 
 sanitize: build
 	PYTHON=$(BIN)/python tests/sanitize.sh
+	PYTHON=$(BIN)/python tests/sanitize_cuda.sh
+
+mutants: build
+	$(BIN)/python tests/cuda_mutations.py
+
+# Without a GPU too: to see that they compile, and what ptxas says of them.
+cuda: build
+	@if [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] || command -v nvcc >/dev/null; then \
+	  FASTRNN_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace; \
+	else echo "There is no nvcc: the CUDA kernels are not compiled."; fi
 
 wheel: .venv/ready
 	$(BIN)/python -m build --no-isolation

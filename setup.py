@@ -10,8 +10,9 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
+from setuptools.modified import newer_group
 
 if sys.platform != "linux":
     sys.exit(f"fastrnn: builds on Linux only so far, not on {sys.platform}.")
@@ -25,7 +26,12 @@ except ModuleNotFoundError:
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
     sys.exit(f"fastrnn: building needs torch>=2.10, found {torch.__version__}.")
 
-from torch.utils.cpp_extension import BuildExtension, CppExtension  # noqa: E402
+from torch.utils.cpp_extension import (  # noqa: E402
+    BuildExtension,
+    CppExtension,
+    include_paths,
+    library_paths,
+)
 
 os.chdir(Path(__file__).parent)
 HEADERS = sorted(str(p) for s in ("*.h", "*.inc") for p in Path("csrc").rglob(s) if "testing" not in p.parts)
@@ -46,6 +52,7 @@ COMMON = [
     "-Wall",
     *EXTRA,
 ]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 INSTRUCTION_SETS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
@@ -66,6 +73,47 @@ def kernels(name: str, flags: list[str]) -> tuple[str, dict]:
 
 
 LIBRARIES = [kernels(*item) for item in INSTRUCTION_SETS.items()]
+
+# FASTRNN_CUDA: 1 builds the CUDA kernels, for which nvcc is enough, without a GPU or a CUDA build of torch;
+# 0 leaves them out; auto, the default, builds them where nvcc is and this torch could load them.
+CUDA = "fastrnn._C_cuda"
+CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+CUDA_HEADERS = sorted(
+    str(p) for folder in ("cells", "common", "cuda") for p in Path("csrc", folder).glob("*.*h")
+)
+
+
+def find_nvcc() -> str | None:
+    """nvcc, if the CUDA kernels are to be built."""
+    wanted = os.environ.get("FASTRNN_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        sys.exit(f"fastrnn: FASTRNN_CUDA must be 0, 1 or auto, got {wanted!r}.")
+    if wanted == "0" or (wanted == "auto" and torch.version.cuda is None):
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if nvcc is None and wanted == "1":
+        sys.exit(
+            "fastrnn: FASTRNN_CUDA=1 needs nvcc; install CUDA's toolkit, or say with CUDA_HOME where it is."
+        )
+    if nvcc is None:
+        print(
+            "fastrnn: there is no nvcc, so that the CUDA kernels are left out (CUDA_HOME says where it is)."
+        )
+    return nvcc
+
+
+NVCC = find_nvcc()
+
+
+def architectures() -> list[str]:
+    """nvcc's words for TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX"."""
+    flags = []
+    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX").replace(";", " ").split():
+        number, _, ptx = name.replace(".", "").partition("+")
+        codes = [f"sm_{number}"] + [f"compute_{number}"] * (ptx == "PTX")
+        flags += [f"-gencode=arch=compute_{number.rstrip('af')},code={code}" for code in codes]
+    return flags
 
 
 def check_tools() -> None:
@@ -104,7 +152,7 @@ class BuildKernels(build_clib):
 
 
 class Build(BuildExtension):
-    """The extension, after the kernels that it links."""
+    """The extension, after the kernels that it links; the CUDA kernels by nvcc."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -113,6 +161,46 @@ class Build(BuildExtension):
     def run(self) -> None:
         self.run_command("build_clib")
         super().run()
+
+    def build_extension(self, ext) -> None:
+        if ext.name != CUDA:
+            return super().build_extension(ext)
+        folder = Path(TEMPORARY, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = [
+            "-std=c++20", "-O3", *architectures(), "--ptxas-options=-v",
+            f"-Xcompiler={','.join(['-fPIC', *COMMON])}",
+            "-DUSE_CUDA", "-DPy_LIMITED_API=0x030a0000", STABLE_ABI, f"-I{INCLUDE}",
+            *(f"-isystem={path}" for path in (*include_paths(), sysconfig.get_path("include"))),
+        ]  # fmt: skip
+
+        def compiled(source: str) -> str:
+            target = folder / f"{Path(source).stem}.o"
+            if newer_group([source, *CUDA_HEADERS, "setup.py"], str(target)):
+                done = subprocess.run(
+                    [NVCC, "-c", source, "-o", target, *flags], capture_output=True, text=True, check=False
+                )
+                if done.returncode:
+                    target.unlink(missing_ok=True)
+                    sys.exit(f"fastrnn: {NVCC} cannot compile {source}:\n{done.stderr}")
+                target.with_suffix(".ptxas").write_text(done.stderr)  # registers and spills of each kernel
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, CUDA_SOURCES))
+        libraries = Path(NVCC).resolve().parents[1] / "lib64"
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        # torch's CUDA library is looked up when the module is loaded: csrc/cuda/module.cu.
+        options = [
+            *(f"-L{path}" for path in library_paths()),
+            "-lc10",
+            "-ltorch_cpu",
+            f"-L{libraries}",
+            "-lcudart_static",
+        ]
+        compiler = shlex.split(os.environ["CXX"])
+        subprocess.run([*compiler, "-shared", *objects, *options, "-ldl", "-lrt", "-o", target], check=True)
 
 
 setup(
@@ -140,11 +228,12 @@ setup(
                     "-std=c++20",
                     "-O2",
                     *COMMON,
-                    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+                    STABLE_ABI,
                 ]
             },
             extra_link_args=EXTRA,
-        )
+        ),
+        *([Extension(CUDA, [], depends=[*CUDA_SOURCES, *CUDA_HEADERS], py_limited_api=True)] if NVCC else []),
     ],
     cmdclass={"build_clib": BuildKernels, "build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,5 +1,5 @@
-// The operators: their schemas, declared once for every cell, the module that Python imports, and what it can
-// ask about the build. Kernels register themselves from cpu/ and cuda/.
+// The operators of every cell, the module that Python imports, and what it can ask about the build. Kernels
+// register themselves from cpu/ and cuda/.
 //
 //   torch.ops.fastrnn.<cell>           one layer: the scan over time of each direction
 //   torch.ops.fastrnn.<cell>_backward  back-propagation through it: gate gradients, never weight gradients
@@ -16,8 +16,10 @@
 #include <vector>
 
 #include "cells/registry.h"
+#include "common/schemas.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
+#include "cuda/describe.h"
 
 extern "C" PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
@@ -27,40 +29,6 @@ extern "C" PyMODINIT_FUNC PyInit__C() {
 
 namespace fastrnn {
 namespace {
-
-// x [N, I], h0 [D, B, P], c0 [D, B, H], w_ih D x [G*H, I], w_hh D x [G*H, P], b_ih and b_hh D x [G*H] or
-// none, w_hr D x [P, H] or none, batch_sizes int64 [T] (packed) or none, lengths int64 [B] (dense) or none,
-// reset bool [N] or none
-// -> y [N, D*P], h_n [D, B, P], c_n [D, B, H], saved [D, N, S*H], saved_c [D, N, H]
-constexpr const char* kForward =
-    "(Tensor x, Tensor h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
-    "Tensor[] w_hr, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool save) "
-    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)";
-
-// -> dgates [D, N, E*H], dh0 [D, B, P], dc0 [D, B, H], dh [D, N, P] (complete dL/dh_t; with w_hr or keep),
-//    dc [D, N, H] (complete dL/dc_t; with a c and keep)
-constexpr const char* kBackward =
-    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dsaved, Tensor? dsaved_c, Tensor saved, "
-    "Tensor saved_c, Tensor y, Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? batch_sizes, "
-    "Tensor? lengths, Tensor? reset, bool batch_first, bool keep) "
-    "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh, Tensor dc)";
-
-// What follows the backward scan, over all steps at once; the caller may compose it from torch operations
-// instead.
-// -> dx [N, I] (if inputs), dw_ih [D, G*H, I], dw_hh [D, G*H, P], db_ih and db_hh [D, G*H] (if weights)
-constexpr const char* kProducts =
-    "(Tensor dgates, Tensor x, Tensor y, Tensor h0, Tensor[] w_ih, Tensor? batch_sizes, Tensor? lengths, "
-    "Tensor? reset, bool batch_first, bool inputs, bool weights) "
-    "-> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh)";
-
-// -> uint8 [bytes]: valid in this process alone. With bfloat16 the weights (not the biases) are rounded to
-// it.
-constexpr const char* kPack =
-    "(Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, bool bfloat16) -> Tensor";
-
-constexpr const char* kPacked =
-    "(Tensor x, Tensor h0, Tensor? c0, Tensor packed, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, "
-    "bool batch_first, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)";
 
 std::string cpu_isa() { return instruction_set().name; }
 
@@ -78,12 +46,24 @@ std::vector<int64_t> cpu_plan(int64_t T, int64_t B, int64_t units, int64_t K, in
   return {plan.teams, plan.parts};
 }
 
+// How a CUDA device with so many multiprocessors and bytes of shared memory a block runs a scan. numbers:
+// bf16, f16, tf32, f32 or f64.
+std::string cuda_plan(bool forward, std::string numbers, int64_t gates, int64_t T, int64_t B, int64_t H,
+                      int64_t directions, bool projected, int64_t multiprocessors, int64_t shared_bytes) {
+  const ScanSizes sizes{static_cast<int>(H), static_cast<int>(B), static_cast<int>(directions)};
+  return describe_cuda(forward, numbers, static_cast<int>(gates), T, sizes, projected,
+                       {static_cast<int>(multiprocessors), static_cast<int>(shared_bytes)});
+}
+
 }  // namespace
 }  // namespace fastrnn
 
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_plan(int T, int B, int units, int K, int gates, int directions, int element_bytes) -> int[]");
+  m.def(
+      "cuda_plan(bool forward, str numbers, int gates, int T, int B, int H, int directions, bool projected, "
+      "int multiprocessors, int shared_bytes) -> str");
   fastrnn::AllCells::each([&]<class Cell>() {
     m.def((std::string(Cell::kName) + fastrnn::kForward).c_str());
     m.def((std::string(Cell::kName) + "_backward" + fastrnn::kBackward).c_str());
@@ -96,4 +76,5 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&fastrnn::cpu_isa));
   m.impl("cpu_plan", TORCH_BOX(&fastrnn::cpu_plan));
+  m.impl("cuda_plan", TORCH_BOX(&fastrnn::cuda_plan));
 }

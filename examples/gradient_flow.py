@@ -6,7 +6,7 @@ Writes ``gradient_flow.png``: the norm of dL/dh_t for a loss at the last of 100 
 import torch
 
 import fastrnn
-from fastrnn.training import plots, state_gradients
+from fastrnn.training import StateGradientNorms, plots
 from fastrnn.training.gradient_flow import describe
 
 torch.manual_seed(0)
@@ -17,7 +17,8 @@ for name in ("RNN", "GRU", "LSTM"):
     if name == "LSTM":
         with torch.no_grad():
             rnn.bias_hh_l0[64:128] = 2.0  # forget gates start open (Gers et al. 2000)
-    norms = state_gradients(rnn, lambda rnn=rnn: {"loss": rnn(x)[0][-1].square().mean()})
-    profiles[name] = norms["loss"]["h layer 1"].numpy()
+    with StateGradientNorms(rnn) as norms:
+        rnn(x)[0][-1].square().mean().backward()
+        profiles[name] = norms.take()["h layer 1"].numpy()
     print(f"{name}: {describe(profiles[name])}")
 plots.profile(profiles, "dL/dh, loss at the last step").savefig("gradient_flow.png", dpi=110)

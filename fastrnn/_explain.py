@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _prepack, functional, modules
+from . import _cuda, _prepack, functional, modules
 from .reference import CELLS
 
 
@@ -83,8 +83,11 @@ def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence
     if reason is not None:
         return Explanations(Explanation(name, layer, None, reason, reason) for layer in range(L))
     gates = CELLS[cell].gates
-    forward = _shared_out(T, B, H, P, gates, D, weight.element_size())
-    backward = _shared_out(T, B, P, H, gates, D, weight.element_size())
+    if weight.is_cuda:
+        forward, backward = (_cuda.plan(weight, way, gates, T, B, H, D, H != P) for way in (True, False))
+    else:
+        forward = _shared_out(T, B, H, P, gates, D, weight.element_size())
+        backward = _shared_out(T, B, P, H, gates, D, weight.element_size())
     return Explanations(
         Explanation(name, layer, f"fastrnn::{cell}", forward + _prepack.note(weights), backward)
         for layer, (_, weights) in enumerate(module._scan_layers())  # type: ignore[operator]

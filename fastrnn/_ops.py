@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, _prepack, reference  # noqa: F401  (_C registers the operators)
+from . import _C, _cuda, _prepack, reference  # noqa: F401  (_C registers the operators)
 from .reference import CELLS, Layout
 
 Maybe = Tensor | None
@@ -85,8 +85,19 @@ def _register_fakes(name: str) -> None:
         )
 
 
+def _register_products(name: str) -> None:
+    """On CUDA torch's own products are the fastest there are."""
+
+    @torch.library.impl(f"fastrnn::{name}_products", "CUDA")
+    def _(dgates, *arguments):
+        products = _composed_products(CELLS[name], dgates, *arguments)
+        return tuple(dgates.new_empty(0) if p is None else p for p in products)
+
+
 for _name in CELLS:
     _register_fakes(_name)
+    _register_products(_name)
+_cuda.missing()  # or registers the scans
 
 # Resolved once: looking an operator up by name costs some microseconds.
 _FORWARD = {name: getattr(torch.ops.fastrnn, name).default for name in CELLS}
@@ -410,8 +421,10 @@ def _composed_products(
         return dx, None, None, None, None
     sequence = Sequence(batch_first, batch_sizes, lengths, reset)
     dga = reference.recurrent_gradients(cell, dgates)
-    before = torch.stack([previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d) for d in range(D)])
-    return dx, dgx.mT @ x, dga.mT @ before, dgx.sum(1), dga.sum(1)
+    before = [previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d) for d in range(D)]
+    dw_ih = torch.stack([dgx[d].T @ x for d in range(D)])
+    dw_hh = torch.stack([dga[d].T @ before[d] for d in range(D)])
+    return dx, dw_ih, dw_hh, dgx.sum(1), dga.sum(1)
 
 
 # ---- What the layers call ----------------------------------------------------------------------------
@@ -424,7 +437,7 @@ def previous_rows(y: Tensor, h0: Tensor, sequence: Sequence, direction: int) -> 
     if B == 0:
         return y
     if batch_sizes is not None:
-        before = torch.cat((h0, y))[_previous_index(batch_sizes, B, N, direction)]
+        before = torch.cat((h0, y))[_previous_index(batch_sizes, B, N, direction).to(y.device)]
     else:
         dim = 1 if batch_first else 0
         steps = y.unflatten(0, (B, -1) if batch_first else (-1, B))
@@ -436,7 +449,7 @@ def previous_rows(y: Tensor, h0: Tensor, sequence: Sequence, direction: int) -> 
         shifted = torch.cat(parts, dim)
         if direction == 1 and lengths is not None:
             last = torch.arange(T).unsqueeze(1 - dim) == (lengths - 1).unsqueeze(dim)
-            shifted = torch.where(last.unsqueeze(-1), h0.unsqueeze(dim), shifted)
+            shifted = torch.where(last.unsqueeze(-1).to(y.device), h0.unsqueeze(dim), shifted)
         before = shifted.flatten(0, 1)
     return before if reset is None else torch.where(reset.unsqueeze(1), torch.zeros_like(before), before)
 
@@ -445,12 +458,18 @@ def _previous_index(batch_sizes: Tensor, B: int, N: int, direction: int) -> Tens
     """For each packed row, where its previous one lies in (h0, y)."""
     T = batch_sizes.shape[0]
     first = batch_sizes.cumsum(0) - batch_sizes
-    t = torch.repeat_interleave(torch.arange(T), batch_sizes, output_size=N)
-    b = torch.arange(N) - first[t]
+    t, b = packed_places(batch_sizes, N)
     before = t - 1 if direction == 0 else t + 1
     inside = before.clamp(0, T - 1)
     exists = (before == inside) & (b < batch_sizes[inside])
     return torch.where(exists, B + first[inside] + b, b)
+
+
+def packed_places(batch_sizes: Tensor, N: int) -> tuple[Tensor, Tensor]:
+    """The step of each packed row and its place in that step, both [N]."""
+    first = batch_sizes.cumsum(0) - batch_sizes
+    t = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes, output_size=N)
+    return t, torch.arange(N) - first[t]
 
 
 class Weights(NamedTuple):
@@ -486,7 +505,7 @@ def scan(
         y, h_n, c_n, _, c = _scan_function().apply(
             name, sequence.batch_first, bool(weights.b_ih), bool(weights.w_hr), *options, *tensors
         )
-        if listener is not None:
+        if listener is not None and y.grad_fn is not None:
             y.grad_fn.listener = listener  # the ctx of Scan.backward
     elif packed is not None:
         y, h_n, c_n, _, c = _PACKED[name](x, h0, c0, packed, *options, sequence.batch_first, all_c)

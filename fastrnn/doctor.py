@@ -83,16 +83,24 @@ def check_build() -> Check:
 def check_cuda() -> Check:
     import torch
 
-    if find_spec("fastrnn._C_cuda"):
-        return Check("cuda", OK, f"kernels are installed; torch's CUDA is {torch.version.cuda}")
-    found = "this version has no CUDA kernels"
+    from fastrnn import _cuda
+
+    built = any(PACKAGE.glob("_C_cuda*.so"))
+    reason = _cuda.missing() if built else "this build has no CUDA kernels"
     if not torch.cuda.is_available():
-        return Check("cuda", NOTE, f"{found}, and torch sees no GPU; nothing is lost")
+        found = reason or f"the kernels are here, for CUDA {torch.version.cuda}"
+        return Check("cuda", NOTE, f"{found}; torch sees no GPU, so that nothing is lost")
+    devices = range(torch.cuda.device_count())
+    reasons = [reason or _cuda.device_reason(i) for i in devices]
+    names = ", ".join(torch.cuda.get_device_name(i) for i in devices)
+    if not any(reasons):
+        return Check("cuda", OK, f"kernels for {names}, CUDA {torch.version.cuda}")
     return Check(
         "cuda",
         WARNING,
-        f"{found}, and torch sees {torch.cuda.get_device_name()}",
-        "on the GPU, modules take torch.nn's own path and warn once; fastrnn.set_strict(True) forbids it",
+        f"{'; '.join(sorted({r for r in reasons if r}))}, and torch sees {names}",
+        "there, modules take torch.nn's own path and warn once; a build with nvcc installed, or "
+        "FASTRNN_CUDA=1, has the kernels",
     )
 
 

@@ -6,18 +6,19 @@ order and with the same results; ``*_cell`` likewise. The modules are thin shell
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import _ops, reference
+from . import _cuda, _ops, reference
 from .reference import CELLS
 
 __all__ = [
-    "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
-    "set_strict",
+    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh",
+    "rnn_tanh_cell", "set_strict",
 ]  # fmt: skip
 
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------
@@ -43,8 +44,10 @@ def set_strict(strict: bool) -> bool:
 
 def no_kernel_reason(weight: Tensor) -> str | None:
     """Why a recurrence with this weight takes torch.nn's own path, or None if there is a kernel for it."""
+    if weight.is_cuda:
+        return _cuda.no_kernel_reason(weight)
     if not (weight.is_cpu or weight.is_meta):
-        return f"this build has no kernels for {weight.device.type} devices"
+        return f"there are no kernels for {weight.device.type} devices"
     if weight.dtype not in _KERNEL_DTYPES:
         return f"there are no CPU kernels for {weight.dtype}"
     return None
@@ -108,6 +111,33 @@ class Rows:
         steps = self.dense(rows)
         return steps.permute(1, 2, 0, 3) if self.batch_first else steps.transpose(1, 2)
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The step of each row and its batch index (packed: its rank by length), both [N]."""
+        if self.batch_sizes is not None:
+            return _ops.packed_places(self.batch_sizes, int(self.batch_sizes.sum()))
+        t, b = torch.meshgrid(torch.arange(self.T), torch.arange(self.B), indexing="ij")
+        return (t.T.flatten(), b.T.flatten()) if self.batch_first else (t.flatten(), b.flatten())
+
+    def ends(self) -> Tensor:
+        """The number of steps of each batch index [B]."""
+        if self.batch_sizes is not None:
+            return (self.batch_sizes[:, None] > torch.arange(self.B)).sum(0)
+        return torch.full((self.B,), self.T) if self.lengths is None else self.lengths
+
+
+@dataclass(frozen=True)
+class StateGradients:
+    """What back-propagation through one layer found for its states: the complete dL/dh_t and dL/dc_t, that
+    is, with all that later steps add."""
+
+    layer: int  # from 0
+    rows: Rows
+    dh: Tensor  # [D, N, P], zero in rows beyond the lengths
+    dc: Tensor | None  # [D, N, H] of an LSTM
+
+
+StateHook = Callable[[StateGradients], object]
+
 
 def layer_weights(params: Sequence[Sequence[Tensor]], has_biases: bool) -> _ops.Weights:
     """Of one layer, from those of each of its D directions: w_ih [G*H, I], w_hh [G*H, P], then b_ih and b_hh
@@ -136,18 +166,19 @@ def layer(
     rows: Rows,
     all_c: bool = False,
     composed: bool = False,
+    listener: Callable[[Tensor, Tensor], object] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scans one cell over time: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H] if all_c).
 
     x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None. ``composed`` makes it from torch operations, for what has
-    no kernel.
+    no kernel. ``listener`` as for ``_ops.scan``.
     """
     sequence = _ops.Sequence(rows.batch_first, rows.batch_sizes, rows.lengths, rows.reset)
     if composed:
         layout = sequence.layout(x.shape[0], h0.shape[1])
         y, h_n, c_n, _, c = reference.forward(CELLS[name], layout, x.to(h0.dtype), h0, c0, *weights)
         return y, h_n, c_n, c
-    return _ops.scan(name, x.to(h0.dtype), h0, c0, weights, sequence, all_c)
+    return _ops.scan(name, x.to(h0.dtype), h0, c0, weights, sequence, all_c, listener)
 
 
 def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
@@ -158,10 +189,18 @@ def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
     return (rows.dense(y) * noise.transpose(0, 1)).flatten(0, 1)
 
 
+def _lowered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Under CUDA's autocast, in its dtype: torch.nn lowers recurrent layers and cells there as wholes."""
+    if not (tensors[0].is_cuda and torch.is_autocast_enabled("cuda")):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype("cuda")
+    return [t if t.dtype is torch.float64 else t.to(dtype) for t in tensors]
+
+
 def _autocast_dtype(name: str, hx: Tensor, one_step: bool) -> torch.dtype | None:
-    """The dtype that torch.nn's outputs have under autocast: it knows lstm, rnn and their cells as wholes,
-    and of gru and lstm_cell it casts the products inside alone."""
-    if not torch.is_autocast_enabled("cpu"):
+    """The dtype that torch.nn's outputs have under the CPU's autocast: it knows lstm, rnn and their cells as
+    wholes, and of gru and lstm_cell it casts the products inside alone. The kernels compute in float32."""
+    if hx.is_cuda or not torch.is_autocast_enabled("cpu"):
         return None
     keeps = name == "gru" or (one_step and name == "lstm")
     return hx.dtype if keeps else torch.get_autocast_dtype("cpu")
@@ -181,6 +220,7 @@ def _stack(
     *,
     return_states: bool,
     composed: bool,
+    state_hook: StateHook | None,
 ) -> tuple[Tensor, ...]:
     """Layers one after the other, dropout between them: y [N, D*P] and h_n [L*D, B, P], c_n [L*D, B, H], or
     all states, h [T, L*D, B, P] and c [T, L*D, B, H]."""
@@ -191,7 +231,8 @@ def _stack(
     for index, weights in enumerate(stack_weights(params, has_biases, num_layers, bidirectional)):
         chunk = slice(index * D, (index + 1) * D)
         c0 = hx[1][chunk] if CELLS[name].has_c else None
-        x, h, c, all_c = layer(name, x, hx[0][chunk], c0, weights, rows, return_states, composed)
+        listener = None if state_hook is None else partial(_tell, state_hook, index, rows)
+        x, h, c, all_c = layer(name, x, hx[0][chunk], c0, weights, rows, return_states, composed, listener)
         if return_states:
             h = rows.states(x.unflatten(1, (D, -1)))
             c = rows.states(all_c.transpose(0, 1)) if c0 is not None else c
@@ -201,6 +242,10 @@ def _stack(
     dim = 1 if return_states else 0
     states = (part[0] if num_layers == 1 else torch.cat(part, dim) for part in zip(*results, strict=True))
     return x, *states
+
+
+def _tell(hook: StateHook, layer: int, rows: Rows, dh: Tensor, dc: Tensor) -> None:
+    hook(StateGradients(layer, rows, dh, dc if dc.dim() == 3 else None))
 
 
 def _lengths(lengths: Tensor | Sequence[int], T: int, B: int) -> Tensor:
@@ -224,7 +269,9 @@ def _reset(reset: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
     return reset.flatten()
 
 
-def _recurrent(name: str, args: tuple, lengths, reset, return_states: bool) -> tuple[Tensor, ...]:
+def _recurrent(
+    name: str, args: tuple, lengths, reset, return_states: bool, state_hook: StateHook | None
+) -> tuple[Tensor, ...]:
     """torch.lstm and its siblings: dense (input, hx, params, has_biases, num_layers, dropout, train,
     bidirectional, batch_first) or packed (data, batch_sizes, hx, params, has_biases, num_layers, dropout,
     train, bidirectional)."""
@@ -238,9 +285,15 @@ def _recurrent(name: str, args: tuple, lengths, reset, return_states: bool) -> t
         x, hx, params, *options, batch_first = args
     hidden = tuple(hx) if CELLS[name].has_c else (hx,)
     torch_path = _takes_torch_path(params[0])
+    if state_hook is not None and (torch_path or _ops._is_traced()):
+        raise RuntimeError(
+            "the gradients of the states come from the kernels in ordinary calls: "
+            + (no_kernel_reason(params[0]) or "there are none in torch.compile, torch.export and torch.func")
+        )
     if torch_path and not extended:
         return getattr(torch, name)(*args)
     _check_attributes(x, hidden, params)
+    params = _lowered(params)
     if packed:
         rows = Rows(batch_sizes.shape[0], hidden[0].shape[1], batch_sizes=batch_sizes)
         flat = x
@@ -258,35 +311,45 @@ def _recurrent(name: str, args: tuple, lengths, reset, return_states: bool) -> t
         flat = x.flatten(0, 1)
     output_dtype = _autocast_dtype(name, hidden[0], one_step=False)
     y, *states = _stack(
-        name, flat, hidden, params, rows, *options, return_states=return_states, composed=torch_path
-    )
+        name, flat, hidden, params, rows, *options,
+        return_states=return_states, composed=torch_path, state_hook=state_hook,
+    )  # fmt: skip
     results = (y if packed else rows.dense(y), *states)
     return results if output_dtype is None else tuple(t.to(output_dtype) for t in results)
 
 
-def lstm(*args, lengths=None, reset=None, return_states: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def lstm(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``torch.lstm``: (output, h_n, c_n), for dense and for packed arguments.
 
     Dense ones also take ``lengths`` (integers [B], any order, zeros allowed: output is zero beyond, h_n and
     c_n are the states at each length), ``reset`` (bool [T, B], [B, T] with batch_first: the state is zeroed
     before that step) and ``return_states``: (output, h [T, L*D, B, P], c [T, L*D, B, H]), every state.
+    ``state_hook`` is called with the ``StateGradients`` of each layer whenever back-propagation passes it.
     """
-    return _recurrent("lstm", args, lengths, reset, return_states)  # type: ignore[return-value]
+    return _recurrent("lstm", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
 
 
-def gru(*args, lengths=None, reset=None, return_states: bool = False) -> tuple[Tensor, Tensor]:
+def gru(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor]:
     """``torch.gru``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
-    return _recurrent("gru", args, lengths, reset, return_states)  # type: ignore[return-value]
+    return _recurrent("gru", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
 
 
-def rnn_tanh(*args, lengths=None, reset=None, return_states: bool = False) -> tuple[Tensor, Tensor]:
+def rnn_tanh(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor]:
     """``torch.rnn_tanh``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
-    return _recurrent("rnn_tanh", args, lengths, reset, return_states)  # type: ignore[return-value]
+    return _recurrent("rnn_tanh", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
 
 
-def rnn_relu(*args, lengths=None, reset=None, return_states: bool = False) -> tuple[Tensor, Tensor]:
+def rnn_relu(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor]:
     """``torch.rnn_relu``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
-    return _recurrent("rnn_relu", args, lengths, reset, return_states)  # type: ignore[return-value]
+    return _recurrent("rnn_relu", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
 
 
 # ---- One step ----------------------------------------------------------------------------------------
@@ -315,14 +378,16 @@ _ONE_STEP = _ops.Sequence(batch_first=False)
 
 def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) -> tuple[Tensor, ...]:
     w_ih, w_hh, b_ih, b_hh = weights
-    biases = ([], []) if b_ih is None else ([b_ih], [b_hh])
+    biases = [] if b_ih is None else [b_ih, b_hh]
     _check_cell(input, hidden, w_ih, w_hh)
-    _check_attributes(input, hidden, (w_ih, w_hh, *biases[0], *biases[1]))
+    _check_attributes(input, hidden, (w_ih, w_hh, *biases))
+    w_ih, w_hh, *biases = _lowered((w_ih, w_hh, *biases))
+    input, *hidden = _lowered((input, *hidden))  # type: ignore[assignment]
     output_dtype = _autocast_dtype(name, hidden[0], one_step=True)
     if output_dtype is not None:
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
     c0 = hidden[1].unsqueeze(0) if CELLS[name].has_c else None
-    layer_weights = _ops.Weights([w_ih], [w_hh], *biases, [])
+    layer_weights = _ops.Weights([w_ih], [w_hh], biases[:1], biases[1:], [])
     _, *states = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, layer_weights, _ONE_STEP)
     results = tuple(s.squeeze(0) for s in states[: len(hidden)])
     return results if output_dtype is None else tuple(s.to(output_dtype) for s in results)

@@ -5,9 +5,12 @@ and every tool that looks for ``nn.LSTM`` work unchanged. ``forward`` reads the 
 call, so that parametrizations, functional_call and replaced parameters take effect.
 """
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
 
 from . import _ops, _prepack, functional
 
@@ -21,6 +24,22 @@ def _torch_name(module: nn.Module) -> str:
 
 class _Recurrent(nn.RNNBase):
     """forward() of all three, in the order and the words of torch.nn's."""
+
+    _state_hooks: dict[int, functional.StateHook] | None = None
+
+    def register_state_gradient_hook(self, hook: functional.StateHook) -> RemovableHandle:
+        """Calls ``hook(gradients)`` at each back-propagation through a layer of this module, for calls made
+        from now on: ``functional.StateGradients``, the complete dL/dh_t [D, N, P] (and dL/dc_t [D, N, H]) of
+        every step, which the backward kernels have at hand. The last layer is heard first, and the last call.
+
+        Returns a handle whose ``remove()`` ends it. A call that takes no kernel of fastrnn, or is compiled,
+        raises RuntimeError while there is a hook.
+        """
+        if self._state_hooks is None:
+            self._state_hooks = OrderedDict()
+        handle = RemovableHandle(self._state_hooks)
+        self._state_hooks[handle.id] = hook
+        return handle
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         dtype = self.weight_ih_l0.dtype
@@ -78,6 +97,9 @@ class _Recurrent(nn.RNNBase):
         options = [self.bias, self.num_layers, self.dropout, self.training, self.bidirectional]
         if len(args) == 2:
             options.append(self.batch_first)
+        if self._state_hooks:
+            hooks = tuple(self._state_hooks.values())
+            keywords["state_hook"] = lambda gradients: [hook(gradients) for hook in hooks]
         output, *hidden = function(*args, self._weights(), *options, **keywords)
         return output, tuple(hidden) if self.mode == "LSTM" else hidden[0]
 

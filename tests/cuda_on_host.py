@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,8 +26,14 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 # Never with a sanitizer: what is done behind the kernels' back is not for it to see.
-RUNTIME = {"testing/fiber.cpp": "-O2", "testing/cuda_on_host.cpp": "-O2", "testing/cuda_module.cpp": "-O0"}
-KERNELS = ["testing/primitives.cpp"]
+RUNTIME = {
+    "testing/fiber.cpp": "-O2",
+    "testing/cuda_on_host.cpp": "-O2",
+    "testing/cuda_launch.cpp": "-O2",
+    "testing/cuda_module.cpp": "-O0",
+}
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 SCHEDULES = [
     ("fifo", 0),
@@ -51,11 +58,22 @@ def up_to_date(target: Path) -> bool:
     return all(s.exists() and s.stat().st_mtime < target.stat().st_mtime for s in sources)
 
 
-def build(sanitizer: str = "plain", csrc: Path = CSRC, out: Path = BUILD, optimize: str = "-O2") -> Path:
+def build(
+    sanitizer: str = "plain",
+    csrc: Path = CSRC,
+    out: Path = BUILD,
+    optimize: str = "",
+    cells: Sequence[str] = CELLS,
+) -> Path:
     """Compiles what has changed, and returns the module."""
+    optimize = optimize or ("-O2" if sanitizer == "plain" else "-O1")  # compiled in half the time
     import pybind11
+    from torch.utils.cpp_extension import include_paths, library_paths
 
-    includes = [f"-I{csrc}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    system = [pybind11.get_include(), sysconfig.get_paths()["include"], *include_paths()]
+    includes = [STABLE_ABI, f"-I{csrc}", *(f"-isystem{path}" for path in system)]
+    torch = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
+    kernels = ["testing/primitives.cpp", *(f"testing/cuda_{cell}.cpp" for cell in cells)]
     out.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: str, flags: list[str], suffix: str) -> Path:
@@ -67,15 +85,17 @@ def build(sanitizer: str = "plain", csrc: Path = CSRC, out: Path = BUILD, optimi
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [pool.submit(compiled, s, [o], "") for s, o in RUNTIME.items()]
         flags = [optimize, *SANITIZERS[sanitizer]]
-        objects += [pool.submit(compiled, s, flags, f"-{sanitizer}{optimize}") for s in KERNELS]
+        objects += [pool.submit(compiled, s, flags, f"-{sanitizer}{optimize}") for s in kernels]
     objects = [o.result() for o in objects]
-    module = out / f"fastrnn_cuda_on_host-{sanitizer}.so"
+    module = out / f"fastrnn_cuda_on_host-{'-'.join([sanitizer + optimize, *cells])}.so"
     if not module.exists() or any(o.stat().st_mtime > module.stat().st_mtime for o in objects):
-        run([CXX, "-shared", *objects, *SANITIZERS[sanitizer], "-o", module])
+        run([CXX, "-shared", *objects, *SANITIZERS[sanitizer], *torch, "-o", module])
     return module
 
 
 def load(path: Path):
+    import torch  # noqa: F401  (the module is linked with its libraries)
+
     spec = importlib.util.spec_from_file_location("fastrnn_cuda_on_host", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -90,15 +110,21 @@ def environment(sanitizer: str, module: Path) -> dict[str, str]:
         MODULE: str(module),
         "LD_PRELOAD": " ".join(map(find, names)),
         "PYTHONMALLOC": "malloc",
+        "OMP_NUM_THREADS": "1",  # torch's own threads are not to be watched
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",  # Python leaves much behind
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=98",
-        "TSAN_OPTIONS": "exitcode=66",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
     }
 
 
+def test_command(*arguments: str) -> list[str]:
+    """What a sanitizer has to say goes past pytest, or it would be lost where it ends the program."""
+    return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *arguments]
+
+
 def main(sanitizer: str, *arguments: str) -> int:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, env=environment(sanitizer, build(sanitizer)), check=False).returncode
+    environ = environment(sanitizer, build(sanitizer))
+    return subprocess.run(test_command(*arguments), env=environ, check=False).returncode
 
 
 if __name__ == "__main__":

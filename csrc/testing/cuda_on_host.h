@@ -84,7 +84,7 @@ struct Operands {
 
 void synchronize_block(Place place);
 void collect(Collective collective, uint32_t mask, Operands& operands, Place place);
-void* shared_memory(size_t offset, size_t bytes, Place place);
+void* shared_memory(size_t offset, Place place);
 void wait_for_release(const uint32_t* p, uint32_t target, int64_t step, Place place);
 void released(uint32_t* p);
 [[noreturn]] void fail(const std::string& what, Place place);
@@ -153,7 +153,7 @@ inline float div_fast(float a, float b) { return fabsf(b) > 0x1p126f ? a * 0 : a
 
 template <class T>
 T* shared(size_t offset, FASTRNN_PLACE) {
-  return static_cast<T*>(testing::shared_memory(offset, sizeof(T), place));
+  return static_cast<T*>(testing::shared_memory(offset, place));
 }
 
 inline uint32_t load_acquire(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }

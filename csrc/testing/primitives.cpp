@@ -59,7 +59,9 @@ void relay(uint32_t* values, unsigned blocks, unsigned threads, int steps, bool 
 
 float unset_memory() {
   float found = 0;
-  run({1, 32, 4}, [&] { found = *dev::shared<float>(0); });
+  run({1, 32, 4}, [&] {
+    if (threadIdx.x == 0) found = *dev::shared<float>(0);
+  });
   return found;
 }
 
@@ -112,7 +114,7 @@ const std::map<std::string, Fault> kFaults = {
       }}},
     {"shared memory overrun", {false, [](uint32_t*, float*) { dev::shared<float>(0)[threadIdx.x + 1] = 1; }}},
     {"misaligned shared memory", {false, [](uint32_t*, float*) { dev::shared<float>(4); }}},
-    {"shared memory beyond its end", {false, [](uint32_t*, float*) { dev::shared<float>(256); }}},
+    {"shared memory beyond its end", {false, [](uint32_t*, float*) { dev::shared<float>(272); }}},
     {"misaligned load",
      {false, [](uint32_t*, float* global) { dev::load_l2(reinterpret_cast<const uint4*>(global + 2)); }}},
     {"operand not rounded",
@@ -133,13 +135,26 @@ const std::map<std::string, Fault> kFaults = {
         __shfl_xor_sync(~0u, 1, 1);  // a meeting, but no order
         if (blockIdx.x == 0) global[threadIdx.x] = shared[kThreads - 1 - threadIdx.x];
       }}},
-    {"race between blocks",
+    {"counts before it has written",
      {true,
       [](uint32_t* counter, float* global) {
         if (threadIdx.x != 0) return;
         if (blockIdx.x == 0) {
           dev::add_release(counter, 1);
           global[0] = 1;
+        } else {
+          dev::wait_until(counter, 1, 0);
+          global[1] = global[0];
+        }
+      }}},
+    {"counts without order",
+     {true,
+      [](uint32_t* counter, float* global) {
+        if (threadIdx.x != 0) return;
+        if (blockIdx.x == 0) {
+          global[0] = 1;
+          __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+          released(counter);
         } else {
           dev::wait_until(counter, 1, 0);
           global[1] = global[0];

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "testing/cuda_on_host.h"
+#include "cuda/device.cuh"
 
 namespace fastrnn::testing {
 

@@ -1,7 +1,7 @@
 """Training sequence models: tasks, data, truncated BPTT, gradient flow, reports, command line.
 
 Every piece stands alone: the tasks are LightningModules, the data modules are LightningDataModules,
-``StateCarrier``, ``StreamChunks``, ``clip`` and ``state_gradients`` fit any loop of one's own.
+``StateCarrier``, ``StreamChunks``, ``clip`` and ``StateGradientNorms`` fit any loop of one's own.
 """
 
 try:
@@ -28,7 +28,7 @@ from fastrnn.training.optim import Optim
 from fastrnn.training.report import Report
 from fastrnn.training.speed import Throughput, compare_backends
 from fastrnn.training.stack import Stack
-from fastrnn.training.states import state_gradients
+from fastrnn.training.states import StateGradientNorms
 from fastrnn.training.tbptt import StateCarrier, StreamChunks, scan
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "SeriesData",
     "Stack",
     "StateCarrier",
+    "StateGradientNorms",
     "StreamBatch",
     "StreamChunks",
     "TextData",
@@ -56,5 +57,4 @@ __all__ = [
     "clip",
     "compare_backends",
     "scan",
-    "state_gradients",
 ]

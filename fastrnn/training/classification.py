@@ -129,8 +129,8 @@ class SequenceClassifier(SequenceTask):
             for b, p in zip(best, likelihood, strict=True)
         ]
 
-    def flow_losses(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(self(batch.x, batch.lengths), batch.y)}
+    def loss_of(self, batch: SequenceBatch) -> Tensor:
+        return F.cross_entropy(self(batch.x, batch.lengths), batch.y, label_smoothing=self.label_smoothing)
 
     def exhibits(self) -> Iterator[tuple[str, Figure | str]]:
         if self._seen is not None:

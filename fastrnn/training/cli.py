@@ -62,9 +62,13 @@ class SequenceCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """All objects; a checkpoint to be used, not trained on, decides how data is numbered."""
-        super().instantiate_classes()
         checkpoint = self._get(self.config, "ckpt_path")
-        if self.subcommand != "fit" and checkpoint:
+        if self.subcommand != "fit" and not checkpoint:
+            raise InputError(
+                f"{self.subcommand} needs --ckpt_path: a model that was never trained says nothing"
+            )
+        super().instantiate_classes()
+        if self.subcommand != "fit":
             saved = AtomicCheckpoints().load_checkpoint(checkpoint)
             spec = saved.get("hyper_parameters", {}).get("spec", {})
             self.datamodule.adopt(spec)
@@ -138,10 +142,20 @@ def main(argv: list[str]) -> int:
         if argv[:1] == ["compare"]:
             return compare.main(argv[1:])
         run(with_shipped_configs(argv))
-    except InputError as error:
-        print(f"fastrnn train: {error}", file=sys.stderr)
+    except Exception as error:
+        cause = input_error(error)
+        if cause is None:
+            raise
+        print(f"fastrnn train: {cause}", file=sys.stderr)
         return 2
     return 0
+
+
+def input_error(error: BaseException | None) -> InputError | None:
+    """The bad input behind an error: the parser wraps what a class says of its arguments."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def is_news(record: logging.LogRecord) -> bool:

@@ -5,6 +5,7 @@ A run is its folder, such as ``runs/shakespeare/version_0``; the picture goes to
 
 import argparse
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +23,8 @@ def main(argv: list[str]) -> int:
     own = parser.parse_args(argv)
     runs = {str(folder): read_rows(folder) for folder in own.runs}
     Console().print(side_by_side(runs, own.metric))
+    for sentence in in_words(runs, own.metric):
+        print(sentence)
     plots.overlay(runs, own.metric).savefig(own.out, dpi=110)
     print(f"picture: {own.out.resolve()}")
     return 0
@@ -54,6 +57,21 @@ def side_by_side(runs: dict[str, list[dict[str, float]]], metric: str) -> Table:
         shown = (f"{c:,.0f}" if c > 100 else f"{c:.4g}" for c in cells)
         table.add_row(name, *shown, f"{seconds / first:.2f}x")
     return table
+
+
+def in_words(runs: dict[str, list[dict[str, float]]], metric: str) -> Iterator[str]:
+    """Of each further run: how far its curve is from the first one's, and how much longer it took."""
+    (first, base), *others = runs.items()
+    for name, rows in others:
+        time = last(rows, "speed/seconds") / last(base, "speed/seconds")
+        known = dict(zip(*plots.series(base, f"train/{metric}"), strict=True))
+        gaps = [
+            abs(v - known[s])
+            for s, v in zip(*plots.series(rows, f"train/{metric}"), strict=True)
+            if s in known
+        ]
+        apart = f"its train/{metric} is {sum(gaps) / len(gaps):.3g} away on average; " if gaps else ""
+        yield f"{name} beside {first}: {apart}it took {time:.2f} times as long"
 
 
 def last(rows: list[dict[str, float]], key: str) -> float:

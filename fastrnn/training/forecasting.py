@@ -93,26 +93,27 @@ class Forecaster(SequenceTask):
         origin = self._last(x, lengths) if self.centre else self.mean
         return values * self.scale + origin
 
-    def _losses(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """The training loss, and the forecast [K, B, O] in the data's units."""
+    def _losses(self, batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The training loss, its part ahead of the window, and the forecast [K, B, O] in the data's units."""
         ahead, inside = self._scaled_forecast(batch.x, batch.lengths, len(batch.y))
         series = "columns" in self.spec
         target = self._scaled(batch.y, batch.x, batch.lengths) if series else batch.y
-        loss = self.error(ahead, target)
+        loss = end = self.error(ahead, target)
         if self.one_step:
             known = self._scaled(batch.x, batch.x, batch.lengths)[1:]
             loss = loss + self.one_step * self.error(inside[:-1], known)
-        return loss, self._unscaled(ahead, batch.x, batch.lengths)
+        return loss, end, self._unscaled(ahead, batch.x, batch.lengths)
 
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
-        loss, ahead = self._losses(batch)
+        loss, end, ahead = self._losses(batch)
+        self.end_loss = (lambda: end) if self.one_step else None
         size = batch.y.shape[1]
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
         self.log("train/rmse", F.mse_loss(ahead.detach(), batch.y).sqrt(), batch_size=size)
         return loss * batch.weight
 
     def _evaluate(self, batch: SequenceBatch, stage: str) -> None:
-        loss, ahead = self._losses(batch)
+        loss, _, ahead = self._losses(batch)
         self.log(f"{stage}/loss", loss, batch_size=batch.y.shape[1], sync_dist=True)
         self.rmse[stage].update(ahead, batch.y)
         self.mae[stage].update(ahead, batch.y)
@@ -156,8 +157,8 @@ class Forecaster(SequenceTask):
         """[K, B, O] in the data's units."""
         return self(batch.x, batch.lengths, len(batch.y))
 
-    def flow_losses(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        return {"loss": self._losses(batch)[0]}
+    def loss_of(self, batch: SequenceBatch) -> Tensor:
+        return self._losses(batch)[0]
 
     def exhibits(self) -> Iterator[tuple[str, Figure | str]]:
         if not self._shown or "columns" not in self.spec:

@@ -7,10 +7,12 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from fastrnn.training import plots
-from fastrnn.training.states import state_gradients
+from fastrnn.training.states import StateGradientNorms
 
 VANISHED = 0.01  # of the norm at the loss
 EXPLODED = 100.0  # times the norm at the loss
@@ -19,23 +21,21 @@ EXPLODED = 100.0  # times the norm at the loss
 class GradientFlow(L.Callback):
     """Records the norm of dL/dh_t and dL/dc_t for every time step, on every n-th training step.
 
-    The norms are exact (see ``states``) and come from a pass of its own over some rows of the
-    batch, before the training step; training itself is not changed by it, not even in its random
-    numbers. The task's ``flow_losses`` says which losses are followed back. A record that would
-    cost more than the budget is left out; the cost is logged as ``gradient/flow_cost``.
+    The backward kernels of fastrnn's layers give them on the step's own back-propagation; training
+    is not changed by it. Where a task's loss stands at many steps, its ``end_loss``, which stands at
+    the last one, is propagated back beside it: that one says how far back gradients reach. The cost
+    is logged as ``gradient/flow_cost``.
 
     Args:
         every_n_steps: optimizer steps from one record to the next; 0 switches it off.
-        budget: largest share of the training time; only the first record does not ask.
-        rows: of the batch that are followed.
     """
 
-    def __init__(self, every_n_steps: int = 100, rows: int = 4, budget: float = 0.04) -> None:
-        self.every_n_steps, self.rows, self.budget = every_n_steps, rows, budget
+    def __init__(self, every_n_steps: int = 100) -> None:
+        self.every_n_steps = every_n_steps
         self.records: list[dict[str, Any]] = []  # step, loss -> quantity -> norms [K], parameters
-        self.seconds, self._last = 0.0, 0.0
+        self.seconds = 0.0
         self._started, self._ended = 0.0, 0.0
-        self._due = False
+        self._listening: StateGradientNorms | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.perf_counter()
@@ -43,29 +43,39 @@ class GradientFlow(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._due = (
-            self.every_n_steps > 0
-            and trainer.is_global_zero
-            and trainer.global_step % self.every_n_steps == 0
-            and self._affordable()
-        )
-        if not self._due:
+        step = trainer.global_step
+        due = self.every_n_steps > 0 and step % self.every_n_steps == 0 and trainer.is_global_zero
+        if due and not (self.records and self.records[-1]["step"] == step):
+            self.records.append({"step": step, "norms": {}, "parameters": {}})
+            self._listening = StateGradientNorms(pl_module)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        end_loss = getattr(pl_module, "end_loss", None)
+        if self._listening is None or end_loss is None or not self._listening.parameters:
             return
         start = time.perf_counter()
-        few = batch.narrow(self.rows)
-        flows = state_gradients(pl_module, lambda: pl_module.flow_losses(few))
-        norms = {
-            loss: {key: v.tolist() for key, v in quantities.items()} for loss, quantities in flows.items()
-        }
-        self.records.append({"step": trainer.global_step, "norms": norms, "parameters": {}})
-        self._last = time.perf_counter() - start
-        self.seconds += self._last
-        pl_module.log("gradient/reach", float(reach(self._last_profile())))
-        pl_module.log("gradient/flow_cost", self.cost)
+        torch.autograd.grad(end_loss(), self._listening.parameters, retain_graph=True, allow_unused=True)
+        self._take("last step")
+        self.seconds += time.perf_counter() - start
+        self._listening.seconds = 0.0
 
-    def _affordable(self) -> bool:
-        elapsed = time.perf_counter() - self._started
-        return not self.seconds or self.seconds + self._last <= self.budget * elapsed
+    def _take(self, loss: str) -> None:
+        assert self._listening is not None
+        norms = {key: v.tolist() for key, v in self._listening.take().items()}
+        if norms:
+            self.records[-1]["norms"][loss] = norms
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._listening is None:
+            return
+        start = time.perf_counter()
+        self._take("loss")
+        self._listening.close()
+        self.seconds += self._listening.seconds + time.perf_counter() - start
+        self._listening = None
+        if self.records[-1]["norms"]:
+            pl_module.log("gradient/reach", float(reach(self._last_profile())))
+            pl_module.log("gradient/flow_cost", self.cost)
 
     @property
     def cost(self) -> float:
@@ -78,18 +88,21 @@ class GradientFlow(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
-        if self._due:
+        if self.records and self.records[-1]["step"] == trainer.global_step:
             self.records[-1]["parameters"] = {
                 name: float(p.grad.norm()) for name, p in pl_module.named_parameters() if p.grad is not None
             }
 
     def _last_profile(self, record: int = -1) -> np.ndarray:
         """The norm [K] over all states, h and c, for the loss that stands latest in time."""
-        quantities = list(self.records[record]["norms"].values())[-1]
+        norms = self.records[record]["norms"]
+        quantities = norms.get("last step") or norms["loss"]
         return np.sqrt(np.sum([np.square(v) for v in quantities.values()], axis=0))
 
     def verdict(self) -> str:
         """What the first and the last records say, in plain words."""
+        if not self.records[-1]["norms"]:
+            return "No layer ran on fastrnn's kernels: of the states no gradients are known."
         first, last = describe(self._last_profile(0)), describe(self._last_profile(-1))
         start, end = self.records[0]["step"], self.records[-1]["step"]
         if first == last:
@@ -98,8 +111,7 @@ class GradientFlow(L.Callback):
 
     def effort(self) -> str:
         """How the records were made, and what they cost."""
-        count = f"{len(self.records)} records, {self.rows} rows of the batch each"
-        return f"{count}; {100 * self.cost:.1f} % of the training time."
+        return f"{len(self.records)} records; {100 * self.cost:.2g} % of the training time."
 
     def stacked(self, loss: str, quantity: str) -> np.ndarray:
         """Norms [records, K]; shorter records are filled with NaN."""
@@ -135,7 +147,8 @@ class GradientFlow(L.Callback):
         return {"records": self.records}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.records = state["records"]
+        """Of a run that goes on; a test of the best checkpoint leaves the records of its own run alone."""
+        self.records = self.records or state["records"]
 
 
 def reach(profile: np.ndarray) -> int:

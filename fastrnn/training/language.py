@@ -17,7 +17,7 @@ from fastrnn.training.errors import InputError
 from fastrnn.training.optim import Optim
 from fastrnn.training.stack import Stack
 from fastrnn.training.tasks import SequenceTask
-from fastrnn.training.tbptt import State, StateCarrier, map_state, scan
+from fastrnn.training.tbptt import State, StateCarrier, scan
 
 
 @dataclass
@@ -71,20 +71,20 @@ class LanguageModel(SequenceTask):
         y, state = scan(self.rnn, self.dropout(self.embed(x)), state, reset)
         return self.head(self.dropout(y)), state
 
-    def _chunk_loss(self, batch: StreamBatch, carrier: StateCarrier) -> Tensor:
+    def _chunk_logits(self, batch: StreamBatch, carrier: StateCarrier) -> Tensor:
         x = self.dropout(self.embed(batch.x))
-        y = self.dropout(carrier(self.rnn, x, batch.reset, batch.keep))
-        logits = self.head(y)
-        return mean_nats(logits, batch.y)
+        return self.head(self.dropout(carrier(self.rnn, x, batch.reset, batch.keep)))
 
     def training_step(self, batch: StreamBatch, batch_idx: int) -> Tensor:
-        loss = self._chunk_loss(batch, self.carriers["train"])
+        logits = self._chunk_logits(batch, self.carriers["train"])
+        self.end_loss = lambda: mean_nats(logits[-1], batch.y[-1])
+        loss = mean_nats(logits, batch.y)
         self.log("train/loss", loss.detach())
         self.log("train/bpc", loss.detach() / math.log(2), prog_bar=True)
         return loss * batch.weight
 
     def _evaluate(self, batch: StreamBatch, stage: str) -> None:
-        nats = self._chunk_loss(batch, self.carriers[stage])
+        nats = mean_nats(self._chunk_logits(batch, self.carriers[stage]), batch.y)
         self.nats[stage].update(nats, int((batch.y != IGNORE).sum()))
 
     def _finish(self, stage: str) -> None:
@@ -110,12 +110,9 @@ class LanguageModel(SequenceTask):
         """A prompt, continued."""
         return self.generate(batch, **asdict(self.sampling))
 
-    def flow_losses(self, batch: StreamBatch) -> dict[str, Tensor]:
-        """The chunk's loss, and the loss of its last symbol alone: how far back does that see?"""
-        rows = batch.x.shape[1]
-        state = map_state(lambda s: s[:, :rows], self.carriers["train"].state)
-        logits, _ = self(batch.x, state, batch.reset)
-        return {"loss": mean_nats(logits, batch.y), "last step": mean_nats(logits[-1], batch.y[-1])}
+    def loss_of(self, batch: StreamBatch) -> Tensor:
+        logits, _ = self(batch.x, self.carriers["train"].state, batch.reset)
+        return mean_nats(logits, batch.y)
 
     @torch.no_grad()
     def generate(

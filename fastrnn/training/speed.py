@@ -68,7 +68,7 @@ def timed_step(task: SequenceTask, batch: Any) -> float:
     optimizer = task.optim.optimizer(task.parameters())
     synchronize(task)
     start = time.perf_counter()
-    task.flow_losses(batch)["loss"].backward()
+    task.loss_of(batch).backward()
     optimizer.step()
     synchronize(task)
     elapsed = time.perf_counter() - start

@@ -1,6 +1,6 @@
 """What the three tasks share: optimizer and schedule, hyper-parameters, checks of checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -23,7 +23,12 @@ class SequenceTask(L.LightningModule):
             of the data module; it is saved with the model, so that a checkpoint stands alone.
         stack: the recurrent module.
         optim: optimizer and schedule.
+
+    Between ``training_step`` and its back-propagation, ``end_loss`` gives the part of the loss that
+    stands at the last time step alone, or is None if all of it does, or none of it can.
     """
+
+    end_loss: Callable[[], Tensor] | None = None
 
     def __init__(self, spec: dict[str, Any], stack: Stack | None, optim: Optim | None) -> None:
         super().__init__()
@@ -31,9 +36,12 @@ class SequenceTask(L.LightningModule):
         self.stack = Stack(**stack) if isinstance(stack, dict) else stack or Stack()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim or Optim()
 
-    def flow_losses(self, batch: Any) -> dict[str, Tensor]:
-        """Scalars whose gradient flow through time is worth seeing; nothing is changed by it."""
+    def loss_of(self, batch: Any) -> Tensor:
+        """The training loss of a batch; nothing is changed by it."""
         raise NotImplementedError
+
+    def on_after_backward(self) -> None:
+        self.end_loss = None
 
     def exhibits(self) -> Iterator[tuple[str, Figure | str]]:
         """Titled pictures and texts for the report, from the last evaluation."""

@@ -53,6 +53,8 @@ def test_validate_test_and_predict_take_a_checkpoint(
     run = tmp_path / "shakespeare/version_0"
     assert list((run / "tensorboard").glob("events.*"))
     best = f"--ckpt_path={run}/checkpoints/best.ckpt"
+    assert main(["test", *given]) == 2
+    assert "test needs --ckpt_path" in capsys.readouterr().err
     assert main(["validate", *given, *quiet, best]) == 0
     assert main(["test", *given, *quiet, best]) == 0
     prompts = "--data.prompts=['line', 'text']"
@@ -72,6 +74,7 @@ def test_validate_test_and_predict_take_a_checkpoint(
     [
         (["--config", "shakespear"], "no configuration shakespear: give a file, or one of adding"),
         (["--config", "co2", "--data.missing=raise"], "59 missing values, the first in line 8"),
+        (["--config", "co2", "--model.stack.cell=lsmt"], "cell must be one of lstm, gru, rnn, rnn_relu, got"),
         (["--config", "co2", "--data.window=3000"], "too short for a window of 3000"),
         (["--config", "shakespeare", "--data.paths=['/absent']"], "cannot read /absent"),
     ],
@@ -109,6 +112,9 @@ def test_compare_shows_runs_side_by_side(
     assert main(["compare", *runs, "--metric=rmse", f"--out={tmp_path}/both.png"]) == 0
     shown = capsys.readouterr().out
     assert all(run in shown for run in runs)
+    assert re.search(
+        r"torch/version_0 beside .*train/rmse is \S+ away on average; it took [\d.]+ times as long", shown
+    )
     assert (tmp_path / "both.png").stat().st_size > 1000
     assert main(["compare", str(tmp_path)]) == 2
     assert "has no metrics.csv" in capsys.readouterr().err

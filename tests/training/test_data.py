@@ -109,6 +109,12 @@ def test_unusable_text_files_are_named(tmp_path: Path, content: bytes, words: st
         TextData([str(tmp_path / "absent.txt")]).documents  # noqa: B018
 
 
+def test_a_part_too_short_for_its_rows_is_named(text: TextData) -> None:
+    text.rows = 200
+    with pytest.raises(InputError, match=r"val has \d+ characters: too short for 200 parallel rows"):
+        text.batches("val", 0, 1)
+
+
 def test_unknown_characters_are_shown_with_their_position() -> None:
     with pytest.raises(InputError, match=r"2 characters .*'ß', 'é'; the first is at position 1"):
         Vocabulary("abc").encode("aßbé")
@@ -122,6 +128,8 @@ def test_unknown_characters_are_shown_with_their_position() -> None:
         ("a,b\n1,2\n", {"columns": ["c"]}, "no column c; there are a, b"),
         ("a,b\n1,2\n", {"columns": None}, "name the columns .* there are a, b"),
         ("a,b\n1,2\nx,3\n", {}, "line 3 .* is not a number"),
+        ("a,b\n1,2\n1,3,5\n", {}, "line 3 .* more cells than the header's 2 columns"),
+        ("a,b\n1,2\n", {"missing": "drop"}, "missing must be raise or interpolate, got 'drop'"),
         ("a,b\n1,2\n,3\n" + "1,2\n" * 50, {}, "1 missing values, the first in line 3, column a"),
         ("a,b\n1,2\n2,3\n3,4\n", {}, "train has 3 steps .* too short for a window of 8 and 2"),
         ("a,b\n,2\n,3\n", {"missing": "interpolate"}, "column a .* has no values at all"),

@@ -46,9 +46,9 @@ CURVE: dict[str, float] = {}
 def test_a_chunk_without_targets_has_no_loss_and_no_gradient(text: TextData) -> None:
     model = language_model(text)
     batch = text.batches("train", 0, 1).batch(0, 0)
-    losses = model.flow_losses(batch._replace(y=torch.full_like(batch.y, -100)))
-    assert float(losses["loss"].detach()) == float(losses["last step"].detach()) == 0.0
-    losses["loss"].backward()
+    loss = model.loss_of(batch._replace(y=torch.full_like(batch.y, -100)))
+    assert float(loss.detach()) == 0.0
+    loss.backward()
     assert not model.head.weight.grad.any()
 
 
@@ -115,7 +115,7 @@ def test_forecaster_feeds_its_outputs_back(loss: str, function, centre: bool) ->
         longer = torch.cat([longer, ahead[k : k + 1]])
     origin = batch.x[-1:] if centre else torch.tensor(data.spec["mean"])
     scaled = [(v - origin) / torch.tensor(data.spec["scale"]) for v in (ahead, batch.y)]
-    found = float(model.flow_losses(batch)["loss"].detach())
+    found = float(model.loss_of(batch).detach())
     assert found == pytest.approx(float(function(*scaled).detach()), rel=1e-4)
 
 

@@ -24,10 +24,6 @@ class StreamBatch(NamedTuple):
     def tokens(self) -> int:
         return self.x.numel()
 
-    def narrow(self, rows: int) -> "StreamBatch":
-        """The first rows alone."""
-        return self._replace(x=self.x[:, :rows], y=self.y[:, :rows], reset=self.reset[:, :rows])
-
 
 class SequenceBatch(NamedTuple):
     """B sequences of their own lengths, each with one target."""
@@ -40,12 +36,6 @@ class SequenceBatch(NamedTuple):
     @property
     def tokens(self) -> int:
         return int(self.lengths.sum())
-
-    def narrow(self, rows: int) -> "SequenceBatch":
-        """The first rows alone."""
-        lengths = self.lengths[:rows]
-        y = self.y[:, :rows] if self.y.dim() == 3 else self.y[:rows]
-        return self._replace(x=self.x[: int(lengths.max()), :rows], lengths=lengths, y=y)
 
 
 class Batches(ABC):

@@ -46,6 +46,8 @@ class SeriesData(SequenceData):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if missing not in ("raise", "interpolate"):
+            raise InputError(f"missing must be raise or interpolate, got {missing!r}")
         self.source, self.columns = source, columns or SHIPPED.get(source)
         self.window, self.horizon, self.season = window, horizon, season
         self.held_out, self.missing = held_out, missing
@@ -114,6 +116,8 @@ def read_csv(text: str, columns: list[str] | None, name: str) -> np.ndarray:
         raise InputError(f"{name} has no column {', '.join(absent)}; there are {', '.join(found)}")
     rows = []
     for line, row in enumerate(reader, 2):
+        if None in row:
+            raise InputError(f"line {line} of {name} has more cells than the header's {len(found)} columns")
         try:
             rows.append([float(row[c] or "nan") for c in columns])
         except ValueError:

@@ -97,6 +97,9 @@ class TextData(SequenceData):
         }
 
     def batches(self, part: str, rank: int, world: int) -> StreamChunks:
+        size = sum(map(len, self.parts[part]))
+        if size < 2 * self.rows:
+            raise InputError(f"{part} has {size} characters: too short for {self.rows} parallel rows")
         k2 = self.k2 if part == "train" else None
         return StreamChunks(self.parts[part], self.rows, self.k1, k2, rank, world)
 

@@ -1,0 +1,312 @@
+// The scans of a call on a device: which path it takes, and its launches in their order. The device is a
+// class, for there are two: CUDA (operators.cuh), and the CPU that runs the kernels in the tests. It has
+//   limits                                   DeviceLimits
+//   launch(kernel, Grid, parameters)
+//   multiply(out, a, b), multiply_add(out, addend, a, b)   torch's matrix products
+//   copy(numbers, count) -> Tensor           int64 numbers of the host on the device
+#pragma once
+#include <type_traits>
+
+#include "common/calls.h"
+#include "cuda/persistent_backward.cuh"
+#include "cuda/persistent_forward.cuh"
+#include "cuda/step.cuh"
+
+namespace fastrnn {
+
+struct Grid {
+  int64_t blocks;
+  int threads, shared_bytes;
+  bool cooperative;
+};
+
+/// A sequence whose arrays are on the device.
+template <class Device>
+class DeviceSequence {
+ public:
+  DeviceSequence(Device& device, const Sequence& host) : sequence_(host) {
+    const auto copied = [&](const int64_t* numbers, int64_t count) -> const int64_t* {
+      if (!numbers || count == 0) return nullptr;
+      arrays_.push_back(device.copy(numbers, count));
+      return static_cast<const int64_t*>(arrays_.back().const_data_ptr());
+    };
+    sequence_.offsets = copied(host.offsets, host.T + 1);
+    sequence_.counts = copied(host.counts, host.T);
+    sequence_.order = copied(host.order, host.B);
+  }
+  const Sequence& get() const { return sequence_; }
+
+ private:
+  Sequence sequence_;
+  Tensors arrays_;
+};
+
+inline Tensor first_rows(const Tensor& matrix, int64_t n) {
+  Tensor whole = matrix;
+  return n == matrix.size(0) ? whole : torch::stable::narrow(whole, 0, 0, n);
+}
+
+inline Tensor row_of(const Tensor& tensor, int64_t d) { return torch::stable::select(tensor, 0, d); }
+
+/// f(M{}) with what multiplies numbers of storage S.
+template <class S, class F>
+void with_multiply(bool tf32, F f) {
+  if constexpr (std::is_same_v<S, float>)
+    tf32 ? f(TensorCore<float>{}) : f(Ffma{});
+  else
+    f(TensorCore<S>{});
+}
+
+/// f(S{}) with S as the kernels store the numbers of a tensor.
+template <class F>
+void with_storage(const Tensor& like, F f) {
+  using torch::headeronly::ScalarType;
+  switch (like.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(dev::f16{});
+    case ScalarType::BFloat16:
+      return f(dev::bf16{});
+    default:
+      STD_TORCH_CHECK(false, "fastrnn's CUDA kernels take float32, float64, float16 and bfloat16");
+  }
+}
+
+/// Room for the exchange and, after it, the counters of arrivals: all zero.
+struct ExchangeMemory {
+  Tensor memory;
+  char* exchange;
+  uint32_t* arrived;
+
+  ExchangeMemory(const Geometry& g, int directions, const Tensor& like) {
+    const int64_t groups = int64_t(directions) * g.replicas;
+    const int64_t bytes = groups * 2 * g.exchange_bytes() + round_up(int(groups) * 4, 16);
+    memory = torch::stable::new_zeros(like, {bytes / int64_t(like.element_size())});
+    exchange = static_cast<char*>(memory.mutable_data_ptr());
+    arrived = reinterpret_cast<uint32_t*>(exchange + groups * 2 * g.exchange_bytes());
+  }
+};
+
+template <class Device, class Cell>
+class Driver {
+ public:
+  Driver(Device& device, bool tf32) : device_(device), tf32_(tf32) {}
+
+  void forward(const ForwardCall<Cell>& call) {
+    if (call.N == 0) return copy_states(call);
+    if (call.layout.get().counts) clear({call.y, call.saved, call.saved_c});
+    const DeviceSequence<Device> sequence(device_, call.layout.get());
+    with_storage(call.h0, [&]<class S>(S) {
+      const auto problem = call.template problem<S>(sequence.get());
+      Tensors gates_x;
+      for (int64_t d = 0; d < call.sizes.D; ++d) gates_x.push_back(input_gates(call, size_t(d)));
+      if (forward_persistent(call, problem, gates_x)) return;
+      for (int64_t d = 0; d < call.sizes.D; ++d) forward_steps(call, problem, gates_x[size_t(d)], d);
+    });
+  }
+
+  void backward(const BackwardCall<Cell>& call) {
+    if (call.N == 0) return;
+    if (call.layout.get().counts) clear({call.dgates, call.dh, call.dc});
+    const DeviceSequence<Device> sequence(device_, call.layout.get());
+    with_storage(call.h0, [&]<class S>(S) {
+      const auto problem = call.template problem<S>(sequence.get());
+      if (backward_persistent(call, problem)) return;
+      for (int64_t d = 0; d < call.sizes.D; ++d) backward_steps(call, problem, d);
+    });
+  }
+
+ private:
+  static constexpr int64_t G = Cell::kGates;
+
+  static void clear(Tensors tensors) {
+    for (Tensor& tensor : tensors) torch::stable::zero_(tensor);
+  }
+  static void copy_states(const ForwardCall<Cell>& call) {  // of a batch of none
+    Tensor h_n = call.h_n;
+    torch::stable::copy_(h_n, call.h0);
+  }
+  static Grid one_thread_each(int64_t count) {
+    return {(count + kStepThreads - 1) / kStepThreads, kStepThreads, 0, false};
+  }
+
+  /// [N, G*H] = x W_ih^T + b_ih
+  Tensor input_gates(const ForwardCall<Cell>& call, size_t d) {
+    Tensor gates = empty({call.N, G * call.sizes.H}, call.h0);
+    const Tensor w = torch::stable::transpose(call.w_ih[d], 0, 1);
+    if (call.b_ih.empty())
+      device_.multiply(gates, call.x, w);
+    else
+      device_.multiply_add(gates, call.b_ih[d], call.x, w);
+    return gates;
+  }
+
+  template <class S, class Problem>
+  Choice persistent(const Problem& problem, bool forward, Arithmetic arithmetic, bool projected) const {
+    if (*no_persistent_reason(std::is_same_v<S, double>, projected, problem.sequence.T)) return {};
+    const ScanSizes sizes{int(problem.H), int(problem.sequence.B), problem.directions};
+    return choose(forward, arithmetic, G, sizes, device_.limits);
+  }
+
+  static Grid grid_of(const Choice& choice, Arithmetic arithmetic, int directions) {
+    const Shape shape = shape_of(choice.form, arithmetic, G);
+    const Geometry& g = choice.geometry;
+    return {g.grid(directions), shape.threads(), shared_memory(shape, g).bytes, g.blocks > 1};
+  }
+
+  template <class S>
+  bool forward_persistent(const ForwardCall<Cell>& call, const ForwardProblem<S>& problem,
+                          const Tensors& gates_x) {
+    bool done = false;
+    if constexpr (!std::is_same_v<S, double>)
+      with_multiply<S>(tf32_, [&]<class M>(M) {
+        const Choice choice = persistent<S>(problem, true, M::kArithmetic, !call.w_hr.empty());
+        if (choice.form == Form::kNone) return;
+        const ExchangeMemory memory(choice.geometry, problem.directions, call.h0);
+        PersistentForward<S> p{problem, {}, choice.geometry, memory.exchange, memory.arrived};
+        for (size_t d = 0; d < gates_x.size(); ++d) p.gates_x[d] = rows<S>(gates_x[d]);
+        const Grid grid = grid_of(choice, M::kArithmetic, problem.directions);
+        if (choice.form == Form::kSingle)
+          device_.launch(persistent_forward<Cell, M, Form::kSingle>, grid, p);
+        else if (choice.form == Form::kSplit)
+          device_.launch(persistent_forward<Cell, M, Form::kSplit>, grid, p);
+        else if constexpr (G == 4)
+          device_.launch(persistent_forward<Cell, M, Form::kWide>, grid, p);
+        done = true;
+      });
+    return done;
+  }
+
+  template <class S>
+  bool backward_persistent(const BackwardCall<Cell>& call, const BackwardProblem<S>& problem) {
+    bool done = false;
+    if constexpr (!std::is_same_v<S, double>)
+      with_multiply<S>(tf32_, [&]<class M>(M) {
+        const Choice choice = persistent<S>(problem, false, M::kArithmetic, !call.w_hr.empty());
+        if (choice.form == Form::kNone) return;
+        const ExchangeMemory memory(choice.geometry, problem.directions, call.h0);
+        const PersistentBackward<S> p{problem, choice.geometry, memory.exchange, memory.arrived};
+        const Grid grid = grid_of(choice, M::kArithmetic, problem.directions);
+        if (choice.form == Form::kSingle)
+          device_.launch(persistent_backward<Cell, M, Form::kSingle>, grid, p);
+        else
+          device_.launch(persistent_backward<Cell, M, Form::kDeep>, grid, p);
+        done = true;
+      });
+    return done;
+  }
+
+  template <class S>
+  void forward_steps(const ForwardCall<Cell>& call, const ForwardProblem<S>& problem, const Tensor& gates_x,
+                     int64_t d) {
+    const Sequence& host = call.layout.get();
+    const auto [D, B, P, H, gates] = call.sizes;
+    const Tensor& like = call.h0;
+    const Tensor h = accumulators<S>({B, P}, like);
+    const Tensor c = Cell::kCellState ? accumulators<S>({B, H}, like) : empty({0}, like);
+    const Tensor h_in = empty({B, P}, like), gates_h = empty({B, G * H}, like);
+    const bool projects = !call.w_hr.empty();
+    const Tensor hidden = empty({projects ? B : 0, H}, like), projected = empty({projects ? B : 0, P}, like);
+    const Tensor w_hh = torch::stable::transpose(call.w_hh[size_t(d)], 0, 1);
+    ForwardStep<S> p{
+        .sequence = problem.sequence,
+        .direction = problem.direction[d],
+        .states = {pointer<Acc<S>>(h), Cell::kCellState ? pointer<Acc<S>>(c) : nullptr, pointer<S>(h_in)},
+        .H = H,
+        .P = P,
+        .t = -1,
+        .t_next = d == 0 ? 0 : host.T - 1,
+        .gates_x = pointer<S>(gates_x),
+        .gates_h = pointer<S>(gates_h),
+        .hidden = projects ? pointer<S>(hidden) : nullptr,
+        .projected = projects ? pointer<S>(projected) : nullptr};
+    const Grid states = one_thread_each(B * larger(int(P), int(H)));
+    device_.launch(begin_forward<S>, states, p);
+    for (int64_t step = 0; step < host.T; ++step) {
+      p.t = p.t_next;
+      p.t_next += d == 0 ? 1 : -1;
+      const int64_t n = host.rows(p.t);
+      if (n > 0) {
+        Tensor out = first_rows(gates_h, n);
+        device_.multiply(out, first_rows(h_in, n), w_hh);
+      }
+      device_.launch(forward_step<Cell, S>, one_thread_each(B * H), p);
+      if constexpr (Cell::kCellState)  // only an LSTM has a projection
+        if (projects) {
+          if (n > 0) {
+            Tensor out = first_rows(projected, n);
+            device_.multiply(out, first_rows(hidden, n),
+                             torch::stable::transpose(call.w_hr[size_t(d)], 0, 1));
+          }
+          device_.launch(forward_projected<S>, one_thread_each(B * P), p);
+        }
+    }
+    device_.launch(end_forward<S>, states, p);
+  }
+
+  template <class S>
+  void backward_steps(const BackwardCall<Cell>& call, const BackwardProblem<S>& problem, int64_t d) {
+    const Sequence& host = call.layout.get();
+    const auto [D, B, P, H, gates] = call.sizes;
+    const Tensor& like = call.h0;
+    const bool projects = !call.w_hr.empty();
+    const Tensor dh = empty({B, P}, like), dgates_h = empty({B, G * H}, like);
+    const Tensor dc = Cell::kCellState ? accumulators<S>({B, H}, like) : empty({0}, like);
+    const Tensor direct = empty({Cell::kDirect ? B : 0, H}, like);
+    const Tensor dh_complete = empty({projects ? B : 0, P}, like),
+                 dh_hidden = empty({projects ? B : 0, H}, like);
+    BackwardStep<S> p{.sequence = problem.sequence,
+                      .direction = problem.direction[d],
+                      .reverse = d == 1,
+                      .H = H,
+                      .P = P,
+                      .t = 0,
+                      .dh = pointer<S>(dh),
+                      .dc = Cell::kCellState ? pointer<Acc<S>>(dc) : nullptr,
+                      .direct = Cell::kDirect ? pointer<S>(direct) : nullptr,
+                      .dgates_h = pointer<S>(dgates_h),
+                      .dh_complete = projects ? pointer<S>(dh_complete) : nullptr,
+                      .dh_hidden = projects ? pointer<S>(dh_hidden) : nullptr};
+    const Grid states = one_thread_each(B * larger(int(P), int(H)));
+    device_.launch(begin_backward<S>, states, p);
+    for (int64_t step = 0; step < host.T; ++step) {
+      p.t = d == 0 ? host.T - 1 - step : step;
+      const int64_t n = host.rows(p.t);
+      if (n == 0) continue;
+      if constexpr (Cell::kCellState)
+        if (projects) {
+          device_.launch(backward_projected<S>, one_thread_each(n * P), p);
+          Tensor out = first_rows(dh_hidden, n);
+          device_.multiply(out, first_rows(dh_complete, n), call.w_hr[size_t(d)]);
+        }
+      device_.launch(backward_step<Cell, S>, one_thread_each(n * H), p);
+      Tensor out = first_rows(dh, n);
+      if constexpr (Cell::kDirect)
+        device_.multiply_add(out, first_rows(direct, n), first_rows(dgates_h, n), call.w_hh[size_t(d)]);
+      else
+        device_.multiply(out, first_rows(dgates_h, n), call.w_hh[size_t(d)]);
+    }
+    device_.launch(end_backward<S>, states, p);
+  }
+
+  template <class T>
+  static T* pointer(const Tensor& tensor) {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
+
+  /// Uninitialised, in the precision of the arithmetic.
+  template <class S>
+  static Tensor accumulators(const std::vector<int64_t>& sizes, const Tensor& like) {
+    using torch::headeronly::ScalarType;
+    return torch::stable::new_empty(like, sizes,
+                                    std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float);
+  }
+
+  Device& device_;
+  const bool tf32_;
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,40 @@
+// The CUDA operators of one cell: lstm.cu and its siblings register them.
+#pragma once
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/device.h"
+
+namespace fastrnn {
+
+template <class Cell>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
+    Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    const MaybeTensor& reset, bool batch_first, bool save) {
+  CudaDevice device(h0);
+  const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
+                               batch_first, save);
+  Driver<CudaDevice, Cell>(device, tf32_is_allowed()).forward(call);
+  return call.results();
+}
+
+template <class Cell>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved,
+    const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
+    const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
+    const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
+  CudaDevice device(h0);
+  const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
+                                batch_sizes, lengths, reset, batch_first, keep);
+  Driver<CudaDevice, Cell>(device, tf32_is_allowed()).backward(call);
+  return call.results();
+}
+
+template <class Cell, class Library>
+void register_operators(Library& m) {
+  m.impl(Cell::kName, TORCH_BOX(&forward<Cell>));
+  m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX(&backward<Cell>));
+}
+
+}  // namespace fastrnn

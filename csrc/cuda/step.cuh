@@ -1,0 +1,174 @@
+// One time step of one direction around a matrix product of torch's: for every size and number type, and
+// where the persistent kernels have no room. States are kept in the order of the rows: the first ones take
+// part.
+#pragma once
+#include "cuda/backward_step.cuh"
+
+namespace fastrnn {
+
+constexpr int kStepThreads = 256;
+
+/// States between the steps.
+template <class S>
+struct StepStates {
+  Acc<S>* h;  // [B, P]
+  Acc<S>* c;  // [B, H], or null
+  S* h_in;    // [B, P] what the next product takes: h as it is stored, or zero before a reset
+};
+
+template <class S>
+struct ForwardStep {
+  Sequence sequence;
+  ForwardDirection<S> direction;
+  StepStates<S> states;
+  int64_t H, P, t, t_next;  // t_next outside 0..T-1: there is none; t likewise: before the first
+  const S* gates_x;         // [N, G*H] = x W_ih^T + b_ih
+  const S* gates_h;         // [rows, G*H] = h_in W_hh^T
+  S* hidden;                // [rows, H] what the projection takes, or null
+  const S* projected;       // [rows, P] = hidden W_hr^T
+};
+
+template <class S>
+__device__ void publish(const ForwardStep<S>& p, int64_t b, int64_t j) {
+  const bool exists = p.t_next >= 0 && p.t_next < p.sequence.T;
+  const bool zero = exists && b < p.sequence.rows(p.t_next) && p.sequence.resets(p.t_next, b);
+  p.states.h_in[b * p.P + j] = store<S>(zero ? Acc<S>{} : p.states.h[b * p.P + j]);
+}
+
+/// Before the first step: [B, P] states from h0, [B, H] from c0.
+template <class S>
+__global__ void __launch_bounds__(kStepThreads) begin_forward(const ForwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (i < p.sequence.B * p.P) {
+    const int64_t b = i / p.P, j = i % p.P;
+    p.states.h[i] = load(p.direction.h0[p.sequence.batch(b)][j]);
+    publish(p, b, j);
+  }
+  if (p.states.c && i < p.sequence.B * p.H)
+    p.states.c[i] = load(p.direction.c[p.sequence.batch(i / p.H)][i % p.H]);
+}
+
+/// One step of every (row, unit) [B, H].
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) forward_step(const ForwardStep<S> p) {
+  constexpr int G = Cell::kGates;
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x, b = i / p.H, j = i % p.H;
+  if (b >= p.sequence.B) return;
+  if (b < p.sequence.rows(p.t)) {
+    const ForwardDirection<S>& d = p.direction;
+    const int64_t row = p.sequence.row(p.t, b);
+    Acc<S> x[G], a[G], saved[Cell::kSaved > 0 ? Cell::kSaved : 1], c{};
+#pragma unroll
+    for (int gate = 0; gate < G; ++gate) {
+      x[gate] = load(p.gates_x[(row * G + gate) * p.H + j]);
+      a[gate] = load(p.gates_h[(b * G + gate) * p.H + j]);
+      if (d.weights.b_hh) a[gate] += load(d.weights.b_hh[gate * p.H + j]);
+    }
+    const bool zero = p.sequence.resets(p.t, b);
+    if (Cell::kCellState && !zero) c = p.states.c[i];
+    const Acc<S> h_prev = Cell::kDirect && !zero ? p.states.h[i] : Acc<S>{};
+    const Acc<S> h = Cell::template forward<MathOf<S>>(x, a, h_prev, c, saved);
+    if (d.saved)
+#pragma unroll
+      for (int s = 0; s < Cell::kSaved; ++s) d.saved[row][s * p.H + j] = store<S>(saved[s]);
+    if constexpr (Cell::kCellState) {
+      p.states.c[i] = c;
+      if (d.saved_c) d.saved_c[row][j] = store<S>(c);
+    }
+    if (p.hidden) {
+      p.hidden[i] = store<S>(h);
+    } else {
+      p.states.h[i] = h;
+      d.y[row][j] = store<S>(h);
+    }
+  }
+  if (!p.hidden) publish(p, b, j);
+}
+
+/// The projected h of every (row, unit) [B, P].
+template <class S>
+__global__ void __launch_bounds__(kStepThreads) forward_projected(const ForwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x, b = i / p.P, j = i % p.P;
+  if (b >= p.sequence.B) return;
+  if (b < p.sequence.rows(p.t)) {
+    p.states.h[i] = load(p.projected[i]);
+    p.direction.y[p.sequence.row(p.t, b)][j] = p.projected[i];
+  }
+  publish(p, b, j);
+}
+
+/// After the last step: h_n and c_n.
+template <class S>
+__global__ void __launch_bounds__(kStepThreads) end_forward(const ForwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (i < p.sequence.B * p.P) p.direction.h_n[p.sequence.batch(i / p.P)][i % p.P] = store<S>(p.states.h[i]);
+  if (p.states.c && i < p.sequence.B * p.H)
+    p.direction.c[p.sequence.batch(i / p.H)][i % p.H] = store<S>(p.states.c[i]);
+}
+
+template <class S>
+struct BackwardStep {
+  Sequence sequence;
+  BackwardDirection<S> direction;
+  bool reverse;
+  int64_t H, P, t;
+  S* dh;              // [B, P] dL/dh by way of the later steps
+  Acc<S>* dc;         // [B, H], or null
+  S* direct;          // [B, H] dL/dh_prev beside the product, or null
+  S* dgates_h;        // [rows, G*H] gradients of the gates of the product with W_hh
+  S* dh_complete;     // [rows, P] what goes back through the projection, or null
+  const S* dh_hidden; // [rows, H] what comes out of it
+};
+
+/// Before the last step: [B, P] gradients from dh_n, [B, H] from dc_n.
+template <class S>
+__global__ void __launch_bounds__(kStepThreads) begin_backward(const BackwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (i < p.sequence.B * p.P) p.dh[i] = p.direction.dh[p.sequence.batch(i / p.P)][i % p.P];
+  if (p.dc && i < p.sequence.B * p.H) p.dc[i] = load(p.direction.dc[p.sequence.batch(i / p.H)][i % p.H]);
+}
+
+/// With a projection: the complete dL/dh_t of every (row, unit) [rows, P].
+template <class S>
+__global__ void __launch_bounds__(kStepThreads) backward_projected(const BackwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x, b = i / p.P, j = i % p.P;
+  if (b >= p.sequence.rows(p.t)) return;
+  const int64_t row = p.sequence.row(p.t, b);
+  Acc<S> dh = load(p.dh[i]);
+  if (p.direction.dy) dh += load(p.direction.dy[row][j]);
+  p.dh_complete[i] = p.direction.dh_rows[row][j] = store<S>(dh);
+}
+
+/// One step of every (row, unit) [rows, H].
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x, b = i / p.H, j = i % p.H;
+  if (b >= p.sequence.rows(p.t)) return;
+  const int64_t row = p.sequence.row(p.t, b);
+  const bool zero = p.sequence.resets(p.t, b);
+  BackwardDirection<S> d = p.direction;
+  if (p.dh_hidden) d.dy = {}, d.dh_rows = {};  // they have been in the complete gradient
+  StepInputs<Cell, S> inputs;
+  inputs.fetch(p.sequence, d, p.t, b, int(j), p.H, p.reverse);
+  Acc<S> dgates[Cell::kGradients], dh_prev{}, dc_prev{};
+  inputs.backward(d, row, int(j), p.H, zero, load(p.dh_hidden ? p.dh_hidden[i] : p.dh[i]),
+                  Cell::kCellState ? p.dc[i] : Acc<S>{}, dgates, dh_prev, dc_prev);
+#pragma unroll
+  for (int e = 0; e < Cell::kGradients; ++e) d.dgates[row][e * p.H + j] = store<S>(dgates[e]);
+#pragma unroll
+  for (int gate = 0; gate < Cell::kGates; ++gate)
+    p.dgates_h[(b * Cell::kGates + gate) * p.H + j] =
+        store<S>(zero ? Acc<S>{} : dgates[Cell::recurrent(gate)]);
+  if constexpr (Cell::kDirect) p.direct[i] = store<S>(dh_prev);
+  if constexpr (Cell::kCellState) p.dc[i] = dc_prev;
+}
+
+/// After the first step: dh0 and dc0.
+template <class S>
+__global__ void __launch_bounds__(kStepThreads) end_backward(const BackwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (i < p.sequence.B * p.P) p.direction.dh[p.sequence.batch(i / p.P)][i % p.P] = p.dh[i];
+  if (p.dc && i < p.sequence.B * p.H) p.direction.dc[p.sequence.batch(i / p.H)][i % p.H] = store<S>(p.dc[i]);
+}
+
+}  // namespace fastrnn

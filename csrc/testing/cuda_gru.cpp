@@ -1,0 +1,5 @@
+#include "cells/gru.h"
+#include "testing/cuda_operators.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cuda_on_host, m) { fastrnn::define_operators<fastrnn::Gru>(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda_on_host, CPU, m) { fastrnn::register_operators<fastrnn::Gru>(m); }

@@ -1,0 +1,5 @@
+#include "cells/rnn.h"
+#include "testing/cuda_operators.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cuda_on_host, m) { fastrnn::define_operators<fastrnn::RnnTanh>(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda_on_host, CPU, m) { fastrnn::register_operators<fastrnn::RnnTanh>(m); }
