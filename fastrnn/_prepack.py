@@ -112,8 +112,8 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
 
     Undone for a module by ``train()``, and with a warning by a call that needs gradients and by the first
     call after its weights changed: assigned, loaded, moved, or edited in place. Not seen, so that the old
-    weights stay in effect until ``prepack`` is called again: edits through ``p.data``, a NumPy view, or
-    another process's view of shared memory, and any edit of weights made under ``inference_mode()``.
+    weights stay in effect until ``prepack`` is called again: edits in place through ``p.data``, a NumPy view
+    or another process's view of shared memory, and those of a module made under ``inference_mode()``.
 
     The module itself is as before: ``state_dict``, pickles and copies know nothing of packs, other weights
     (``functional_call``) do not use them, and several threads may call it. ``explain`` says what is

@@ -207,14 +207,6 @@ def replace_the_data(module):
     module.bias_hh_l0.data = module.bias_hh_l0.data + 1
 
 
-def replace_the_data_at_the_old_address(module):
-    for parameter in module.parameters():
-        new = parameter.detach() * 2
-        parameter.data = torch.empty(0)
-        gc.collect()
-        parameter.data = new.clone()
-
-
 def optimize(module):
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -223,7 +215,7 @@ def optimize(module):
 
 CHANGES = [
     assign, assign_a_bias, edit_in_place, edit_in_inference_mode, load, load_by_assignment, replace_the_data,
-    replace_the_data_at_the_old_address, optimize,
+    optimize,
 ]  # fmt: skip
 
 
