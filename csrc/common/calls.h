@@ -104,6 +104,7 @@ struct ForwardCall {
     const auto [D, B, P, H, G] = sizes;
     const Arguments arguments(h0_, D);
     arguments.check(x_, "x", "[N, I]", {N, I});
+    if (reset) arguments.check_device(*reset, "reset");
     arguments.check_each(w_ih_, "w_ih", "[G*H, I]", {G * H, I});
     STD_TORCH_CHECK(b_ih_.empty() == b_hh_.empty(), "b_ih and b_hh come together or not at all");
     if (!b_ih_.empty()) arguments.check_each(b_ih_, "b_ih", "[G*H]", {G * H});
@@ -175,6 +176,7 @@ struct BackwardCall {
       if (tensor) arguments.check(*tensor, name, letters, expected);
     };
     arguments.check(y_, "y", "[N, D*P]", {N, D * P});
+    if (reset) arguments.check_device(*reset, "reset");
     arguments.check(saved_, "saved", "[D, N, S*H]", {D, N, Cell::kSaved * H});
     if (c0_) arguments.check(saved_c_, "saved_c", "[D, N, H]", {D, N, H});
     check(dy_, "dy", "[N, D*P]", {N, D * P});
