@@ -12,7 +12,7 @@ KERNEL = re.compile(
     re.DOTALL,
 )
 # Without tensor cores a thread also reads the columns of others: a few words may go to memory.
-MOST_SPILLED = {"Ffma": 32, "TensorCore": 0}
+MOST_SPILLED = {"Ffma": 32, "TensorCore": 4}  # bytes: eight words, and one
 
 
 def kernels():

@@ -36,11 +36,15 @@ class Arguments {
   void check(const Tensor& tensor, const char* name, const char* letters,
              const std::vector<int64_t>& expected) const {
     STD_TORCH_CHECK(tensor.scalar_type() == like_.scalar_type(), name, " must have the dtype of h0");
+    check_device(tensor, name);
+    STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must be ", letters, " = ", to_string(expected),
+                    ", got ", to_string(sizes_of(tensor)));
+  }
+
+  void check_device(const Tensor& tensor, const char* name) const {
     STD_TORCH_CHECK(
         tensor.is_cpu() == like_.is_cpu() && tensor.get_device_index() == like_.get_device_index(), name,
         " must be on the device of h0");
-    STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must be ", letters, " = ", to_string(expected),
-                    ", got ", to_string(sizes_of(tensor)));
   }
 
   void check_each(const Tensors& tensors, const char* name, const char* letters,
@@ -124,7 +128,8 @@ class SequenceLayout {
     STD_TORCH_CHECK(N > 0 || B == 0, "Expected sequence length to be larger than 0 in RNN");
     STD_TORCH_CHECK(B == 0 ? N == 0 : N % B == 0, "x must have T*B rows for B = ", B, ", got ", N);
     const int64_t T = B == 0 ? 0 : N / B;
-    sequence_ = {.T = T, .B = B, .t_stride = batch_first ? 1 : B, .b_stride = batch_first ? T : 1};
+    sequence_.T = T, sequence_.B = B;
+    sequence_.t_stride = batch_first ? 1 : B, sequence_.b_stride = batch_first ? T : 1;
   }
 
   static Tensor integers(const Tensor& tensor, const char* name) {
@@ -147,7 +152,8 @@ class SequenceLayout {
     STD_TORCH_CHECK(T > 0 && size[0] == B, "batch_sizes must begin with the batch size of h0, ", B);
     STD_TORCH_CHECK(offsets_.back() == N, "batch_sizes must add up to the rows of x, ", N, ", got ",
                     offsets_.back());
-    sequence_ = {.T = T, .B = B, .t_stride = 0, .b_stride = 1, .offsets = offsets_.data()};
+    sequence_.T = T, sequence_.B = B, sequence_.b_stride = 1;
+    sequence_.offsets = offsets_.data();
   }
 
   void set_lengths(const Tensor& lengths) {

@@ -113,7 +113,9 @@ struct ForwardCall {
         has_c(c0.has_value()),
         save(save_) {
     const auto [D, B, P, H, G] = sizes;
-    Arguments(h0_, D).check(x_, "x", "[N, I]", {N, I});
+    const Arguments arguments(h0_, D);
+    arguments.check(x_, "x", "[N, I]", {N, I});
+    if (reset) arguments.check_device(*reset, "reset");
     y = empty({N, D * P}, h0), h_n = empty({D, B, P}, h0);
     saved = save ? empty({D, N, Cell::kSaved * H}, h0) : empty({0}, h0);
     saved_c = save && has_c ? empty({D, N, H}, h0) : empty({0}, h0);
@@ -197,6 +199,7 @@ struct BackwardCall {
       if (tensor) arguments.check(*tensor, name, letters, expected);
     };
     arguments.check(y_, "y", "[N, D*P]", {N, D * P});
+    if (reset) arguments.check_device(*reset, "reset");
     arguments.check(saved_, "saved", "[D, N, S*H]", {D, N, Cell::kSaved * H});
     if (c0_) arguments.check(saved_c_, "saved_c", "[D, N, H]", {D, N, H});
     check(dy_, "dy", "[N, D*P]", {N, D * P});
