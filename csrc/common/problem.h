@@ -33,6 +33,10 @@ struct Sequence {
     return (offsets ? offsets[t] : t * t_stride) + batch(b) * b_stride;
   }
   FASTRNN_INLINE bool resets(int64_t t, int64_t b) const { return reset && reset[row(t, b)]; }
+  /// The same of any t and b: false where there is no such row.
+  FASTRNN_INLINE bool resets_if_any(int64_t t, int64_t b) const {
+    return reset && t >= 0 && t < T && b < rows(t) && resets(t, b);
+  }
   /// The last step that row b takes part in, or -1.
   FASTRNN_INLINE int64_t last_step(int64_t b) const {
     if (!offsets && !counts) return T - 1;

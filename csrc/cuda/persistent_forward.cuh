@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).
 
   const auto time = [&](int64_t step) { return place.direction == 0 ? step : sequence.T - 1 - step; };
   const auto publish = [&](int64_t step, int b, int unit, float value) {
-    const bool zero = step < sequence.T && sequence.resets(time(step), place.first_row + b);
+    const bool zero = sequence.resets_if_any(time(step), place.first_row + b);
     reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride())[place.first_unit + unit] =
         M::element(zero ? 0.f : value);
   };

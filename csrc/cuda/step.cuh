@@ -30,8 +30,7 @@ struct ForwardStep {
 
 template <class S>
 __device__ void publish(const ForwardStep<S>& p, int64_t b, int64_t j) {
-  const bool exists = p.t_next >= 0 && p.t_next < p.sequence.T;
-  const bool zero = exists && b < p.sequence.rows(p.t_next) && p.sequence.resets(p.t_next, b);
+  const bool zero = p.sequence.resets_if_any(p.t_next, b);
   p.states.h_in[b * p.P + j] = store<S>(zero ? Acc<S>{} : p.states.h[b * p.P + j]);
 }
 
