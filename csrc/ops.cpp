@@ -46,13 +46,14 @@ std::vector<int64_t> cpu_plan(int64_t T, int64_t B, int64_t units, int64_t K, in
   return {plan.teams, plan.parts};
 }
 
-// How a CUDA device with so many multiprocessors and bytes of shared memory a block runs a scan. numbers:
-// bf16, f16, tf32, f32 or f64.
-std::string cuda_plan(bool forward, std::string numbers, int64_t gates, int64_t T, int64_t B, int64_t H,
-                      int64_t directions, bool projected, int64_t multiprocessors, int64_t shared_bytes) {
+// How a CUDA device with so many multiprocessors and bytes of shared memory a block runs a scan, by
+// describe_cuda or geometry_numbers. numbers: bf16, f16, tf32, f32 or f64.
+template <auto kAnswer>
+auto cuda_answer(bool forward, std::string numbers, int64_t gates, int64_t T, int64_t B, int64_t H,
+                 int64_t directions, bool projected, int64_t multiprocessors, int64_t shared_bytes) {
   const ScanSizes sizes{static_cast<int>(H), static_cast<int>(B), static_cast<int>(directions)};
-  return describe_cuda(forward, numbers, static_cast<int>(gates), T, sizes, projected,
-                       {static_cast<int>(multiprocessors), static_cast<int>(shared_bytes)});
+  return kAnswer({forward, numbers, static_cast<int>(gates), T, sizes, projected},
+                 {static_cast<int>(multiprocessors), static_cast<int>(shared_bytes)});
 }
 
 }  // namespace
@@ -61,9 +62,11 @@ std::string cuda_plan(bool forward, std::string numbers, int64_t gates, int64_t 
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def("cpu_isa() -> str");
   m.def("cpu_plan(int T, int B, int units, int K, int gates, int directions, int element_bytes) -> int[]");
-  m.def(
-      "cuda_plan(bool forward, str numbers, int gates, int T, int B, int H, int directions, bool projected, "
-      "int multiprocessors, int shared_bytes) -> str");
+  const std::string cuda_scan =
+      "(bool forward, str numbers, int gates, int T, int B, int H, int directions, bool projected, "
+      "int multiprocessors, int shared_bytes) -> ";
+  m.def(("cuda_plan" + cuda_scan + "str").c_str());
+  m.def(("cuda_geometry" + cuda_scan + "int[]").c_str());
   fastrnn::AllCells::each([&]<class Cell>() {
     m.def((std::string(Cell::kName) + fastrnn::kForward).c_str());
     m.def((std::string(Cell::kName) + "_backward" + fastrnn::kBackward).c_str());
@@ -76,5 +79,6 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&fastrnn::cpu_isa));
   m.impl("cpu_plan", TORCH_BOX(&fastrnn::cpu_plan));
-  m.impl("cuda_plan", TORCH_BOX(&fastrnn::cuda_plan));
+  m.impl("cuda_plan", TORCH_BOX(&fastrnn::cuda_answer<fastrnn::describe_cuda>));
+  m.impl("cuda_geometry", TORCH_BOX(&fastrnn::cuda_answer<fastrnn::geometry_numbers>));
 }
