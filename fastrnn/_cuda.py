@@ -34,9 +34,18 @@ def device_reason(index: int) -> str | None:
     return f"the CUDA kernels need compute capability 8.0, and device {index} has {has}"
 
 
+def _reason(index: int) -> str | None:
+    return missing() or device_reason(index)
+
+
+# What torch.compiler.assume_constant_result does, without loading the compiler at every import: it cannot
+# trace what asks a device for its capability.
+_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def no_kernel_reason(weight: Tensor) -> str | None:
     """Why a recurrence with this CUDA weight has no kernel, or None if there is one."""
-    if reason := missing() or device_reason(weight.get_device()):
+    if reason := _reason(weight.get_device()):
         return reason
     return None if weight.dtype in _NUMBERS else f"there are no CUDA kernels for {weight.dtype}"
 
