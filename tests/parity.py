@@ -1,5 +1,8 @@
 """Random configurations of torch.nn's recurrent modules, and the comparison of fastrnn with torch.nn on one:
-outputs, final states and every gradient. Used by the tests and by sweep.py."""
+outputs, final states and every gradient. Used by the tests and by sweep.py.
+
+``rounding`` is the dtype whose numbers inputs and gradients are, when they are computed with in another one:
+so that float64 can tell how far off a narrower dtype is."""
 
 import random
 from dataclasses import dataclass, field
@@ -89,12 +92,15 @@ def in_memory(x: Tensor, memory: str) -> Tensor:
     return x
 
 
-def make_inputs(config: Configuration, dtype=torch.float64) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def make_inputs(
+    config: Configuration, dtype=torch.float64, device="cpu", rounding=None
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """(x, lengths or None, the states given: none, h or h and c)."""
     generator = torch.Generator().manual_seed(config.seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+        numbers = torch.randn(*shape, dtype=torch.float64, generator=generator)
+        return numbers.to(rounding or dtype).to(device, dtype)
 
     batch = () if config.form == "unbatched" else (config.B,)
     if config.is_cell:
@@ -138,10 +144,12 @@ def call(module: nn.Module, config: Configuration, x: Tensor, lengths, hidden: l
     return [y, *(states if isinstance(states, tuple) else (states,))]
 
 
-def run(module: nn.Module, config: Configuration, dtype=torch.float64) -> dict[str, Tensor]:
+def run(
+    module: nn.Module, config: Configuration, dtype=torch.float64, device="cpu", rounding=None
+) -> dict[str, Tensor]:
     """Outputs and gradients by name. The loss uses some of the outputs; some inputs want no gradient."""
     r = random.Random(config.seed + 1)
-    x, lengths, hidden = make_inputs(config, dtype)
+    x, lengths, hidden = make_inputs(config, dtype, device, rounding)
     leaves = {"x": x, **dict(zip(("h0", "c0"), hidden, strict=False)), **dict(module.named_parameters())}
     for leaf in leaves.values():
         leaf.grad = None
@@ -152,9 +160,8 @@ def run(module: nn.Module, config: Configuration, dtype=torch.float64) -> dict[s
     after = torch.rand(())  # both must have drawn as many random numbers
     chosen = [o for o in outputs if r.random() < 0.7] or outputs[-1:]
     generator = torch.Generator().manual_seed(config.seed + 2)
-    loss = sum(
-        (o * torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype)).sum() for o in chosen
-    )
+    factors = [torch.randn(o.shape, dtype=torch.float64, generator=generator) for o in chosen]
+    loss = sum((o * f.to(rounding or dtype).to(o)).sum() for o, f in zip(chosen, factors, strict=True))
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)} | {"random": after}

@@ -45,6 +45,10 @@ class Scan:
             **{name: [f(t) for t in getattr(self, name)] for name in self.WEIGHTS},
         )
 
+    def to(self, device: str, dtype: torch.dtype) -> "Scan":
+        moved = self.map(lambda t: t.to(device, dtype))
+        return replace(moved, reset=None if self.reset is None else self.reset.to(device))
+
     WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 
     @property

@@ -29,6 +29,8 @@ class Device:
     shared_bytes: int = H200[1]
     order: str = "fifo"
     seed: int = 0
+    where: str = "cpu"
+    operators = torch.ops.fastrnn_cuda_on_host
 
     def arguments(self, numbers: str) -> tuple:
         tf32 = NUMBERS[numbers][1]
@@ -53,17 +55,15 @@ def close(numbers: str, name: str, found: torch.Tensor, expected: torch.Tensor) 
     if found.numel() == 0:
         return
     scale = max(1.0, expected.abs().max().item())
-    error = (found.double() - expected).abs().max().item()
+    error = (found.cpu().double() - expected).abs().max().item()
     assert error <= NUMBERS[numbers][2] * scale, f"{name}: {error:.1e} of {scale:.1e}"
 
 
 def run(device: Device, numbers: str, scan, wanted: str = "all", save: bool = True) -> None:
     """Forward, and backward from the reference's own results, rounded as they would be stored."""
-    dtype = NUMBERS[numbers][0]
-    stored = scan.map(lambda t: t.to(dtype))
-    exact = stored.map(lambda t: t.double())
-    operators = torch.ops.fastrnn_cuda_on_host
-    arguments = device.arguments(numbers)
+    dtype, operators, arguments = NUMBERS[numbers][0], device.operators, device.arguments(numbers)
+    exact = scan.map(lambda t: t.to(dtype).double())
+    stored = exact.to(device.where, dtype)
     expected = exact.reference()
     found = getattr(operators, scan.name)(*stored.arguments(save), *arguments)
     names = ("y", "h_n", "c_n", "saved", "saved_c")
@@ -73,13 +73,16 @@ def run(device: Device, numbers: str, scan, wanted: str = "all", save: bool = Tr
         else:
             assert a.numel() == 0
 
-    outputs = tuple(t.to(dtype) for t in expected)
-    gradients = tuple(None if t is None else t.to(dtype) for t in exact.gradients(expected, wanted))
+    outputs = tuple(t.to(device.where, dtype) for t in expected)
+    gradients = tuple(
+        None if t is None else t.to(device.where, dtype) for t in exact.gradients(expected, wanted)
+    )
     found = getattr(operators, scan.name + "_backward")(
         *stored.backward_arguments(outputs, gradients), *arguments
     )
     expected = exact.reference_backward(
-        tuple(t.double() for t in outputs), tuple(None if t is None else t.double() for t in gradients)
+        tuple(t.cpu().double() for t in outputs),
+        tuple(None if t is None else t.cpu().double() for t in gradients),
     )
     for name, a, b in zip(("dgates", "dh0", "dc0", "dh", "dc"), found, expected, strict=True):
         close(numbers, name, a, b)
