@@ -51,13 +51,15 @@ def paired(
     subject: str,
     seconds: float,
     others_cpu: Callable[[], float] | None = None,
+    turn: Callable[[Callable[[], object], int], float] | None = None,
 ) -> Timing:
     """Time the contenders in alternating rounds for about ``seconds``, at least MIN_ROUNDS rounds.
 
-    ``others_cpu`` reads the CPU seconds that all other processes have used so far.
+    ``others_cpu`` reads the CPU seconds that all other processes have used so far; ``turn(call, repeats)``
+    takes the time of a call where it is not this processor's.
     """
-    read_others = others_cpu or cpu_seconds_of_others
-    repeats = {name: _repeats(call) for name, call in contenders.items()}
+    read_others, turn = others_cpu or cpu_seconds_of_others, turn or _turn
+    repeats = {name: _repeats(call, turn) for name, call in contenders.items()}
     quiet: list[dict[str, float]] = []
     noisy: list[dict[str, float]] = []
     order = list(contenders)
@@ -72,7 +74,7 @@ def paired(
             if tried >= PATIENCE * MIN_ROUNDS and spent >= PATIENCE * seconds:
                 break
             others, begin = read_others(), time.perf_counter()
-            turns = {name: _turn(contenders[name], repeats[name]) for name in order}
+            turns = {name: turn(contenders[name], repeats[name]) for name in order}
             limit = max(OTHERS_SECONDS, OTHERS_SHARE * (time.perf_counter() - begin))
             (noisy if read_others() - others > limit else quiet).append(turns)
             order.reverse()
@@ -111,7 +113,7 @@ def _turn(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _repeats(call: Callable[[], object]) -> int:
+def _repeats(call: Callable[[], object], turn: Callable[[Callable[[], object], int], float]) -> int:
     """How many calls fill a turn; the first call, which allocates and loads, does not count."""
     call()
-    return ceil(MIN_TURN / max(_turn(call, 1), 1e-7))
+    return ceil(MIN_TURN / max(turn(call, 1), 1e-7))

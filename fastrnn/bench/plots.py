@@ -33,7 +33,8 @@ def plot_ratios(results: Results, path: Path) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(y=0.01)
     axes.set_xlabel("torch time / fastrnn time (in brackets: threads, ! disturbed; whiskers: quartiles)")
-    axes.set_title(f"{results.environment['cpu']}\ntorch {results.environment['torch']}")
+    machine = results.environment.get("device") or results.environment["cpu"]
+    axes.set_title(f"{machine}\ntorch {results.environment['torch']}")
     _save(figure, path)
 
 

@@ -26,7 +26,14 @@ class Disagreement(AssertionError):
 class Workload:
     """``case`` on ``library``, torch.nn or fastrnn; every library gets the same numbers."""
 
-    def __init__(self, case: Case, library: ModuleType, mode: str, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        case: Case,
+        library: ModuleType,
+        mode: str,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+    ):
         self.case, self.mode = case, mode
         dtype = dtype or case.dtype
         D = 2 if case.bidirectional else 1
@@ -34,11 +41,11 @@ class Workload:
         random = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=random, dtype=case.dtype).to(dtype)
+            return torch.randn(*shape, generator=random, dtype=case.dtype).to(device, dtype)
 
         torch.manual_seed(0)
         weights = make_module(case, nn).state_dict()
-        self.module = make_module(case, library).to(dtype)
+        self.module = make_module(case, library).to(device, dtype)
         self.module.load_state_dict(weights)
         self.module.train(mode == TRAIN)
         x = draw(case.T, case.B, case.I)  # [T, B, I]
