@@ -80,13 +80,16 @@ def check_build() -> Check:
     return Check("build", OK, str(libraries[0]))
 
 
+def has_cuda_kernels() -> bool:
+    return any(PACKAGE.glob("_C_cuda*.so"))
+
+
 def check_cuda() -> Check:
     import torch
 
     from fastrnn import _cuda
 
-    built = any(PACKAGE.glob("_C_cuda*.so"))
-    reason = _cuda.missing() if built else "this build has no CUDA kernels"
+    reason = _cuda.missing() if has_cuda_kernels() else "this build has no CUDA kernels"
     if not torch.cuda.is_available():
         found = reason or f"the kernels are here, for CUDA {torch.version.cuda}"
         return Check("cuda", NOTE, f"{found}; torch sees no GPU, so that nothing is lost")
@@ -99,8 +102,8 @@ def check_cuda() -> Check:
         "cuda",
         WARNING,
         f"{'; '.join(sorted({r for r in reasons if r}))}, and torch sees {names}",
-        "there, modules take torch.nn's own path and warn once; a build with nvcc installed, or "
-        "FASTRNN_CUDA=1, has the kernels",
+        "there, modules take torch.nn's own path and warn once, which fastrnn.set_strict(True) forbids; a "
+        "build with FASTRNN_CUDA=1 has the kernels",
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrnn import doctor
+from fastrnn import _cuda, doctor
 
 PACKAGE = Path(doctor.__file__).parent
 
@@ -130,10 +130,23 @@ def test_more_threads_than_cores_are_a_warning(monkeypatch):
 
 def test_a_gpu_without_kernels_is_a_warning(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+    monkeypatch.setattr(_cuda, "missing", lambda: "they do not load")
     check = doctor.check_cuda()
     assert check.status == "warning"
+    assert "A GPU" in check.found
     assert "set_strict" in check.advice
+
+
+def test_a_gpu_that_is_too_old_is_a_warning(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+    monkeypatch.setattr(_cuda, "missing", lambda: None)
+    monkeypatch.setattr(_cuda, "device_reason", lambda index: "it is too old")
+    monkeypatch.setattr(doctor, "has_cuda_kernels", lambda: True)
+    assert "too old" in doctor.check_cuda().found
 
 
 def test_missing_extras_are_a_note_with_the_command(monkeypatch):
