@@ -88,7 +88,14 @@ def run(device: Device, numbers: str, scan, wanted: str = "all", save: bool = Tr
         close(numbers, name, a, b)
 
 
-pytestmark = pytest.mark.usefixtures("on_host")
+@pytest.fixture
+def unset_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+pytestmark = pytest.mark.usefixtures("on_host", "unset_memory_is_nan")
 
 
 # ---- every path, number type and form ------------------------------------------------------------------
