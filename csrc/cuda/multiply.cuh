@@ -88,7 +88,8 @@ struct TensorCore : Numbers<TensorCore<S>, S> {
   }
 };
 
-/// Plain float32: a lane has one row and half of the chunk's depth; the halves meet at the end.
+/// Plain float32: a lane has one row and half of the chunk's depth, so that both halves of a warp read the
+/// same 32 bytes side by side; the sums of the halves meet at the end.
 struct Ffma : Numbers<Ffma, float> {
   using Storage = float;
   static constexpr Arithmetic kArithmetic = Arithmetic::kF32;
@@ -97,7 +98,7 @@ struct Ffma : Numbers<Ffma, float> {
 
   __device__ static float element(float v) { return v; }
   __device__ static int row(int lane, int) { return lane % 16; }
-  __device__ static int word(int lane, int i) { return lane / 16 * 8 + i; }
+  __device__ static int word(int lane, int i) { return i / 4 * 8 + lane / 16 * 4 + i % 4; }
   __device__ static int sum_row(int lane, int) { return lane % 16; }
   __device__ static int sum_column(int, int i) { return i; }
   __device__ static bool has_sums(int lane) { return lane < 16; }
@@ -115,8 +116,8 @@ struct Ffma : Numbers<Ffma, float> {
                              const char* columns, int stride, int lane, Load load) {
 #pragma unroll
     for (int c = 0; c < kTileColumns; ++c) {
-      const uint4* from = reinterpret_cast<const uint4*>(columns + c * stride) + lane / 16 * 2;
-      const uint4 low = load(from), high = load(from + 1);
+      const uint4* from = reinterpret_cast<const uint4*>(columns + c * stride) + lane / 16;
+      const uint4 low = load(from), high = load(from + 2);
       const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
