@@ -111,8 +111,7 @@ def count(scan: Scan, g: Geometry) -> Counts:
         mma_warp=depth * per_chunk,
         mma_block=g.row_warps * g.chunks * per_chunk,
         exchange_bytes=exchange,
-        # Without tensor cores each half of a warp takes half a sector of 32 bytes at a time (Ffma::add).
-        l2_bytes=exchange * grid * (2 if exact else 1) if g.blocks > 1 else 0,
+        l2_bytes=exchange * grid if g.blocks > 1 else 0,
         shared_bytes=partial + spilled + (exchange if g.blocks == 1 else 0),
         arrivals=g.blocks if g.blocks > 1 else 0,
         hbm_bytes=touched * scan.B * scan.H * scan.element_bytes * scan.directions,
