@@ -22,6 +22,11 @@ extern TorchCuda torch_cuda;
 /// Whether torch lets recurrent layers round float32 to tf32 (torch.backends.cudnn.rnn.fp32_precision).
 bool tf32_is_allowed();
 
+/// Whether this call rounds to tf32. Only float32 asks: the answer takes Python's lock.
+inline bool takes_tf32(const Tensor& like) {
+  return like.scalar_type() == torch::headeronly::ScalarType::Float && tf32_is_allowed();
+}
+
 inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastrnn: ", what, ": ", cudaGetErrorString(error));
 }

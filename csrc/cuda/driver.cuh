@@ -46,8 +46,6 @@ inline Tensor first_rows(const Tensor& matrix, int64_t n) {
   return n == matrix.size(0) ? whole : torch::stable::narrow(whole, 0, 0, n);
 }
 
-inline Tensor row_of(const Tensor& tensor, int64_t d) { return torch::stable::select(tensor, 0, d); }
-
 /// f(M{}) with what multiplies numbers of storage S.
 template <class S, class F>
 void with_multiply(bool tf32, F f) {

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   CudaDevice device(h0);
   const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
                                batch_first, save);
-  Driver<CudaDevice, Cell>(device, tf32_is_allowed()).forward(call);
+  Driver<CudaDevice, Cell>(device, takes_tf32(h0)).forward(call);
   return call.results();
 }
 
@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   CudaDevice device(h0);
   const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
                                 batch_sizes, lengths, reset, batch_first, keep);
-  Driver<CudaDevice, Cell>(device, tf32_is_allowed()).backward(call);
+  Driver<CudaDevice, Cell>(device, takes_tf32(h0)).backward(call);
   return call.results();
 }
 
