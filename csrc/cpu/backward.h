@@ -53,14 +53,15 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   /// The product that closes step s+1 and the cell of step s need no meeting between them, because a part
   /// owns the same units in both.
   void phase(int team, int64_t phase, int part) {
-    const int64_t T = sequence.T, back = projected() ? phase / 2 : phase;
-    if (projected() && phase % 2 == 1) return cell_gradient(team, T - 1 - back, part);
-    if (back > 0) state_gradient(team, T - back, part);
-    if (back == T) return;
+    const int64_t back = projected() ? phase / 2 : phase, s = sequence.T - 1 - back;
+    if (projected() && phase % 2 == 1) return cell_gradient(team, s, share(units.count(), part, plan.parts));
+    const Range mine = share(outputs.count(), part, plan.parts);
+    if (back > 0) state_gradient(team, s + 1, mine);
+    if (s < 0) return;
     if (projected())
-      output_gradient(team, T - 1 - back, part);
+      output_gradient(team, s, mine);
     else
-      cell_gradient(team, T - 1 - back, part);
+      cell_gradient(team, s, mine);
   }
 
  private:
@@ -78,7 +79,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     for (int d = 0; d < problem.directions; ++d) {
       if (few()) continue;
       const Weights<S>& w = problem.direction[d].weights;
-      const bool packs = most * sequence.T > kRowsWorthPanels;
+      const bool packs = most <= kFewRows ||
+                         packing_columns_pays<S>(most * sequence.T, sequence.T, G * problem.H, problem.P);
       w_hh_[d].lay_out(s, w.w_hh, G * problem.H, problem.P, packs);
       if (projected()) w_hr_[d].lay_out(s, w.w_hr, problem.P, problem.H, packs);
     }
@@ -98,18 +100,22 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     return {dgates_ + (team * 2 + s % 2) * this->most_rows() * dgates_stride_, dgates_stride_};
   }
 
-  /// dL/dh_t = its recurrent part + dL/dy_t, for the part's outputs.
-  void output_gradient(int team, int64_t s, int part) {
+  /// Rows of step s that are the team's.
+  FASTRNN_INLINE int64_t rows_at(int team, int64_t s) const {
+    return this->rows_of(team).count(sequence.rows(this->time(this->direction_of(team), s)));
+  }
+
+  /// dL/dh_t = its recurrent part + dL/dy_t, for some outputs.
+  void output_gradient(int team, int64_t s, Range blocks) {
     const int d = this->direction_of(team);
     const BackwardDirection<S>& dir = problem.direction[d];
     const TeamRows rows = this->rows_of(team);
-    const int64_t t = this->time(d, s), n = rows.count(sequence.rows(t));
+    const int64_t t = this->time(d, s), n = rows_at(team, s);
     const Rows<S> dh = dh_buffer(team), complete = complete_buffer(team);
-    const Range blocks = share(outputs.count(), part, plan.parts);
     const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = sequence.row(t, rows.position(i));
-      each_vector<S>(first, static_cast<int>(end - first), [&](auto io, int64_t u, int) {
+      each_vector<S>(first, end - first, [&](auto io, int64_t u, int64_t) {
         V<S> v = io.load(dh[i] + u);
         if (dir.dy) v += io.load(dir.dy[row] + u);
         io.store(complete[i] + u, v);
@@ -118,20 +124,22 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     }
   }
 
-  void cell_gradient(int team, int64_t s, int part) {
-    const int64_t n = this->rows_of(team).count(sequence.rows(this->time(this->direction_of(team), s)));
-    const Range blocks = share(units.count(), part, plan.parts);
+  /// The gate gradients of some units. Without projection dL/dh of all of them is there, and the cell walks
+  /// along the rows, so that the processor sees coming what it reads; otherwise block by block.
+  void cell_gradient(int team, int64_t s, Range blocks) {
+    const int64_t n = rows_at(team, s), first = blocks.begin * kBlock<S>;
+    if (!projected()) {
+      const Rows<S> dh = dh_buffer(team);
+      return cells(team, s, first, min(blocks.end * kBlock<S>, problem.H) - first, 0, n,
+                   {dh.data + first, dh.stride});
+    }
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
-      for (int64_t i = 0; i < n; i += kChunk) cell_block(team, s, block, i, min(kChunk, n - i));
+      for (int64_t i = 0; i < n; i += kChunk) projected_cells(team, s, block, i, min(kChunk, n - i));
   }
 
   /// One block of units for the team's rows i .. i + n.
-  void cell_block(int team, int64_t s, int64_t block, int64_t i, int64_t n) {
+  void projected_cells(int team, int64_t s, int64_t block, int64_t i, int64_t n) {
     const int64_t first = block * kBlock<S>;
-    if (!projected()) {
-      const Rows<S> dh = dh_buffer(team);
-      return cells(team, s, block, i, n, {dh[i] + first, dh.stride});
-    }
     alignas(64) S dm[kChunk * kBlock<S>];
     const int d = this->direction_of(team);
     const Rows<S> complete = complete_buffer(team);
@@ -144,11 +152,12 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       multiply_in_place<S>(a, n, problem.P, {w.data + first, w.stride}, units.in_block(block),
                            {dm, kBlock<S>});
     }
-    cells(team, s, block, i, n, {dm, kBlock<S>});
+    cells(team, s, first, units.in_block(block), i, n, {dm, kBlock<S>});
   }
 
-  /// dh is what comes from the step after; without projection dL/dy is still to be added.
-  void cells(int team, int64_t s, int64_t block, int64_t i_begin, int64_t n, Rows<S> dh_rows) {
+  /// The units first .. first + count. dh is what comes from the step after; without projection dL/dy is
+  /// still to be added.
+  void cells(int team, int64_t s, int64_t first, int64_t count, int64_t i_begin, int64_t n, Rows<S> dh_rows) {
     const int d = this->direction_of(team);
     const BackwardDirection<S>& dir = problem.direction[d];
     const TeamRows rows = this->rows_of(team);
@@ -164,7 +173,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       const int64_t row_prev = begins ? 0 : sequence.row(t_prev, position);
       const S* const saved_row = dir.saved[row];
       S* const dgates_row = dir.dgates[row];
-      each_vector<S>(block * kBlock<S>, units.in_block(block), [&](auto io, int64_t u, int offset) {
+      const auto cell = [&](auto io, int64_t u, int64_t offset) FASTRNN_LAMBDA_INLINE {
         V<S> saved[Cell::kSaved + 1], dsaved[Cell::kSaved + 1], dgates[Cell::kGradients];
         V<S> h{}, h_prev{}, c{}, c_prev{}, dc{}, dh_prev{}, dc_prev{};
         for (int j = 0; j < Cell::kSaved; ++j) {
@@ -191,41 +200,35 @@ class Backward : public Scan<S, BackwardProblem<S>> {
           io.store(dir.dc[b] + u, forgets ? V<S>{} : dc_prev);
         }
         if constexpr (Cell::kDirect) io.store(dh_rows[k] + offset, dh_prev);
-      });
+      };
+      each_vector<S>(first, count, cell);
     }
   }
 
-  /// The recurrent part of dL/dh_{t-1} = dgates W_hh (+ the direct part), for the part's outputs.
-  void state_gradient(int team, int64_t s, int part) {
-    state_product(team, s, part);
-    if (!sequence.reset) return;
-    const int64_t t = this->time(this->direction_of(team), s);
-    const TeamRows rows = this->rows_of(team);
-    const Range blocks = share(outputs.count(), part, plan.parts);
+  /// The recurrent part of dL/dh_{t-1} = dgates W_hh (+ the direct part), for some outputs.
+  void state_gradient(int team, int64_t s, Range blocks) {
     const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
+    const int64_t n = rows_at(team, s), t = this->time(this->direction_of(team), s);
+    const TeamRows rows = this->rows_of(team);
     const Rows<S> dh = dh_buffer(team);
-    for (int64_t i = 0; i < rows.count(sequence.rows(t)); ++i)
+    state_product(team, s, blocks, n, {dh.data + first, dh.stride}, end - first);
+    for (int64_t i = 0; sequence.reset && i < n; ++i)
       if (sequence.resets(t, rows.position(i))) __builtin_memset(dh[i] + first, 0, (end - first) * sizeof(S));
   }
 
-  void state_product(int team, int64_t s, int part) {
+  void state_product(int team, int64_t s, Range blocks, int64_t n, Rows<S> dh, int64_t columns) {
     const int d = this->direction_of(team);
-    const int64_t n = this->rows_of(team).count(sequence.rows(this->time(d, s))), K = G * problem.H;
-    const Rows<S> dh = dh_buffer(team), dgates = dgates_buffer(team, s);
-    const Range blocks = share(outputs.count(), part, plan.parts);
+    const Rows<S> dgates = dgates_buffer(team, s);
     if (!few()) {
       for (int64_t block = blocks.begin; block < blocks.end; ++block)
-        w_hh_[d].multiply({dgates.data, dgates.stride}, n, block, dh.data + block * kBlock<S>, dh.stride,
-                          Cell::kDirect);
+        w_hh_[d].multiply({dgates.data, dgates.stride}, n, block,
+                          dh.data + (block - blocks.begin) * kBlock<S>, dh.stride, Cell::kDirect);
       return;
     }
     const Rows<const S>& w = problem.direction[d].weights.w_hh;
-    const int64_t first = blocks.begin * kBlock<S>;
-    const int64_t columns = min(blocks.end * kBlock<S>, problem.P) - first;
-    if (!Cell::kDirect)
-      for (int64_t i = 0; i < n; ++i) __builtin_memset(dh[i] + first, 0, columns * sizeof(S));
-    multiply_in_place<S>({dgates.data, dgates.stride}, n, K, {w.data + first, w.stride}, columns,
-                         {dh.data + first, dh.stride});
+    for (int64_t i = 0; i < n && !Cell::kDirect; ++i) __builtin_memset(dh[i], 0, columns * sizeof(S));
+    multiply_in_place<S>({dgates.data, dgates.stride}, n, G * problem.H,
+                         {w.data + blocks.begin * kBlock<S>, w.stride}, columns, dh);
   }
 
   /// dL/dh_0, and zeros in the rows beyond the lengths.

@@ -280,7 +280,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       S* const c_row = Cell::kCellState ? dir.c[b] : nullptr;
       S* const saved_row = kSave ? dir.saved[row] : nullptr;
       S* const saved_c_row = kSave && Cell::kCellState ? dir.saved_c[row] : nullptr;
-      each_vector<S>(block * kBlock<S>, units.in_block(block), [&](auto io, int64_t u, int offset) {
+      const auto cell = [&](auto io, int64_t u, int64_t offset) FASTRNN_LAMBDA_INLINE {
         V<S> x[G], a[G], saved[Cell::kSaved + 1], h_prev{}, c{};
         for (int g = 0; g < G; ++g) {
           a[g] = load(sums + g * width + offset);
@@ -299,7 +299,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         if constexpr (Cell::kCellState) io.store(c_row + u, forget ? V<S>{} : c);
         if (!projected) io.store(y_row + u, h);
         io.store(h_row + u, forget && !projected ? V<S>{} : h);
-      });
+      };
+      each_vector<S>(block * kBlock<S>, units.in_block(block), cell);
     }
   }
 

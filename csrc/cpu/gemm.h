@@ -197,8 +197,14 @@ void pack(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
 // making: at K = 128 eight to sixteen, at 512 and 1024 about fifty.
 FASTRNN_INLINE bool packing_pays(int64_t rows, int64_t K) { return rows > min<int64_t>(48, 2 + K / 12); }
 
-// The same for products A W, whose W [K, columns] is read in place at its own stride.
-constexpr int64_t kRowsWorthPanels = 64;
+// The same for products A W, whose W [K, columns] is read in place down one block of columns after the other,
+// in `passes` of so many rows altogether. Each row of W is a page of its own: where they are more than the
+// TLB holds, every pass pays for them again.
+template <class S>
+FASTRNN_INLINE bool packing_columns_pays(int64_t rows, int64_t passes, int64_t K, int64_t columns) {
+  constexpr int64_t kReach = 8 << 20;  // bytes
+  return K * columns * static_cast<int64_t>(sizeof(S)) > kReach ? passes > 2 : rows > 256;
+}
 
 // So few rows go along the rows of W instead of its columns, unless there are many steps.
 constexpr int64_t kFewRows = 3;

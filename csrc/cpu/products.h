@@ -13,6 +13,7 @@ class Products {
   static constexpr int64_t kChunk = 48;  // rows of dx at a time
   static constexpr int64_t kRowsDeep = 256;  // rows that one pass over dW adds
   static constexpr int kTall = kTileRows;  // units of a tile of dW
+  static constexpr int kStrip = 8 * kTall;  // units packed at once: of each row several cache lines in a row
 
  public:
   FASTRNN_INLINE explicit Products(const ProductsProblem<S>& given)
@@ -61,13 +62,14 @@ class Products {
     const int64_t K = G * problem.H;
     row_stride_ = padded<S>(K, kBlock<S>);
     if (problem.dx && !few()) {
+      const bool packs = packing_columns_pays<S>(all_rows(), all_rows() / kChunk, K, problem.I);
       for (int d = 0; d < problem.directions; ++d)
-        w_ih_[d].lay_out(s, problem.direction[d].weights.w_ih, K, problem.I, all_rows() > kRowsWorthPanels);
+        w_ih_[d].lay_out(s, problem.direction[d].weights.w_ih, K, problem.I, packs);
       chunks_ = s.take<S>(workers_ * kChunk * row_stride_);
     }
     if (!problem.weights) return;
     columns_ = s.take<S>(workers_ * (inputs.count() + outputs.count()) * kBlock<S> * deep_);
-    units_ = s.take<S>(workers_ * kTall * deep_);
+    units_ = s.take<S>(workers_ * kStrip * deep_);
     sources_ = s.take<Source>(workers_ * deep_);
   }
 
@@ -98,10 +100,11 @@ class Products {
           w_ih_[d].multiply({a.data, a.stride}, n, block, product, kBlock<S>, false);
           for (int64_t i = 0; i < n; ++i) {
             S* const dx = problem.dx[first + i];
-            each_vector<S>(block * kBlock<S>, inputs.in_block(block), [&](auto io, int64_t u, int offset) {
-              const V<S> v = load(product + i * kBlock<S> + offset);
-              io.store(dx + u, d == 0 ? v : v + io.load(dx + u));
-            });
+            each_vector<S>(block * kBlock<S>, inputs.in_block(block),
+                           [&](auto io, int64_t u, int64_t offset) {
+                             const V<S> v = load(product + i * kBlock<S> + offset);
+                             io.store(dx + u, d == 0 ? v : v + io.load(dx + u));
+                           });
           }
         }
       }
@@ -161,7 +164,7 @@ class Products {
   FASTRNN_INLINE S outer_row(int64_t n, int64_t of, int64_t columns, S* to, F row_of) const {
     S total = 0;
     for (int64_t k = 0; k < n; ++k) total += sources_[k].dgates[of];
-    each_vector<S>(0, static_cast<int>(columns), [&](auto io, int64_t u, int) {
+    each_vector<S>(0, columns, [&](auto io, int64_t u, int64_t) {
       V<S> sum{};
       for (int64_t k = 0; k < n; ++k)
         if (const S* const row = row_of(sources_[k])) sum += sources_[k].dgates[of] * io.load(row + u);
@@ -184,9 +187,14 @@ class Products {
         if (n == 0 && !first) break;
         pack_columns(sources, n, inputs, columns, [](const Source& source) { return source.x; });
         pack_columns(sources, n, outputs, h_columns, [](const Source& source) { return source.h; });
-        for (int64_t tile = mine.begin; tile < mine.end; ++tile)
-          gradient_tile(d, static_cast<int>(tile / tall), tile % tall * kTall, n, sources,
-                        units_ + worker * kTall * deep_, columns, h_columns, !first);
+        for (int64_t tile = mine.begin; tile < mine.end;) {
+          const int64_t gate = tile / tall, u = tile % tall * kTall;
+          const int64_t end = min(mine.end, (gate + 1) * tall);  // of the gate
+          const int64_t count = min<int64_t>(min((end - tile) * kTall, problem.H - u), kStrip);
+          gradient_strip(d, static_cast<int>(gate), u, static_cast<int>(count), n, sources,
+                         units_ + worker * kStrip * deep_, columns, h_columns, !first);
+          tile += (count + kTall - 1) / kTall;
+        }
       }
     }
   }
@@ -200,18 +208,17 @@ class Products {
         const S* const row = row_of(sources[k]);
         if (row == nullptr || count < width) __builtin_memset(panel + k * width, 0, width * sizeof(S));
         if (row != nullptr)
-          each_vector<S>(block * kBlock<S>, count, [&](auto io, int64_t u, int offset) {
+          each_vector<S>(block * kBlock<S>, count, [&](auto io, int64_t u, int64_t offset) {
             io.store(panel + k * width + offset, io.load(row + u));
           });
       }
     }
   }
 
-  /// Units u .. u + kTall of one gate.
-  void gradient_tile(int d, int gate, int64_t u, int64_t n, const Source* sources, S* packed,
-                     const S* x_columns, const S* h_columns, bool accumulate) {
+  /// Units u .. u + count of one gate, count <= kStrip.
+  void gradient_strip(int d, int gate, int64_t u, int count, int64_t n, const Source* sources, S* packed,
+                      const S* x_columns, const S* h_columns, bool accumulate) {
     const ProductsDirection<S>& dir = problem.direction[d];
-    const int count = static_cast<int>(min<int64_t>(kTall, problem.H - u));
     const int64_t of_x = (E - G + gate) * problem.H + u, of_h = Cell::recurrent(gate) * problem.H + u;
     const int64_t row = gate * problem.H + u;
     pack_units(sources, n, of_x, count, packed, dir.db_ih + row, accumulate);
@@ -223,42 +230,42 @@ class Products {
     add_columns(packed, n, count, outputs, h_columns, {dir.dw_hh[row], dir.dw_hh.stride}, accumulate);
   }
 
-  /// packed[k][unit] = dgates of the n rows, and their sum into db.
+  /// packed[tile][k][unit] = dgates of the n rows, and their sum into db.
   void pack_units(const Source* sources, int64_t n, int64_t first, int count, S* packed, S* db,
                   bool accumulate) const {
-    S total[kTall] = {};
+    S total[kStrip] = {};
     for (int64_t k = 0; k < n; ++k) {
       const S* const from = sources[k].dgates + first;
-      S* const to = packed + k * count;
-      if (count == kTall) {
-        __builtin_memcpy(to, from, kTall * sizeof(S));
-        for (int i = 0; i < kTall; ++i) total[i] += from[i];
-      } else {
-        for (int i = 0; i < count; ++i) total[i] += to[i] = from[i];
-      }
+      for (int i = 0; i < count; ++i) total[i] += from[i];
+      int i = 0;
+      for (; i + kTall <= count; i += kTall)
+        __builtin_memcpy(packed + i * deep_ + k * kTall, from + i, kTall * sizeof(S));
+      if (i < count) copy_row(packed + i * deep_ + k * (count - i), from + i, count - i);
     }
     for (int i = 0; i < count; ++i) db[i] = total[i] + (accumulate ? db[i] : S{0});
   }
 
   void add_columns(const S* packed, int64_t n, int count, const Blocks<S>& blocks, const S* panels,
                    Rows<S> dw, bool accumulate) const {
+    for (int i = 0; i < count; i += kTall)
+      for (int64_t block = 0; block < blocks.count(); ++block)
+        add_tile(packed + i * deep_, n, min(kTall, count - i), blocks.vectors(block), blocks.in_block(block),
+                 panels + block * kBlock<S> * deep_, {dw[i] + block * kBlock<S>, dw.stride}, accumulate);
+  }
+
+  /// dw[count, columns] (+)= units [n, count]^T columns [n, vectors].
+  void add_tile(const S* units, int64_t n, int count, int vectors, int columns, const S* panel, Rows<S> dw,
+                bool accumulate) const {
+    const int width = vectors * kLanes<S>;
+    const auto tile = tile_for<S, S, true>(count, vectors);
+    if (columns == width) return tile(units, 1, panel, width, n, dw.data, dw.stride, accumulate);
     alignas(64) S product[kTall * kBlock<S>];
-    for (int64_t block = 0; block < blocks.count(); ++block) {
-      const int vectors = blocks.vectors(block), width = vectors * kLanes<S>, in = blocks.in_block(block);
-      const auto tile = tile_for<S, S, true>(count, vectors);
-      const S* const panel = panels + block * kBlock<S> * deep_;
-      S* const c = dw.data + block * kBlock<S>;
-      if (in == width) {
-        tile(packed, 1, panel, width, n, c, dw.stride, accumulate);
-        continue;
-      }
-      tile(packed, 1, panel, width, n, product, width, false);
-      for (int i = 0; i < count; ++i)
-        each_vector<S>(0, in, [&](auto io, int64_t u, int offset) {
-          const V<S> v = load(product + i * width + offset);
-          io.store(c + i * dw.stride + u, accumulate ? v + io.load(c + i * dw.stride + u) : v);
-        });
-    }
+    tile(units, 1, panel, width, n, product, width, false);
+    for (int i = 0; i < count; ++i)
+      each_vector<S>(0, columns, [&](auto io, int64_t u, int64_t offset) {
+        const V<S> v = load(product + i * width + offset);
+        io.store(dw[i] + u, accumulate ? v + io.load(dw[i] + u) : v);
+      });
   }
 
   const ProductsProblem<S>& problem;

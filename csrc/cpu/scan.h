@@ -34,10 +34,10 @@ struct Part {
 
 /// f(io, unit, offset) for each register of `units` units that begin at `first`.
 template <class S, class F>
-FASTRNN_INLINE void each_vector(int64_t first, int units, F&& f) {
-  int offset = 0;
+FASTRNN_INLINE void each_vector(int64_t first, int64_t units, F&& f) {
+  int64_t offset = 0;
   for (; offset + kLanes<S> <= units; offset += kLanes<S>) f(Full{}, first + offset, offset);
-  if (offset < units) f(Part{units - offset}, first + offset, offset);
+  if (offset < units) f(Part{static_cast<int>(units - offset)}, first + offset, offset);
 }
 
 /// The rows of one team: positions first, first + stride, ... among the rows in the order of their length.
