@@ -1,7 +1,7 @@
 """The operators as differentiable functions: one autograd Function a scan, from the table of cells.
 
-The operators do what torch cannot do in parallel, the scan over time; all gradients of weights and input are
-ordinary torch products around them, so that autograd, vmap and torch.compile treat those natively.
+The operators are the scan over time, its way back, and the products that give the gradients of weights and
+input. vmap and further derivatives compose those products from torch operations, which they treat natively.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,6 +16,7 @@ from . import _C, _cuda, _prepack, reference  # noqa: F401  (_C registers the op
 from .reference import CELLS, Layout
 
 Maybe = Tensor | None
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 class Sequence(NamedTuple):
@@ -475,11 +476,11 @@ def packed_places(batch_sizes: Tensor, N: int) -> tuple[Tensor, Tensor]:
 class Weights(NamedTuple):
     """The parameters of one layer, for each of its D directions."""
 
-    w_ih: list[Tensor]  # [G*H, I]
-    w_hh: list[Tensor]  # [G*H, P]
-    b_ih: list[Tensor]  # [G*H], or none
-    b_hh: list[Tensor]  # [G*H], or none
-    w_hr: list[Tensor]  # [P, H], or none
+    w_ih: Tensors  # [G*H, I]
+    w_hh: Tensors  # [G*H, P]
+    b_ih: Tensors = ()  # [G*H], or none
+    b_hh: Tensors = ()  # [G*H], or none
+    w_hr: Tensors = ()  # [P, H], or none
 
 
 def scan(
@@ -497,6 +498,8 @@ def scan(
     x [N, I]; h0 [D, B, P]; c0 [D, B, H] for cells that have one, else None. ``listener`` is called with the
     complete dL/dh_t [D, N, P] and dL/dc_t [D, N, H] (without c: [0]) of every row at each back-propagation.
     """
+    if c0 is h0 and c0 is not None:
+        c0 = c0.view_as(c0)  # torch.compile takes no tensor twice
     tensors = (x, h0, c0, *(t for part in weights for t in part))
     options = (sequence.batch_sizes, sequence.lengths, sequence.reset)
     needed = _is_dual() or _needs_function(tensors)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,8 +91,7 @@ def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[
 # ---- Layers and stacks -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """How the rows [N, *] of a sequence are laid out, [T, B], [B, T] or packed, and which count."""
 
     T: int
@@ -139,22 +139,24 @@ class StateGradients:
 StateHook = Callable[[StateGradients], object]
 
 
-def layer_weights(params: Sequence[Sequence[Tensor]], has_biases: bool) -> _ops.Weights:
-    """Of one layer, from those of each of its D directions: w_ih [G*H, I], w_hh [G*H, P], then b_ih and b_hh
-    [G*H] with biases, then w_hr [P, H] with a projection."""
-    columns = [list(column) for column in zip(*params, strict=True)]
-    b_ih, b_hh = columns[2:4] if has_biases else ([], [])
-    return _ops.Weights(columns[0], columns[1], b_ih, b_hh, columns[-1] if len(columns) % 2 else [])
+def layer_weights(columns: Sequence[_ops.Tensors], has_biases: bool) -> _ops.Weights:
+    """Of one layer, from what torch keeps of each of its D directions, in torch's order: all w_ih [G*H, I],
+    all w_hh [G*H, P], then b_ih and b_hh [G*H] with biases, then w_hr [P, H] with a projection."""
+    w_ih, w_hh, *rest = columns
+    b_ih, b_hh = rest[:2] if has_biases else ((), ())
+    return _ops.Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else ())
 
 
 def stack_weights(
-    params: Sequence[Tensor], has_biases: bool, num_layers: int, bidirectional: bool
+    params: _ops.Tensors, has_biases: bool, num_layers: int, bidirectional: bool
 ) -> list[_ops.Weights]:
-    """Of each layer, from all parameters in torch's order."""
-    D = 2 if bidirectional else 1
-    each = len(params) // (num_layers * D)
-    directions = [params[k : k + each] for k in range(0, len(params), each)]
-    return [layer_weights(directions[k : k + D], has_biases) for k in range(0, num_layers * D, D)]
+    """Of each layer, from all parameters in torch's order: one direction after the other."""
+    of_layer = len(params) // num_layers
+    each = of_layer // 2 if bidirectional else of_layer
+    return [
+        layer_weights([params[k + i : k + of_layer : each] for i in range(each)], has_biases)
+        for k in range(0, len(params), of_layer)
+    ]
 
 
 def layer(
@@ -173,12 +175,18 @@ def layer(
     x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None. ``composed`` makes it from torch operations, for what has
     no kernel. ``listener`` as for ``_ops.scan``.
     """
-    sequence = _ops.Sequence(rows.batch_first, rows.batch_sizes, rows.lengths, rows.reset)
+    sequence = _ops.Sequence(*rows[2:])
+    x = _as(h0.dtype, x)
     if composed:
         layout = sequence.layout(x.shape[0], h0.shape[1])
-        y, h_n, c_n, _, c = reference.forward(CELLS[name], layout, x.to(h0.dtype), h0, c0, *weights)
+        y, h_n, c_n, _, c = reference.forward(CELLS[name], layout, x, h0, c0, *weights)
         return y, h_n, c_n, c
-    return _ops.scan(name, x.to(h0.dtype), h0, c0, weights, sequence, all_c, listener)
+    return _ops.scan(name, x, h0, c0, weights, sequence, all_c, listener)
+
+
+def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    """t.to(dtype), which takes a microsecond to find that there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
@@ -210,7 +218,7 @@ def _stack(
     name: str,
     x: Tensor,
     hx: Sequence[Tensor],
-    params: Sequence[Tensor],
+    params: _ops.Tensors,
     rows: Rows,
     has_biases: bool,
     num_layers: int,
@@ -226,22 +234,24 @@ def _stack(
     all states, h [T, L*D, B, P] and c [T, L*D, B, H]."""
     D = 2 if bidirectional else 1
     dtype = params[1].dtype
-    hx = [h.to(dtype) for h in hx]
+    hx = [_as(dtype, h) for h in hx]
     results: list[tuple[Tensor, ...]] = []
     for index, weights in enumerate(stack_weights(params, has_biases, num_layers, bidirectional)):
-        chunk = slice(index * D, (index + 1) * D)
-        c0 = hx[1][chunk] if CELLS[name].has_c else None
+        h0, *c0 = hx if num_layers == 1 else [h[index * D : (index + 1) * D] for h in hx]
         listener = None if state_hook is None else partial(_tell, state_hook, index, rows)
-        x, h, c, all_c = layer(name, x, hx[0][chunk], c0, weights, rows, return_states, composed, listener)
+        x, h, c, all_c = layer(
+            name, x, h0, c0[0] if c0 else None, weights, rows, return_states, composed, listener
+        )
         if return_states:
             h = rows.states(x.unflatten(1, (D, -1)))
-            c = rows.states(all_c.transpose(0, 1)) if c0 is not None else c
+            c = rows.states(all_c.transpose(0, 1)) if c0 else c
         results.append((h, c)[: len(hx)])
         if dropout > 0 and train and index < num_layers - 1:
             x = _dropout(x, dropout, rows)
+    if num_layers == 1:
+        return x, *results[0]
     dim = 1 if return_states else 0
-    states = (part[0] if num_layers == 1 else torch.cat(part, dim) for part in zip(*results, strict=True))
-    return x, *states
+    return x, *(torch.cat(part, dim) for part in zip(*results, strict=True))
 
 
 def _tell(hook: StateHook, layer: int, rows: Rows, dh: Tensor, dc: Tensor) -> None:
@@ -387,8 +397,8 @@ def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) 
     if output_dtype is not None:
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
     c0 = hidden[1].unsqueeze(0) if CELLS[name].has_c else None
-    layer_weights = _ops.Weights([w_ih], [w_hh], biases[:1], biases[1:], [])
-    _, *states = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, layer_weights, _ONE_STEP)
+    layer = layer_weights([[w] for w in (w_ih, w_hh, *biases)], bool(biases))
+    _, *states = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, layer, _ONE_STEP)
     results = tuple(s.squeeze(0) for s in states[: len(hidden)])
     return results if output_dtype is None else tuple(s.to(output_dtype) for s in results)
 

@@ -172,7 +172,7 @@ class _RecurrentCell(nn.RNNCellBase):
         """The cell and the weights of its one layer."""
         cell = f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else _torch_name(self)[:-4].lower()
         params = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
-        return [(cell, functional.layer_weights([params], self.bias))]  # type: ignore[list-item]
+        return [(cell, functional.layer_weights([[p] for p in params], self.bias))]
 
     def train(self, mode: bool = True):
         if mode:
