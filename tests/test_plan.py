@@ -47,7 +47,7 @@ def test_large_scans_use_most_threads(plan, shape):
 
 @pytest.mark.parametrize("threads", THREADS)
 def test_what_takes_a_moment_stays_on_one_thread(plan, threads):
-    assert plan(threads, 1, 1, 320, 4) == [1, 1]
+    assert plan(threads, 1, 1, 128, 4) == [1, 1]
     assert plan(threads, 672, 1, 32, 1) == [1, 1]
 
 

@@ -12,7 +12,7 @@ namespace {
 // Rough costs of a Zen class core; the choice between two plans needs their order only.
 constexpr double kFlopsPerNs = 100;    // fp32 multiply-adds in tiles, counted twice
 constexpr double kL2BytesPerNs = 75, kL3BytesPerNs = 30;
-constexpr double kForkNs = 60000;      // waking the other threads, and what they lose when busy
+constexpr double kForkNs = 5000;       // telling the other threads, which still spin after their last work
 // One meeting of a team: 700 ns for two threads, measured. For more it is reasoned, not measured: everybody
 // adds to one counter, and its cache line takes about 100 ns from core to core.
 constexpr double kMeetNs = 500, kMeetNsEach = 100;
@@ -47,7 +47,8 @@ Plan choose_plan(const ScanShape& shape) {
   double best_ns = step_ns(shape, best) * static_cast<double>(shape.T);
   for (int teams = 1; teams <= std::min<int64_t>(threads, shape.B); ++teams) {
     const Plan plan{teams, static_cast<int>(std::min<int64_t>({threads / teams, shape.blocks, kMaxParts}))};
-    const double ns = step_ns(shape, plan) * static_cast<double>(shape.T) + kForkNs;
+    const double ns = step_ns(shape, plan) * static_cast<double>(shape.T) + kForkNs +
+                      kMeetNsEach * plan.teams * plan.parts;
     if (ns < best_ns) {
       best = plan;
       best_ns = ns;

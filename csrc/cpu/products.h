@@ -26,8 +26,10 @@ class Products {
     const Scratch scratch([this](Memory& memory) { lay_out(memory); });
     if (scratch.failed()) return false;
     if (few()) {
-      if (problem.dx) few_input_gradients();
-      if (problem.weights) few_weight_gradients();
+      problem.parallel(workers_, [&](int64_t worker) {
+        if (problem.dx) few_input_gradients(static_cast<int>(worker));
+        if (problem.weights) few_weight_gradients(static_cast<int>(worker));
+      });
       return true;
     }
     const int packers = min(workers_, kMaxParts);
@@ -49,7 +51,7 @@ class Products {
   int workers() const {
     const double flops = 2.0 * static_cast<double>(all_rows()) * G * static_cast<double>(problem.H) *
                          static_cast<double>(problem.I + problem.P) * problem.directions;
-    return flops < 2e7 ? 1 : problem.parallel.threads;
+    return flops < 1e6 ? 1 : problem.parallel.threads;
   }
 
   int64_t all_rows() const {
@@ -75,14 +77,18 @@ class Products {
 
   // ---- dx ----------------------------------------------------------------------------------------------
 
-  /// Few rows read W_ih as it lies.
-  void few_input_gradients() {
+  /// Few rows read W_ih as it lies; a worker owns some columns.
+  void few_input_gradients(int worker) {
+    const Range mine = share(inputs.count(), worker, workers_);
+    const int64_t first = mine.begin * kBlock<S>, columns = min(mine.end * kBlock<S>, problem.I) - first;
+    if (columns <= 0) return;
     for (int64_t row = 0; row < all_rows(); ++row)
-      __builtin_memset(problem.dx[row], 0, problem.I * sizeof(S));
+      __builtin_memset(problem.dx[row] + first, 0, columns * sizeof(S));
     for (int d = 0; d < problem.directions; ++d) {
       const ProductsDirection<S>& dir = problem.direction[d];
       multiply_in_place<S>({dir.dgates.data + (E - G) * problem.H, dir.dgates.stride}, all_rows(),
-                           G * problem.H, dir.weights.w_ih, problem.I, problem.dx);
+                           G * problem.H, {dir.weights.w_ih.data + first, dir.weights.w_ih.stride}, columns,
+                           {problem.dx.data + first, problem.dx.stride});
     }
   }
 
@@ -143,31 +149,36 @@ class Products {
     return n;
   }
 
-  /// Few rows: each row of dW is written once, from end to end.
-  void few_weight_gradients() {
+  /// Few rows: each row of dW is written once, from end to end; a worker owns some of them.
+  void few_weight_gradients(int worker) {
+    const Range mine = share(G * problem.H, worker, workers_);
+    Source* const sources = sources_ + worker * deep_;
     for (int d = 0; d < problem.directions; ++d) {
       const ProductsDirection<S>& dir = problem.direction[d];
       Walk walk;
-      const int64_t n = next_rows(d, walk, sources_);
-      for (int gate = 0; gate < G; ++gate)
-        for (int64_t u = 0; u < problem.H; ++u) {
-          const int64_t of_x = (E - G + gate) * problem.H + u, of_h = Cell::recurrent(gate) * problem.H + u;
-          const int64_t row = gate * problem.H + u;
-          dir.db_ih[row] = outer_row(n, of_x, problem.I, dir.dw_ih[row], [](const Source& s) { return s.x; });
-          dir.db_hh[row] = outer_row(n, of_h, problem.P, dir.dw_hh[row], [](const Source& s) { return s.h; });
-        }
+      const int64_t n = next_rows(d, walk, sources);
+      for (int64_t row = mine.begin; row < mine.end; ++row) {
+        const int64_t gate = row / problem.H, u = row % problem.H;
+        const int64_t of_x = (E - G + gate) * problem.H + u;
+        const int64_t of_h = Cell::recurrent(static_cast<int>(gate)) * problem.H + u;
+        dir.db_ih[row] =
+            outer_row(sources, n, of_x, problem.I, dir.dw_ih[row], [](const Source& s) { return s.x; });
+        dir.db_hh[row] =
+            outer_row(sources, n, of_h, problem.P, dir.dw_hh[row], [](const Source& s) { return s.h; });
+      }
     }
   }
 
   /// to[columns] = sum of dgates[of] times the row's numbers, over the n rows; returns the sum of dgates[of].
   template <class F>
-  FASTRNN_INLINE S outer_row(int64_t n, int64_t of, int64_t columns, S* to, F row_of) const {
+  FASTRNN_INLINE S outer_row(const Source* sources, int64_t n, int64_t of, int64_t columns, S* to,
+                             F row_of) const {
     S total = 0;
-    for (int64_t k = 0; k < n; ++k) total += sources_[k].dgates[of];
+    for (int64_t k = 0; k < n; ++k) total += sources[k].dgates[of];
     each_vector<S>(0, columns, [&](auto io, int64_t u, int64_t) {
       V<S> sum{};
       for (int64_t k = 0; k < n; ++k)
-        if (const S* const row = row_of(sources_[k])) sum += sources_[k].dgates[of] * io.load(row + u);
+        if (const S* const row = row_of(sources[k])) sum += sources[k].dgates[of] * io.load(row + u);
       io.store(to + u, sum);
     });
     return total;
