@@ -17,8 +17,8 @@ constexpr int kBlock = 2 * kLanes<S>;
 // of 16 registers, 12 x 2 leaves five of 32.
 constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
 
-// Depth of one pass over a panel: kDepth * kBlock weights stay in the L1 cache for all row panels.
-constexpr int64_t kDepth = 256;
+// Greatest depth of one pass over a panel: kDepth * kBlock weights stay in the L2 cache for all tiles of rows.
+constexpr int64_t kDepth = 1024;
 
 template <class S>
 struct Blocks {
@@ -110,8 +110,8 @@ void multiply_rows(Rows<const S> a, int64_t n, int64_t K, const W* panel, int64_
   const int64_t width = vectors * kLanes<S>, tiles = (n + kTileRows - 1) / kTileRows;
   if (K == 0 && !accumulate)
     for (int64_t i = 0; i < n; ++i) __builtin_memset(c + i * ldc, 0, width * sizeof(S));
-  for (int64_t k = 0; k < K; k += kDepth) {
-    const int64_t depth = min(kDepth, K - k);
+  for (int64_t k = 0, depth, passes = (K + kDepth - 1) / kDepth; k < K; k += depth, --passes) {
+    depth = (K - k + passes - 1) / passes;
     for (int64_t i = 0, left = tiles; left > 0; --left) {
       const int rows = static_cast<int>((n - i + left - 1) / left);
       tile_for<S, W, false>(rows, vectors)(a[i] + k, a.stride, panel + k * stride, stride, depth, c + i * ldc,
