@@ -1,7 +1,8 @@
-"""Puts the table of measured speed into README.md: ``python benchmarks/readme.py results.json``.
+"""Puts the tables of measured speed into README.md: ``python benchmarks/readme.py FILE.json ...``.
 
 A row is a class of shapes and a number of threads, with the geometric mean of torch.nn's time divided by
-fastrnn's and the best and the worst shape. Nothing is left out, losses least of all.
+fastrnn's and the best and the worst shape; then the mean and the worst against other peers that were timed.
+Nothing is left out, losses least of all.
 """
 
 import argparse
@@ -18,6 +19,12 @@ def describe(record: Record) -> str:
     return f"{record.ratios[RIVAL].median:.2f} ({record.case})"
 
 
+def beside(peer: str, records: list[Record]) -> str:
+    """The mean and the worst against another peer, where it was timed."""
+    ratios = [record.ratios[peer].median for record in records if peer in record.ratios]
+    return f"{geometric_mean(ratios):.2f}, {min(ratios):.2f}" if ratios else ""
+
+
 def conditions(environment: dict) -> str:
     """What was not as on an ordinary run: such figures are honest only together with it."""
     parts = [f"`{name}={value}`" for name, value in environment.get("variables", {}).items()]
@@ -29,12 +36,14 @@ def conditions(environment: dict) -> str:
 def table(results: Results) -> str:
     """Markdown, class by class in the order of the records."""
     environment = results.environment
+    peers = sorted({peer for record in results.records for peer in record.ratios} - {RIVAL})
+    more = "".join(f" {peer}: mean, worst |" for peer in peers)
     lines = [
         f"Measured on {environment['cpu']} ({environment['kernels']} kernels), torch {environment['torch']}, "
         f"{str(environment['date'])[:10]}{conditions(environment)}.",
         "",
-        "| class | threads | shapes | mean | best | worst | slower than torch.nn |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| class | threads | shapes | mean | best | worst | slower than torch.nn |{more}",
+        "| --- | --- | --- | --- | --- | --- | --- |" + " --- |" * len(peers),
     ]
     groups = list(dict.fromkeys((record.group, record.threads) for record in results.records))
     ordered = sorted(results.records, key=lambda record: groups.index((record.group, record.threads)))
@@ -44,6 +53,7 @@ def table(results: Results) -> str:
         losses = sum(ratio < 1 for ratio in ratios)
         cells = [group, threads, len(ratios), f"**{geometric_mean(ratios):.2f}**"]
         cells += [describe(records[-1]), describe(records[0]), losses or "none"]
+        cells += [beside(peer, records) for peer in peers]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)
 
@@ -59,5 +69,6 @@ def insert(readme: str, content: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
-    README.write_text(insert(README.read_text(), table(Results.load(parser.parse_args().results))))
+    parser.add_argument("results", type=Path, nargs="+")
+    tables = [table(Results.load(path)) for path in parser.parse_args().results]
+    README.write_text(insert(README.read_text(), "\n\n".join(tables)))

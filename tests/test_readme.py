@@ -53,6 +53,15 @@ def test_table_of_speed_names_best_and_worst_and_counts_losses(tool):
     assert text.splitlines()[-1] == "| LSTM training | 2 | 3 | **1.00** | 4.00 (b) | 0.50 (a) | 2 |"
 
 
+def test_table_of_speed_has_a_column_for_each_other_peer(tool):
+    environment = {"cpu": "C", "kernels": "avx2", "torch": "2.13.0", "date": "2026-01-02T03:04:05"}
+    timed, other = record("a", 2.0), record("b", 2.0)
+    timed.ratios["onnxruntime"] = Quartiles(1.5, 1.5, 1.5)
+    lines = tool["table"](Results(environment, [timed, other])).splitlines()
+    assert lines[-3].endswith("| onnxruntime: mean, worst |")
+    assert lines[-1].endswith("| none | 1.50, 1.50 |")
+
+
 def test_table_of_speed_replaces_what_is_between_the_markers_and_nothing_else(tool):
     changed = tool["insert"](README, "TABLE")
     assert tool["insert"](changed, "OTHER") == changed.replace("TABLE", "OTHER")
