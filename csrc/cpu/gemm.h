@@ -17,7 +17,8 @@ constexpr int kBlock = 2 * kLanes<S>;
 // of 16 registers, 12 x 2 leaves five of 32.
 constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
 
-// Greatest depth of one pass over a panel: kDepth * kBlock weights stay in the L2 cache for all tiles of rows.
+// Greatest depth of one pass over a panel: kDepth * kBlock weights stay in the L2 cache for all tiles of
+// rows.
 constexpr int64_t kDepth = 1024;
 
 template <class S>

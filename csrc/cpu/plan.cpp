@@ -47,8 +47,8 @@ Plan choose_plan(const ScanShape& shape) {
   double best_ns = step_ns(shape, best) * static_cast<double>(shape.T);
   for (int teams = 1; teams <= std::min<int64_t>(threads, shape.B); ++teams) {
     const Plan plan{teams, static_cast<int>(std::min<int64_t>({threads / teams, shape.blocks, kMaxParts}))};
-    const double ns = step_ns(shape, plan) * static_cast<double>(shape.T) + kForkNs +
-                      kMeetNsEach * plan.teams * plan.parts;
+    const double ns =
+        step_ns(shape, plan) * static_cast<double>(shape.T) + kForkNs + kMeetNsEach * plan.teams * plan.parts;
     if (ns < best_ns) {
       best = plan;
       best_ns = ns;
