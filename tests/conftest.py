@@ -1,4 +1,4 @@
-"""What the core tests share: the internals of the extension as a module, and a fixed random state."""
+"""What the core tests share: the internals of the extension as a module, a fixed random state, thread counts."""
 
 import importlib.util
 import os
@@ -45,3 +45,11 @@ def on_host():
 @pytest.fixture(autouse=True)
 def fixed_random_state():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

@@ -31,6 +31,17 @@ def test_the_operator_equals_torch_operations(name, form, T, B, H):
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (3, 1), (1, 3), (2, 2), (9, 33)])
+def test_threads_share_the_products_of_wide_layers(name, T, B, threads):
+    # Enough work for several threads, however few the rows; the last units and columns are ragged.
+    given = arguments(name, "time_major", T, B, 301)
+    ours = getattr(torch.ops.fastrnn, f"{name}_products")(*given, True, True)
+    theirs = _ops._composed_products(CELLS[name], *given, True, True)
+    for what, a, b in zip(NAMES, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, w=what: f"{w}: {m}")
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize(("inputs", "weights"), [(True, True), (True, False), (False, True)])
 def test_opcheck_accepts_the_operator(name, inputs, weights):
     torch.library.opcheck(

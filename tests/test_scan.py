@@ -35,14 +35,6 @@ def assert_scan_is_reference(scan, wanted=("all",)):
             )
 
 
-@pytest.fixture(params=[1, 2, 4])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize("H", ODD_SIZES)
 @pytest.mark.parametrize("form", ["time_major", "batch_first", "packed", "lengths_batch_first"])
@@ -72,6 +64,14 @@ def test_work_shared_among_threads_equals_the_reference(name, threads):
     for B, form in [(1, "time_major"), (2, "batch_first"), (33, "lengths"), (9, "packed_reset")]:
         for P in (None, 130) if name == "lstm" else (None,):
             assert_scan_is_reference(make_scan(name, 4, B, 257, D=2, P=P, **FORMS[form]))
+
+
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("T", [2, 4])
+@pytest.mark.parametrize("B", [2, 5])
+def test_weights_beyond_the_caches_equal_the_reference(name, T, B):
+    # Packed or read where they lie, by the number of steps; deeper than one pass over a panel.
+    assert_scan_is_reference(make_scan(name, T, B, 1090 if name.startswith("rnn") else 530))
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
