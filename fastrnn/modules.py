@@ -22,7 +22,16 @@ def _torch_name(module: nn.Module) -> str:
     return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
 
 
-class _Recurrent(nn.RNNBase):
+class _Prepackable(nn.Module):
+    """What prepack() serves: a module with ``_scan_layers``, which gives up its packs when it is trained."""
+
+    def train(self, mode: bool = True):
+        if mode:
+            _prepack.undo(self, "train() was called")
+        return super().train(mode)
+
+
+class _Recurrent(_Prepackable, nn.RNNBase):
     """forward() of all three, in the order and the words of torch.nn's."""
 
     _state_hooks: dict[int, functional.StateHook] | None = None
@@ -85,11 +94,6 @@ class _Recurrent(nn.RNNBase):
         """The cell and the weights of each layer."""
         layers = functional.stack_weights(self._weights(), self.bias, self.num_layers, self.bidirectional)
         return [(self.mode.lower(), weights) for weights in layers]
-
-    def train(self, mode: bool = True):
-        if mode:
-            _prepack.undo(self, "train() was called")
-        return super().train(mode)
 
     def _call(self, *args, **keywords):
         """The functional form, on (input, hx) or on (data, batch_sizes, hx)."""
@@ -165,7 +169,7 @@ class RNN(_Recurrent, nn.RNN):
     """torch.nn.RNN, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
 
 
-class _RecurrentCell(nn.RNNCellBase):
+class _RecurrentCell(_Prepackable, nn.RNNCellBase):
     """forward() of the cells, in the order and the words of torch.nn's."""
 
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
@@ -173,11 +177,6 @@ class _RecurrentCell(nn.RNNCellBase):
         cell = f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else _torch_name(self)[:-4].lower()
         params = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
         return [(cell, functional.layer_weights([[p] for p in params], self.bias))]
-
-    def train(self, mode: bool = True):
-        if mode:
-            _prepack.undo(self, "train() was called")
-        return super().train(mode)
 
     def _step(self, function, input: Tensor, hx):
         many = isinstance(self, nn.LSTMCell)

@@ -19,26 +19,25 @@ def arguments(name, form, T=5, B=3, H=7, D=2, dtype=torch.float64, **options):
     return dgates, x, outputs[0], h0, w_ih, batch_sizes, lengths, reset, batch_first
 
 
+def assert_operator_is_composed(name, given, tolerance):
+    ours = getattr(torch.ops.fastrnn, f"{name}_products")(*given, True, True)
+    theirs = _ops._composed_products(CELLS[name], *given, True, True)
+    for what, a, b in zip(NAMES, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}")
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 3), (1, 2, 17), (5, 3, 7), (9, 65, 33), (40, 13, 65)])
 def test_the_operator_equals_torch_operations(name, form, T, B, H):
-    given = arguments(name, form, T, B, H)
-    ours = getattr(torch.ops.fastrnn, f"{name}_products")(*given, True, True)
-    theirs = _ops._composed_products(CELLS[name], *given, True, True)
-    for what, a, b in zip(NAMES, ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=lambda m, w=what: f"{w}: {m}")
+    assert_operator_is_composed(name, arguments(name, form, T, B, H), 1e-11)
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (3, 1), (1, 3), (2, 2), (9, 33)])
 def test_threads_share_the_products_of_wide_layers(name, T, B, threads):
     # Enough work for several threads, however few the rows; the last units and columns are ragged.
-    given = arguments(name, "time_major", T, B, 301)
-    ours = getattr(torch.ops.fastrnn, f"{name}_products")(*given, True, True)
-    theirs = _ops._composed_products(CELLS[name], *given, True, True)
-    for what, a, b in zip(NAMES, ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda m, w=what: f"{w}: {m}")
+    assert_operator_is_composed(name, arguments(name, "time_major", T, B, 301), 1e-10)
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)

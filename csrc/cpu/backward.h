@@ -100,17 +100,12 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     return {dgates_ + (team * 2 + s % 2) * this->most_rows() * dgates_stride_, dgates_stride_};
   }
 
-  /// Rows of step s that are the team's.
-  FASTRNN_INLINE int64_t rows_at(int team, int64_t s) const {
-    return this->rows_of(team).count(sequence.rows(this->time(this->direction_of(team), s)));
-  }
-
   /// dL/dh_t = its recurrent part + dL/dy_t, for some outputs.
   void output_gradient(int team, int64_t s, Range blocks) {
     const int d = this->direction_of(team);
     const BackwardDirection<S>& dir = problem.direction[d];
     const TeamRows rows = this->rows_of(team);
-    const int64_t t = this->time(d, s), n = rows_at(team, s);
+    const int64_t t = this->time(d, s), n = this->rows_at(team, s);
     const Rows<S> dh = dh_buffer(team), complete = complete_buffer(team);
     const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
     for (int64_t i = 0; i < n; ++i) {
@@ -127,7 +122,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   /// The gate gradients of some units. Without projection dL/dh of all of them is there, and the cell walks
   /// along the rows, so that the processor sees coming what it reads; otherwise block by block.
   void cell_gradient(int team, int64_t s, Range blocks) {
-    const int64_t n = rows_at(team, s), first = blocks.begin * kBlock<S>;
+    const int64_t n = this->rows_at(team, s), first = blocks.begin * kBlock<S>;
     if (!projected()) {
       const Rows<S> dh = dh_buffer(team);
       return cells(team, s, first, min(blocks.end * kBlock<S>, problem.H) - first, 0, n,
@@ -208,7 +203,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   /// The recurrent part of dL/dh_{t-1} = dgates W_hh (+ the direct part), for some outputs.
   void state_gradient(int team, int64_t s, Range blocks) {
     const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
-    const int64_t n = rows_at(team, s), t = this->time(this->direction_of(team), s);
+    const int64_t n = this->rows_at(team, s), t = this->time(this->direction_of(team), s);
     const TeamRows rows = this->rows_of(team);
     const Rows<S> dh = dh_buffer(team);
     state_product(team, s, blocks, n, {dh.data + first, dh.stride}, end - first);

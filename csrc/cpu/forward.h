@@ -125,9 +125,6 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
   FASTRNN_INLINE Range blocks_of(int part) const { return share(units.count(), part, plan.parts); }
   FASTRNN_INLINE int width_of(int64_t block) const { return units.vectors(block) * kLanes<S>; }
-  FASTRNN_INLINE int64_t rows_at(int team, int64_t s) const {
-    return this->rows_of(team).count(sequence.rows(this->time(this->direction_of(team), s)));
-  }
 
   /// Both buffers hold h0, so that a row of a reversed sequence finds it at whichever step it begins.
   void initial_states(int team) {
@@ -151,13 +148,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
 
   void gather_x(int team, int64_t s, Rows<S> x) {
     const TeamRows rows = this->rows_of(team);
-    const int64_t t = this->time(this->direction_of(team), s), n = rows_at(team, s);
+    const int64_t t = this->time(this->direction_of(team), s), n = this->rows_at(team, s);
     for (int64_t i = 0; i < n; ++i) copy_row(x[i], problem.x[sequence.row(t, rows.position(i))], problem.I);
   }
 
   void step(int team, int64_t s, int part) {
     const Range blocks = blocks_of(part);
-    const int64_t n = rows_at(team, s), offset = s % steps_at_once_ * this->most_rows();
+    const int64_t n = this->rows_at(team, s), offset = s % steps_at_once_ * this->most_rows();
     const int d = this->direction_of(team);
     const Rows<S> h_rows = h_buffer(team, s);
     if (steps_at_once_ > 1) {
@@ -196,7 +193,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     bool even = true;  // all steps have the same rows
     for (int64_t k = 0; k < steps; ++k) {
       gather_x(team, s + k, {rows[k * most], rows.stride});
-      even &= rows_at(team, s + k) == most;
+      even &= this->rows_at(team, s + k) == most;
     }
     const Range blocks = blocks_of(part);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
@@ -206,7 +203,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         continue;
       }
       for (int64_t k = 0; k < steps; ++k)
-        input_product(d, block, x.from(k * most), rows_at(team, s + k),
+        input_product(d, block, x.from(k * most), this->rows_at(team, s + k),
                       product + k * most * kProducts * width_of(block));
     }
   }
@@ -309,7 +306,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const int d = this->direction_of(team);
     const ForwardDirection<S>& dir = problem.direction[d];
     const TeamRows rows = this->rows_of(team);
-    const int64_t t = this->time(d, s), n = rows_at(team, s);
+    const int64_t t = this->time(d, s), n = this->rows_at(team, s);
     const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
     const Rows<S> h_next = h_buffer(team, s + 1), m = m_buffer(team);
     const Range blocks = share(outputs.count(), part, plan.parts);

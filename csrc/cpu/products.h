@@ -47,7 +47,7 @@ class Products {
   }
 
  private:
-  /// One thread for what is done before the others have woken up.
+  /// One thread for what it has done before the others are told.
   int workers() const {
     const double flops = 2.0 * static_cast<double>(all_rows()) * G * static_cast<double>(problem.H) *
                          static_cast<double>(problem.I + problem.P) * problem.directions;

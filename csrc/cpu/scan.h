@@ -89,6 +89,11 @@ struct Scan {
     return direction == 0 ? s : sequence.T - 1 - s;
   }
 
+  /// Rows of step s that are the team's.
+  FASTRNN_INLINE int64_t rows_at(int team, int64_t s) const {
+    return rows_of(team).count(sequence.rows(time(direction_of(team), s)));
+  }
+
   FASTRNN_INLINE void take_teams(Memory& memory) {
     everyone_ = memory.take<Team>(1);
     teams_ = memory.take<Team>(teams());
