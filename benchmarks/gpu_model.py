@@ -46,10 +46,12 @@ class Geometry(NamedTuple):
     units: int
     blocks: int
     replicas: int
+    rows: int
     batch: int
     row_warps: int
     depth_warps: int
     chunks: int
+    per_warp: int
     spilled: int
     stride: int
     shared_bytes: int
@@ -94,7 +96,7 @@ class Counts(NamedTuple):
 
 def count(scan: Scan, g: Geometry) -> Counts:
     tiles, exact = g.batch // 8, scan.numbers == "f32"
-    depth = -(-g.chunks // g.depth_warps)  # chunks of the busiest warp
+    depth = g.per_warp
     working = g.row_warps * g.depth_warps
     per_chunk = g.row_tiles * tiles * (1 if exact else 2)
     exchange = g.row_warps * g.chunks * 64 * g.batch
@@ -144,7 +146,7 @@ def predict(scan: Scan, g: Geometry) -> Prediction:
     from_l2 = counts.l2_bytes / grid
     fetch = 0 if one else L2_LATENCY + max(counts.l2_bytes / L2, from_l2 / ISSUED)
     tiles = g.batch // 8
-    depth = -(-g.chunks // g.depth_warps)
+    depth = g.per_warp
     if scan.numbers == "f32":
         product = counts.mma_block * 64 * 32 / (FMA_LANES * FMA_SHARE) / CLOCK
     else:

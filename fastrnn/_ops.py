@@ -86,18 +86,51 @@ def _register_fakes(name: str) -> None:
         )
 
 
-def _register_products(name: str) -> None:
-    """On CUDA torch's own products are the fastest there are."""
-
-    @torch.library.impl(f"fastrnn::{name}_products", "CUDA")
-    def _(dgates, *arguments):
-        products = _composed_products(CELLS[name], dgates, *arguments)
-        return tuple(dgates.new_empty(0) if p is None else p for p in products)
+def products_of_torch(
+    cell, dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights
+):
+    """The operator ``fastrnn::<cell>_products`` on CUDA, where torch's own products are the fastest there are.
+    Like ``_composed_products``, without its copies of what is as large as the sequence."""
+    D, B, P = h0.shape
+    nothing = dgates.new_empty(0)
+    dgx = reference.input_gradients(cell, dgates)
+    dx = nothing
+    if inputs:
+        dx = dgx[0] @ w_ih[0]
+        if D == 2:
+            dx.addmm_(dgx[1], w_ih[1])
+    if not weights:
+        return dx, nothing, nothing, nothing, nothing
+    GH, I = w_ih[0].shape
+    dw_ih, dw_hh = dgates.new_empty(D, GH, I), dgates.new_empty(D, GH, P)
+    for d in range(D):
+        torch.mm(dgx[d].T, x, out=dw_ih[d])
+        dga, h = dgates[d, :, :GH], y[:, d * P : (d + 1) * P]
+        if batch_first or batch_sizes is not None or reset is not None or (d == 1 and lengths is not None):
+            torch.mm(dga.T, previous_rows(h, h0[d], Sequence(batch_first, batch_sizes, lengths, reset), d),
+                     out=dw_hh[d])  # fmt: skip
+            continue
+        # The state before a row lies B rows before it, or is the initial one.
+        N = len(h)
+        begin, rest, before = (
+            (slice(0, B), slice(B, N), slice(0, N - B))
+            if d == 0
+            else (slice(N - B, N), slice(0, N - B), slice(B, N))
+        )
+        torch.mm(dga[begin].T, h0[d], out=dw_hh[d])
+        if N > B:
+            dw_hh[d].addmm_(dga[rest].T, h[before])
+    sums = dgates.sum(1)
+    db_ih, db_hh = reference.input_gradients(cell, sums).clone(), sums[:, :GH]
+    if cell.gradients > cell.gates:  # the gate that is kept apart stands first
+        H = GH // cell.gates
+        dw_hh, db_hh = dw_hh.roll(-H, 1), db_hh.roll(-H, 1)
+    return dx, dw_ih, dw_hh, db_ih, db_hh
 
 
 for _name in CELLS:
     _register_fakes(_name)
-    _register_products(_name)
+    torch.library.impl(f"fastrnn::{_name}_products", "CUDA")(partial(products_of_torch, CELLS[_name]))
 _cuda.missing()  # or registers the scans
 
 # Resolved once: looking an operator up by name costs some microseconds.
@@ -161,7 +194,11 @@ class Scan(torch.autograd.Function):
         wants_x, _, _, *wants_weights = ctx.needs_input_grad[7:]
         wants = _split(tuple(wants_weights), D, bias, projected)
         any_weights = any(any(want) for want in wants[:4])
-        products = partial(_composed_products, cell) if needed else _PRODUCTS[name]
+        products: Callable = _PRODUCTS[name]
+        if needed:
+            products = partial(_composed_products, cell)
+        elif x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
+            products = partial(products_of_torch, cell)
         dx, dw_ih, dw_hh, db_ih, db_hh = products(
             dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, wants_x, any_weights
         )
@@ -506,7 +543,7 @@ def scan(
     packed = _prepack.find(weights, needed) if _prepack.packs and not _is_traced() else None
     if needed:
         y, h_n, c_n, _, c = _scan_function().apply(
-            name, sequence.batch_first, bool(weights.b_ih), bool(weights.w_hr), *options, *tensors
+            name, sequence.batch_first, len(weights.b_ih) > 0, len(weights.w_hr) > 0, *options, *tensors
         )
         if listener is not None and y.grad_fn is not None:
             y.grad_fn.listener = listener  # the ctx of Scan.backward

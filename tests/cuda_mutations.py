@@ -61,13 +61,15 @@ SAMPLE = [
            "v % 2 * 16 + v / 4 * 8 + v / 2 % 2 * 128", self_test("mma and fifo")),
 ]  # fmt: skip
 
-LSTM = kernels("lstm", "(lstm or projection or wide) and not schedule")
+LSTM = kernels("lstm", "(lstm or projection) and not schedule")
 GRU = kernels("gru", "(gru or replicas) and not schedule")
 ORDERS = kernels("lstm", "lstm and (schedule or bf16)")  # of the threads
+SPILLED = kernels("lstm", "shared_memory")
 RACES = kernels("lstm", "lstm and bf16 and (one_block or many_blocks)", "thread")
 BOUNDS = kernels("lstm", "lstm and (form or reference)", "address")
 
 TILES, MULTIPLY, GEOMETRY = "cuda/tiles.cuh", "cuda/multiply.cuh", "cuda/geometry.h"
+STEPS = "cuda/steps.cuh"
 FORWARD, BACKWARD = "cuda/persistent_forward.cuh", "cuda/persistent_backward.cuh"
 STEP, STEP_BACKWARD, DRIVER = "cuda/step.cuh", "cuda/backward_step.cuh", "cuda/driver.cuh"
 BARRIER = "    __syncthreads();\n"
@@ -81,7 +83,7 @@ KERNELS = [
     Mutant("wait: one step early", TILES, "uint32_t(step + 1) *", "uint32_t(step) *", ORDERS),
     Mutant("wait: for one block too few", TILES, "uint32_t(g_.blocks), step", "uint32_t(g_.blocks - 1), step",
            ORDERS),
-    Mutant("wait: by one lane alone, race", TILES, "    __syncwarp();\n", "", RACES),
+    Mutant("wait: by one thread alone, race", TILES, "step);\n" + BARRIER, "step);\n", RACES),
     Mutant("exchange: one buffer", TILES, "(step & 1)", "(step & 0)", ORDERS),
     Mutant("exchange: all replicas in one place", TILES, "place.direction * g.replicas + place.replica) * 2",
            "place.direction * g.replicas) * 2", GRU),
@@ -89,14 +91,18 @@ KERNELS = [
     Mutant("backward: no barrier after the product", BACKWARD, AFTER + BARRIER, AFTER, ORDERS),
     Mutant("backward: no barrier before the first step", BACKWARD, "  __syncthreads();\n\n", "", LSTM),
     # which part of the whole
-    Mutant("place: units beyond H, overread", TILES, "smaller(g.units, H - first_unit)", "g.units", BOUNDS),
-    Mutant("load: spilled tiles of a chunk in one place", TILES, "64 + lane_;\n        to[0]",
-           "0 + lane_;\n        to[0]", LSTM),
-    Mutant("total: one depth warp missed", TILES, "int k = 0; k < g.depth_warps",
-           "int k = 1; k < g.depth_warps", LSTM),
+    Mutant("place: units beyond H, overread", STEPS, "smaller(units_of_a_block, H - first_unit)",
+           "units_of_a_block", BOUNDS),
+    Mutant("place: replicas as far apart as whole tiles", STEPS, "replica * g.rows", "replica * g.batch", LSTM),
+    Mutant("load: spilled tiles of a chunk in one place", TILES,
+           "- kShape.resident) * kShape.row_tiles + m)", "- kShape.resident) * kShape.row_tiles)", SPILLED),
+    Mutant("multiply: the next columns are those of now", TILES, "fetch(next, after,", "fetch(next, at,", LSTM),
+    Mutant("multiply: one stage for all warps", TILES, "stage_(stage + warp_ *", "stage_(stage + 0 *", LSTM),
+    Mutant("total: one depth warp missed", TILES, "int k = 0; k < depth_warps",
+           "int k = 1; k < depth_warps", LSTM),
     Mutant("put: rows and columns exchanged", TILES,
-           "M::sum_row(lane_, i)) * (g_.batch + 1) + M::sum_column(lane_, i)",
-           "M::sum_column(lane_, i)) * (g_.batch + 1) + M::sum_row(lane_, i)", LSTM),
+           "M::sum_column(lane_, i) * stride + m * kTileRows + M::sum_row(lane_, i)",
+           "M::sum_row(lane_, i) * stride + m * kTileRows + M::sum_column(lane_, i)", LSTM),
     # the product
     Mutant("multiply: words of a lane in another order", MULTIPLY, "i / 4 * 2 + (i / 2 & 1)",
            "i / 4 + (i / 2 & 1) * 2", LSTM),
@@ -104,41 +110,40 @@ KERNELS = [
     Mutant("multiply: the first number of a word twice", MULTIPLY, "element(number(1)).bits) << 16",
            "element(number(0)).bits) << 16", LSTM),
     # shared memory and the exchange
-    Mutant("geometry: h and c in one place", GEOMETRY, "m.c = m.h + pairs * 4", "m.c = m.h", LSTM),
-    Mutant("geometry: sums run into the bias", GEOMETRY, "rows * (g.batch + 1) * 4", "rows * g.batch * 4",
-           LSTM),
+    Mutant("geometry: sums run into what comes after", GEOMETRY, "g.depth_warps * g.batch * g.partial",
+           "g.depth_warps * (g.batch - 4) * g.partial", LSTM),
     Mutant("geometry: too little shared memory", GEOMETRY, "2 * g.exchange_bytes() : 0",
            "2 * g.exchange_bytes() - 128 : 0", LSTM),
-    Mutant("geometry: rows of the exchange overlap", GEOMETRY, "round_up(chunks * 64, 128) + 64",
-           "chunks * 64 - 64", LSTM),
+    Mutant("geometry: rows of the exchange overlap", GEOMETRY,
+           "round_up(depth_warps * per_warp * 64, 128) + 64", "chunks * 64 - 64", LSTM),
     # forward
     Mutant("forward: the exchange is not cleared", FORWARD, "(here)[i] = 0", "(here)[i] |= 0", LSTM),
     Mutant("forward: no barrier after the exchange is cleared, race", FORWARD,
            "(here)[i] = 0;\n" + BARRIER, "(here)[i] = 0;\n", RACES),
-    Mutant("forward: a reset does not reach the product", FORWARD, "element(zero ? 0.f : value)",
-           "element(value); (void)zero", LSTM),
-    Mutant("forward: a reset of no row, overread", FORWARD, "resets_if_any(", "resets(", BOUNDS),
-    Mutant("forward: a reset does not reach c", FORWARD, "Cell::kCellState && !zero", "Cell::kCellState",
-           LSTM),
-    Mutant("forward: a reset does not reach h", FORWARD, "zero ? 0.f : h[pair]", "h[pair]", GRU),
+    Mutant("forward: a reset does not reach the product", FORWARD,
+           "steps.resets_if_any(step, b, offset[i]) ? 0.f : h[i]", "h[i]", LSTM),
+    Mutant("forward: a reset of no row, overread", STEPS, "b < rows.active && sequence_", "sequence_", BOUNDS),
+    Mutant("forward: a reset does not reach c", FORWARD, "h[i] = c[i] = 0;", "h[i] = 0;", LSTM),
+    Mutant("forward: a reset does not reach h", FORWARD, "h[i] = c[i] = 0;", "c[i] = 0;", GRU),
     Mutant("forward: rows that have ended go on", FORWARD, "if (b < active) {", "if (b < place.rows) {",
            LSTM),
-    Mutant("forward: rows that have ended are stored", FORWARD,
-           "if (pair >= pairs || b >= active) return;", "if (pair >= pairs) return;", LSTM),
-    Mutant("forward: replicas count rows from 0", FORWARD, "(sequence.rows(t)) - place.first_row",
-           "(sequence.rows(t))", GRU),
-    Mutant("forward: no bias", FORWARD, " + bias[row];", ";", LSTM),
+    Mutant("forward: rows that have ended are stored", FORWARD, "if (kOneBlock && b < active) keep",
+           "if (kOneBlock) keep", LSTM),
+    Mutant("forward: replicas count rows from 0", STEPS, "rows(t)) - first_row_", "rows(t))", GRU),
+    Mutant("forward: no bias", FORWARD, ", a[gate] += bias[gate];", ";", LSTM),
     Mutant("forward: the input of another gate", FORWARD, "from[gate * H]", "from[(G - 1 - gate) * H]", LSTM),
-    Mutant("forward: h0 in another order", FORWARD, "d.h0[batch]", "d.h0[place.first_row + b]", LSTM),
+    Mutant("forward: h0 in another order", FORWARD, "d.h0[batch]",
+           "d.h0[place.first_row + mine.row(i)]", LSTM),
     # backward
     Mutant("backward: gates side by side, not in whole chunks", BACKWARD, "g.chunks / G * M::kInChunk;", "H;",
            LSTM),
-    Mutant("backward: no direct gradient", BACKWARD, "unit, b) + direct[pair]", "unit, b)", GRU),
+    Mutant("backward: no direct gradient", BACKWARD, "sum[0] + direct[i]", "sum[0]", GRU),
     Mutant("backward: gradients of other gates", BACKWARD, "Cell::recurrent(gate)", "gate", GRU),
-    Mutant("backward: the last product missed", BACKWARD, "if (sequence.T > 0) recur(sequence.T - 1);", "",
-           LSTM),
+    Mutant("backward: the last product missed", BACKWARD,
+           "if (steps.T > 0) recur(steps.T - 1, active_after);", "", LSTM),
     Mutant("backward: a reset does not stop the product", BACKWARD, "zero ? 0.f : dgates", "dgates", LSTM),
-    Mutant("backward: rows that are yet to begin", BACKWARD, "if (b >= active) continue;\n", "", LSTM),
+    Mutant("backward: rows that are yet to begin", BACKWARD,
+           "if (mine.row(i) >= active) break;\n      float sum", "float sum", LSTM),
     # a step
     Mutant("step back: a reset does not stop dh and dc", STEP_BACKWARD, "if (begins) dh_prev = dc_prev = 0;",
            "", LSTM),
@@ -146,13 +151,12 @@ KERNELS = [
            "kDirect) before = ", GRU),
     Mutant("step back: a reset does not reach c", STEP_BACKWARD, "c_before = begins ? A{} : ", "c_before = ",
            LSTM),
-    Mutant("step back: further gradients of another gate", STEP_BACKWARD, "d.dsaved[row][s * H + j]",
-           "d.dsaved[row][j]", LSTM),
+    Mutant("step back: further gradients of another gate", STEP_BACKWARD, "d.dsaved[row])[s * H]",
+           "d.dsaved[row])[0]", LSTM),
     Mutant("step back: dc of the step before", STEP_BACKWARD, "store<S>(dc);", "store<S>(dc_prev);", LSTM),
-    Mutant("previous: rows begin a step late", "cuda/previous.cuh", "rows(before) <= b", "rows(before) < b",
-           LSTM),
-    Mutant("previous: h0 in another order", "cuda/previous.cuh", "initial[sequence.batch(b)]", "initial[b]",
-           LSTM),
+    Mutant("backward: rows begin a step late", BACKWARD, "b < before.active", "b <= before.active", LSTM),
+    Mutant("backward: c0 in another order", BACKWARD, "steps.batch(b), H", "place.first_row + b, H", LSTM),
+    Mutant("single steps: rows begin a step late", STEP, "rows(before) <= b", "rows(before) < b", LSTM),
     Mutant("single steps: a reset does not reach the product", STEP, "zero ? Acc<S>{} : p.states.h[",
            "p.states.h[", LSTM),
     Mutant("single steps: rows yet to begin are not reset", DRIVER, "one_thread_each(B * H)",
@@ -161,7 +165,7 @@ KERNELS = [
            LSTM),
     Mutant("driver: rows of no step are not cleared", DRIVER, "clear({call.y, call.saved, call.saved_c})",
            "void()", LSTM),
-    Mutant("driver: the exchange is not cleared", DRIVER, "new_zeros(", "new_empty(", LSTM),
+    Mutant("driver: the exchange is not cleared", DRIVER, "device.clear(exchange, bytes);", "", LSTM),
 ]  # fmt: skip
 MUTANTS = SAMPLE + KERNELS
 

@@ -1,5 +1,7 @@
 """The products after the backward scan, as an operator and as torch operations, and what they give."""
 
+from functools import partial
+
 import pytest
 import torch
 from scans import CELL_NAMES, FORMS, make_scan
@@ -19,11 +21,25 @@ def arguments(name, form, T=5, B=3, H=7, D=2, dtype=torch.float64, **options):
     return dgates, x, outputs[0], h0, w_ih, batch_sizes, lengths, reset, batch_first
 
 
-def assert_operator_is_composed(name, given, tolerance):
-    ours = getattr(torch.ops.fastrnn, f"{name}_products")(*given, True, True)
+def assert_composed(name, products, given, tolerance):
+    ours = products(*given, True, True)
     theirs = _ops._composed_products(CELLS[name], *given, True, True)
     for what, a, b in zip(NAMES, ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}")
+    return ours
+
+
+def assert_operator_is_composed(name, given, tolerance):
+    assert_composed(name, getattr(torch.ops.fastrnn, f"{name}_products"), given, tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize(("T", "B", "H", "D"), [(1, 1, 3, 1), (1, 2, 17, 2), (5, 3, 7, 1), (5, 3, 7, 2)])
+def test_what_cuda_takes_equals_torch_operations(name, form, T, B, H, D):
+    products = partial(_ops.products_of_torch, CELLS[name])
+    found = assert_composed(name, products, arguments(name, form, T, B, H, D), 1e-11)
+    assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -29,9 +29,8 @@ struct Sequence {
     return offsets ? offsets[t + 1] - offsets[t] : counts ? counts[t] : B;
   }
   FASTRNN_INLINE int64_t batch(int64_t b) const { return order ? order[b] : b; }
-  FASTRNN_INLINE int64_t row(int64_t t, int64_t b) const {
-    return (offsets ? offsets[t] : t * t_stride) + batch(b) * b_stride;
-  }
+  FASTRNN_INLINE int64_t start(int64_t t) const { return offsets ? offsets[t] : t * t_stride; }
+  FASTRNN_INLINE int64_t row(int64_t t, int64_t b) const { return start(t) + batch(b) * b_stride; }
   FASTRNN_INLINE bool resets(int64_t t, int64_t b) const { return reset && reset[row(t, b)]; }
   /// The same of any t and b: false where there is no such row.
   FASTRNN_INLINE bool resets_if_any(int64_t t, int64_t b) const {

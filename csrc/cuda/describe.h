@@ -24,7 +24,7 @@ struct NamedScan {
                                : Arithmetic::kF32;
   }
   const char* no_persistent_reason() const {
-    return fastrnn::no_persistent_reason(numbers == "f64", projected, T);
+    return fastrnn::no_persistent_reason(numbers == "f64", projected, T, sizes.B);
   }
   Choice choose(const DeviceLimits& device) const {
     return fastrnn::choose(forward, arithmetic(), gates, sizes, device);
@@ -38,36 +38,29 @@ inline std::string describe_cuda(const NamedScan& scan, const DeviceLimits& devi
   if (choice.form == Form::kNone) return steps + "no room for W_hh on the multiprocessors";
   const Geometry& g = choice.geometry;
   const auto number = [](int n) { return std::to_string(n); };
-  const Shape shape = shape_of(choice.form, scan.arithmetic(), scan.gates);
+  const Shape shape = shape_of(choice.form, scan.forward, scan.arithmetic(), scan.gates);
   const std::string blocks =
-      g.blocks == 1 ? "one block has all units"
-                    : number(g.blocks) + " blocks of " + number(g.units) + " units, which meet once a step";
+      choice.form == Form::kOneBlock
+          ? "one block has all units"
+          : number(g.blocks) + " blocks of " + number(g.units) + " units, which meet once a step";
   return "persistent, " + scan.numbers + ": " + blocks + "; " + number(g.replicas) + " times, with " +
-         number(g.batch) + " rows each; " + number(shared_memory(shape, g).bytes >> 10) +
+         number(g.rows) + " rows each; " + number(shared_memory(choice.form, shape, g).bytes >> 10) +
          " KiB of shared memory a block";
 }
 
-/// {warps, row_tiles, resident, units, blocks, replicas, batch, row_warps, depth_warps, chunks, spilled,
-/// stride, bytes of shared memory} of Shape and Geometry; nothing where each step is a launch of its own.
+/// {warps, row_tiles, resident, units, blocks, replicas, rows, batch, row_warps, depth_warps, chunks,
+/// per_warp, spilled, stride, bytes of shared memory} of Shape and Geometry; nothing where each step is a
+/// launch of its own.
 inline std::vector<int64_t> geometry_numbers(const NamedScan& scan, const DeviceLimits& device) {
   if (*scan.no_persistent_reason()) return {};
   const Choice choice = scan.choose(device);
   if (choice.form == Form::kNone) return {};
   const Geometry& g = choice.geometry;
-  const Shape shape = shape_of(choice.form, scan.arithmetic(), scan.gates);
-  return {shape.warps,
-          shape.row_tiles,
-          shape.resident,
-          g.units,
-          g.blocks,
-          g.replicas,
-          g.batch,
-          g.row_warps,
-          g.depth_warps,
-          g.chunks,
-          g.spilled,
-          g.stride(),
-          shared_memory(shape, g).bytes};
+  const Shape shape = shape_of(choice.form, scan.forward, scan.arithmetic(), scan.gates);
+  return {
+      shape.warps, shape.row_tiles, shape.resident, g.units,     g.blocks,
+      g.replicas,  g.rows,          g.batch,        g.row_warps, g.depth_warps,
+      g.chunks,    g.per_warp,      g.spilled,      g.stride(),  shared_memory(choice.form, shape, g).bytes};
 }
 
 }  // namespace fastrnn

@@ -49,8 +49,29 @@ __device__ __forceinline__ float to_tf32(float v) {
 }
 __device__ __forceinline__ uint32_t bits(float v) { return __float_as_uint(v); }
 __device__ __forceinline__ float as_float(uint32_t v) { return __uint_as_float(v); }
-__device__ __forceinline__ float exp_fast(float v) { return __expf(v); }
-__device__ __forceinline__ float div_fast(float a, float b) { return __fdividef(a, b); }
+/// 2^v within 2 ulp.
+__device__ __forceinline__ float exp2_fast(float v) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+  return power;
+}
+/// 1 / v within 1 ulp; 0 beyond 2^126.
+__device__ __forceinline__ float reciprocal(float v) {
+  float quotient;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(v));
+  return quotient;
+}
+
+/// The same pointer, of which the compiler does not know where it comes from: several addresses near it are
+/// then taken from it, not each anew from afar.
+__device__ __forceinline__ const char* opaque(const char* p) {
+  asm("" : "+l"(p));
+  return p;
+}
+
+/// The number of this warp in its block, as a number of which the compiler knows that all lanes have the
+/// same.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, int(threadIdx.x) / 32, 0); }
 
 /// Dynamic shared memory of the block, from a byte offset that is a multiple of 16.
 template <class T>

@@ -83,6 +83,10 @@ class CudaDevice {
     return copy;
   }
 
+  void clear(void* memory, int64_t bytes) const {
+    check_cuda(cudaMemsetAsync(memory, 0, size_t(bytes), stream_), "memset");
+  }
+
  private:
   int attribute(cudaDeviceAttr name) const {
     int value;

@@ -4,6 +4,7 @@
 //   launch(kernel, Grid, parameters)
 //   multiply(out, a, b), multiply_add(out, addend, a, b)   torch's matrix products
 //   copy(numbers, count) -> Tensor           int64 numbers of the host on the device
+//   clear(memory, bytes)
 #pragma once
 #include <type_traits>
 
@@ -79,11 +80,13 @@ struct ExchangeMemory {
   char* exchange;
   uint32_t* arrived;
 
-  ExchangeMemory(const Geometry& g, int directions, const Tensor& like) {
+  template <class Device>
+  ExchangeMemory(const Device& device, const Geometry& g, int directions, const Tensor& like) {
     const int64_t groups = int64_t(directions) * g.replicas;
     const int64_t bytes = groups * 2 * g.exchange_bytes() + round_up(int(groups) * 4, 16);
-    memory = torch::stable::new_zeros(like, {bytes / int64_t(like.element_size())});
+    memory = empty({bytes / int64_t(like.element_size())}, like);
     exchange = static_cast<char*>(memory.mutable_data_ptr());
+    device.clear(exchange, bytes);
     arrived = reinterpret_cast<uint32_t*>(exchange + groups * 2 * g.exchange_bytes());
   }
 };
@@ -144,15 +147,16 @@ class Driver {
 
   template <class S, class Problem>
   Choice persistent(const Problem& problem, bool forward, Arithmetic arithmetic, bool projected) const {
-    if (*no_persistent_reason(std::is_same_v<S, double>, projected, problem.sequence.T)) return {};
+    if (*no_persistent_reason(std::is_same_v<S, double>, projected, problem.sequence.T, problem.sequence.B))
+      return {};
     const ScanSizes sizes{int(problem.H), int(problem.sequence.B), problem.directions};
     return choose(forward, arithmetic, G, sizes, device_.limits);
   }
 
-  static Grid grid_of(const Choice& choice, Arithmetic arithmetic, int directions) {
-    const Shape shape = shape_of(choice.form, arithmetic, G);
+  static Grid grid_of(const Choice& choice, bool forward, Arithmetic arithmetic, int directions) {
+    const Shape shape = shape_of(choice.form, forward, arithmetic, G);
     const Geometry& g = choice.geometry;
-    return {g.grid(directions), shape.threads(), shared_memory(shape, g).bytes, g.blocks > 1};
+    return {g.grid(directions), shape.threads(), shared_memory(choice.form, shape, g).bytes, g.blocks > 1};
   }
 
   template <class S>
@@ -163,16 +167,14 @@ class Driver {
       with_multiply<S>(tf32_, [&]<class M>(M) {
         const Choice choice = persistent<S>(problem, true, M::kArithmetic, !call.w_hr.empty());
         if (choice.form == Form::kNone) return;
-        const ExchangeMemory memory(choice.geometry, problem.directions, call.h0);
+        const ExchangeMemory memory(device_, choice.geometry, problem.directions, call.h0);
         PersistentForward<S> p{problem, {}, choice.geometry, memory.exchange, memory.arrived};
         for (size_t d = 0; d < gates_x.size(); ++d) p.gates_x[d] = rows<S>(gates_x[d]);
-        const Grid grid = grid_of(choice, M::kArithmetic, problem.directions);
-        if (choice.form == Form::kSingle)
-          device_.launch(persistent_forward<Cell, M, Form::kSingle>, grid, p);
-        else if (choice.form == Form::kSplit)
-          device_.launch(persistent_forward<Cell, M, Form::kSplit>, grid, p);
-        else if constexpr (G == 4)
-          device_.launch(persistent_forward<Cell, M, Form::kWide>, grid, p);
+        const Grid grid = grid_of(choice, true, M::kArithmetic, problem.directions);
+        if (choice.form == Form::kOneBlock)
+          device_.launch(persistent_forward<Cell, M, Form::kOneBlock>, grid, p);
+        else
+          device_.launch(persistent_forward<Cell, M, Form::kManyBlocks>, grid, p);
         done = true;
       });
     return done;
@@ -185,13 +187,13 @@ class Driver {
       with_multiply<S>(tf32_, [&]<class M>(M) {
         const Choice choice = persistent<S>(problem, false, M::kArithmetic, !call.w_hr.empty());
         if (choice.form == Form::kNone) return;
-        const ExchangeMemory memory(choice.geometry, problem.directions, call.h0);
+        const ExchangeMemory memory(device_, choice.geometry, problem.directions, call.h0);
         const PersistentBackward<S> p{problem, choice.geometry, memory.exchange, memory.arrived};
-        const Grid grid = grid_of(choice, M::kArithmetic, problem.directions);
-        if (choice.form == Form::kSingle)
-          device_.launch(persistent_backward<Cell, M, Form::kSingle>, grid, p);
+        const Grid grid = grid_of(choice, false, M::kArithmetic, problem.directions);
+        if (choice.form == Form::kOneBlock)
+          device_.launch(persistent_backward<Cell, M, Form::kOneBlock>, grid, p);
         else
-          device_.launch(persistent_backward<Cell, M, Form::kDeep>, grid, p);
+          device_.launch(persistent_backward<Cell, M, Form::kManyBlocks>, grid, p);
         done = true;
       });
     return done;

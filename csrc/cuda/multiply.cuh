@@ -41,7 +41,6 @@ struct TensorCore : Numbers<TensorCore<S>, S> {
                                                                           : Arithmetic::kBf16;
   static constexpr int kAccumulators = 4;
   static constexpr bool kIsFloat = std::is_same_v<S, float>;
-  using Columns = uint4;  // a lane's share of a chunk of 8 columns
 
   __device__ static S element(float v) {
     if constexpr (kIsFloat)
@@ -60,21 +59,17 @@ struct TensorCore : Numbers<TensorCore<S>, S> {
   __device__ static bool has_sums(int) { return true; }
   __device__ static void finish(float (&)[kAccumulators]) {}
 
-  /// columns: the chunk of the first of 8 columns, stride bytes apart.
-  template <class Load>
-  __device__ static Columns fetch(const char* columns, int stride, int lane, Load load) {
-    return load(reinterpret_cast<const uint4*>(columns + lane / 4 * stride) + lane % 4);
-  }
-
-  /// Adds the products of row tiles, one below the other, with the columns.
-  template <int kTiles, class Load>
-  __device__ static void add(float (&sums)[kTiles][kAccumulators], const Tile (&w)[kTiles], const Columns& c,
-                             const char*, int, int, Load) {
+  /// Adds the products of row tiles, one below the other, with the lane's share of 8 columns of a chunk: 16
+  /// bytes of column lane / 4. Half of the chunk's depth goes to either of the sums, which may be the same.
+  template <int kTiles>
+  __device__ static void add(float (&low)[kTiles][kAccumulators], float (&high)[kTiles][kAccumulators],
+                             const Tile (&w)[kTiles], const uint4& columns, char*, int, int) {
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      multiply(sums[m], {w[m][0], w[m][1], w[m][2], w[m][3]}, {c.x, c.y});
-      multiply(sums[m], {w[m][4], w[m][5], w[m][6], w[m][7]}, {c.z, c.w});
-    }
+    for (int m = 0; m < kTiles; ++m)
+      multiply(low[m], {w[m][0], w[m][1], w[m][2], w[m][3]}, {columns.x, columns.y});
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+      multiply(high[m], {w[m][4], w[m][5], w[m][6], w[m][7]}, {columns.z, columns.w});
   }
 
  private:
@@ -89,12 +84,12 @@ struct TensorCore : Numbers<TensorCore<S>, S> {
 };
 
 /// Plain float32: a lane has one row and half of the chunk's depth, so that both halves of a warp read the
-/// same 32 bytes side by side; the sums of the halves meet at the end.
+/// same 32 bytes side by side, of columns that the warp lays into shared memory; the sums of the halves meet
+/// at the end. Columns beyond `count` are left out.
 struct Ffma : Numbers<Ffma, float> {
   using Storage = float;
   static constexpr Arithmetic kArithmetic = Arithmetic::kF32;
   static constexpr int kAccumulators = kTileColumns;
-  struct Columns {};  // too many to keep: read where they are used
 
   __device__ static float element(float v) { return v; }
   __device__ static int row(int lane, int) { return lane % 16; }
@@ -106,18 +101,18 @@ struct Ffma : Numbers<Ffma, float> {
     for (float& s : sum) s += __shfl_xor_sync(~0u, s, 16);
   }
 
-  template <class Load>
-  __device__ static Columns fetch(const char*, int, int, Load) {
-    return {};
-  }
-
-  template <int kTiles, class Load>
-  __device__ static void add(float (&sums)[kTiles][kAccumulators], const Tile (&w)[kTiles], const Columns&,
-                             const char* columns, int stride, int lane, Load load) {
+  template <int kTiles>
+  __device__ static void add(float (&sums)[kTiles][kAccumulators], float (&)[kTiles][kAccumulators],
+                             const Tile (&w)[kTiles], const uint4& columns, char* stage, int lane,
+                             int count) {
+    uint4* const staged = reinterpret_cast<uint4*>(stage);
+    __syncwarp();  // the chunk before has been read
+    staged[lane] = columns;
+    __syncwarp();
 #pragma unroll
     for (int c = 0; c < kTileColumns; ++c) {
-      const uint4* from = reinterpret_cast<const uint4*>(columns + c * stride) + lane / 16;
-      const uint4 low = load(from), high = load(from + 2);
+      if (c >= count) break;
+      const uint4 low = staged[c * 4 + lane / 16], high = staged[c * 4 + lane / 16 + 2];
       const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)

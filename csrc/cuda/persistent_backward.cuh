@@ -16,37 +16,33 @@ struct PersistentBackward {
 };
 
 template <class Cell, class M, Form kForm>
-__global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).threads(), 1)
+__global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::kGates).threads(), 1)
     persistent_backward(const PersistentBackward<typename M::Storage> p) {
   using S = typename M::Storage;
   using Elem = typename M::Elem;
   constexpr int G = Cell::kGates;
-  constexpr Shape kShape = shape_of(kForm, M::kArithmetic, G);
-  constexpr bool kOneBlock = kForm == Form::kSingle;
+  constexpr Shape kShape = shape_of(kForm, false, M::kArithmetic, G);
+  constexpr bool kOneBlock = kForm == Form::kOneBlock;
   const Geometry& g = p.geometry;
-  const Sequence& sequence = p.problem.sequence;
-  const int H = int(p.problem.H), thread = int(threadIdx.x);
-  const Place place(g, H, int(sequence.B));
+  const int H = int(p.problem.H), units = kOneBlock ? H : units_of(kShape, 1);
+  const Place place(g, units, H, int(p.problem.sequence.B));
+  const Steps steps(p.problem.sequence, place, place.direction == 0);
+  const Share mine(units, place, kShape.threads());
+  const int j = place.first_unit + mine.unit;
   const BackwardDirection<S>& d = p.problem.direction[place.direction];
-  const bool reverse = place.direction == 1;
-  const int pairs = place.units * place.rows;
+  const BackwardColumns<S> columns(d, j);
   const int gate_numbers = g.chunks / G * M::kInChunk;  // H, in whole chunks
 
-  const SharedMemory offsets = shared_memory(kShape, g);
+  const SharedMemory offsets = shared_memory(kForm, kShape, g);
   float* const partial = dev::shared<float>(offsets.partial);
-  float* const dh = dev::shared<float>(offsets.h);
-  float* const dc = dev::shared<float>(offsets.c);
-  float* const direct = dev::shared<float>(offsets.direct);
   char* const here = kOneBlock ? dev::shared<char>(offsets.exchange) : nullptr;
   const Exchange<kOneBlock> exchange(g, place, p.exchange, here, p.arrived);
 
-  const auto time = [&](int64_t step) { return reverse ? step : sequence.T - 1 - step; };
-  const auto active_at = [&](int64_t step) { return int(sequence.rows(time(step))) - place.first_row; };
-
   if (kOneBlock)
-    for (int i = thread; i < 2 * g.exchange_bytes() / 4; i += kShape.threads())
+    for (int i = int(threadIdx.x); i < 2 * g.exchange_bytes() / 4; i += kShape.threads())
       reinterpret_cast<uint32_t*>(here)[i] = 0;
-  WarpTiles<M, kShape> tiles(g, dev::shared<char>(offsets.weights));
+  WarpTiles<M, kShape, kOneBlock> tiles(g, dev::shared<char>(offsets.weights),
+                                        dev::shared<char>(offsets.stage));
   // Row r is unit r; K goes through the units of every gate, each gate in whole chunks.
   tiles.load([&](int unit, int chunk, int word) {
     const int number = M::number(chunk, word), gate = number / gate_numbers, k = number % gate_numbers;
@@ -56,59 +52,65 @@ __global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).
                  : 0.f;
     });
   });
-  for (int pair = thread; pair < pairs; pair += kShape.threads()) {
-    const int j = place.first_unit + pair % place.units;
-    const int64_t batch = sequence.batch(place.first_row + pair / place.units);
-    dh[pair] = load(d.dh[batch][j]);
-    dc[pair] = Cell::kCellState ? load(d.dc[batch][j]) : 0.f;
-    direct[pair] = 0.f;
+
+  // Of each pair of the thread: its row, counted from the first one of a step; dL/dh and dL/dc by way of the
+  // later steps; and dL/dh beside the product.
+  int offset[kShape.pairs];
+  float dh[kShape.pairs], dc[kShape.pairs], direct[kShape.pairs] = {};
+#pragma unroll
+  for (int i = 0; i < kShape.pairs; ++i) {
+    if (mine.row(i) >= place.rows) break;
+    const int batch = steps.batch(mine.row(i));
+    offset[i] = steps.offset(mine.row(i));
+    dh[i] = load(d.dh[batch][j]);
+    dc[i] = Cell::kCellState ? load(d.dc[batch][j]) : 0.f;
   }
   __syncthreads();
 
-  // dL/dh before a step, from the gate gradients of all blocks.
-  const auto recur = [&](int64_t step) {
+  // dL/dh before a step, of the rows that take part in it, from the gate gradients of all blocks.
+  const auto recur = [&](int step, int active) {
     exchange.wait(step);
     tiles.multiply(exchange.columns(step), partial, [&](const uint4* q) { return exchange.load(q); });
     __syncthreads();
-    const int active = active_at(step);
-    for (int pair = thread; pair < pairs; pair += kShape.threads()) {
-      const int unit = pair % place.units, b = pair / place.units;
-      if (b >= active) continue;
-      dh[pair] = total<kShape>(g, partial, unit, b) + direct[pair];
+#pragma unroll
+    for (int i = 0; i < kShape.pairs; ++i) {
+      if (mine.row(i) >= active) break;
+      float sum[1];
+      total<kShape, kOneBlock>(sum, g, partial, mine.unit, mine.row(i));
+      dh[i] = sum[0] + direct[i];
     }
   };
 
-  for (int64_t step = 0; step < sequence.T; ++step) {
-    const int64_t t = time(step);
-    const int active = active_at(step);
+  int active_after = 0;
+  Steps::Rows rows = steps.at(0);
+  for (int step = 0; step < steps.T; ++step) {
+    const auto [start, active] = rows;
+    const Steps::Rows before = steps.at(step + 1);
     // What was saved comes from far: it is on its way while the blocks meet.
     StepInputs<Cell, S> inputs[kShape.pairs];
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
-      const int pair = thread + i * kShape.threads(), b = pair / place.units;
-      if (pair < pairs && b < active)
-        inputs[i].fetch(sequence, d, t, place.first_row + b, place.first_unit + pair % place.units, H,
-                        reverse);
+      const int b = mine.row(i);
+      if (b >= active) break;
+      inputs[i].fetch(columns, start + offset[i], b < before.active ? before.start + offset[i] : -1,
+                      steps.batch(b), H);
     }
-    if (step > 0) recur(step - 1);
+    if (step > 0) recur(step - 1, active_after);
 
     float dgates[kShape.pairs][Cell::kGradients];
     // What no other block waits for: said to have arrived before it is stored.
     const auto keep = [&](int i) {
-      const int pair = thread + i * kShape.threads(), b = pair / place.units;
-      if (pair >= pairs || b >= active) return;
-      S* const to = d.dgates[sequence.row(t, place.first_row + b)] + place.first_unit + pair % place.units;
+      S* const to = &columns.dgates[start + offset[i]];
 #pragma unroll
       for (int e = 0; e < Cell::kGradients; ++e) to[e * H] = store<S>(dgates[i][e]);
     };
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
-      const int pair = thread + i * kShape.threads(), b = pair / place.units, unit = pair % place.units;
-      if (pair >= pairs || b >= active) continue;
-      const int j = place.first_unit + unit;
-      const bool zero = sequence.resets(t, place.first_row + b);
-      inputs[i].backward(d, sequence.row(t, place.first_row + b), j, H, zero, dh[pair], dc[pair], dgates[i],
-                         direct[pair], dc[pair]);
+      const int b = mine.row(i);
+      if (b >= active) break;
+      const int row = start + offset[i];
+      const bool zero = steps.resets(row);
+      inputs[i].backward(columns, row, H, zero, dh[i], dc[i], dgates[i], direct[i], dc[i]);
       Elem* const to = reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride()) + j;
 #pragma unroll
       for (int gate = 0; gate < G; ++gate)
@@ -118,15 +120,20 @@ __global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).
     exchange.arrive();
     if constexpr (!kOneBlock)
 #pragma unroll
-      for (int i = 0; i < kShape.pairs; ++i) keep(i);
+      for (int i = 0; i < kShape.pairs; ++i) {
+        if (mine.row(i) >= active) break;
+        keep(i);
+      }
+    active_after = active, rows = before;
   }
 
-  if (sequence.T > 0) recur(sequence.T - 1);
-  for (int pair = thread; pair < pairs; pair += kShape.threads()) {
-    const int j = place.first_unit + pair % place.units;
-    const int64_t batch = sequence.batch(place.first_row + pair / place.units);
-    d.dh[batch][j] = store<S>(dh[pair]);
-    if constexpr (Cell::kCellState) d.dc[batch][j] = store<S>(dc[pair]);
+  if (steps.T > 0) recur(steps.T - 1, active_after);
+#pragma unroll
+  for (int i = 0; i < kShape.pairs; ++i) {
+    if (mine.row(i) >= place.rows) break;
+    const int batch = steps.batch(mine.row(i));
+    d.dh[batch][j] = store<S>(dh[i]);
+    if constexpr (Cell::kCellState) d.dc[batch][j] = store<S>(dc[i]);
   }
 }
 

@@ -17,75 +17,74 @@ struct PersistentForward {
 };
 
 template <class Cell, class M, Form kForm>
-__global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).threads(), 1)
+__global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kGates).threads(), 1)
     persistent_forward(const PersistentForward<typename M::Storage> p) {
   using S = typename M::Storage;
   using Elem = typename M::Elem;
   using Math = MathOf<S>;
   constexpr int G = Cell::kGates;
-  constexpr Shape kShape = shape_of(kForm, M::kArithmetic, G);
-  constexpr bool kOneBlock = kForm == Form::kSingle;
+  constexpr Shape kShape = shape_of(kForm, true, M::kArithmetic, G);
+  constexpr bool kOneBlock = kForm == Form::kOneBlock;
   const Geometry& g = p.geometry;
-  const Sequence& sequence = p.problem.sequence;
-  const int H = int(p.problem.H), thread = int(threadIdx.x);
-  const Place place(g, H, int(sequence.B));
+  const int H = int(p.problem.H), units = kOneBlock ? H : units_of(kShape, G);
+  const Place place(g, units, H, int(p.problem.sequence.B));
+  const Steps steps(p.problem.sequence, place, place.direction == 1);
+  const Share mine(units, place, kShape.threads());
+  const int j = place.first_unit + mine.unit;
   const ForwardDirection<S>& d = p.problem.direction[place.direction];
-  const Rows<const S> gates_x = p.gates_x[place.direction];
-  const int pairs = place.units * place.rows;
+  const Column<const S> gates_x(p.gates_x[place.direction], j);
+  const Column<S> y(d.y, j), saved_gates(d.saved, j), saved_c(d.saved_c, j);
 
-  const SharedMemory offsets = shared_memory(kShape, g);
+  const SharedMemory offsets = shared_memory(kForm, kShape, g);
   float* const partial = dev::shared<float>(offsets.partial);
-  float* const bias = dev::shared<float>(offsets.bias);
-  float* const h = dev::shared<float>(offsets.h);
-  float* const c = dev::shared<float>(offsets.c);
   char* const here = kOneBlock ? dev::shared<char>(offsets.exchange) : nullptr;
   const Exchange<kOneBlock> exchange(g, place, p.exchange, here, p.arrived);
 
-  const auto time = [&](int64_t step) { return place.direction == 0 ? step : sequence.T - 1 - step; };
-  const auto publish = [&](int64_t step, int b, int unit, float value) {
-    const bool zero = sequence.resets_if_any(time(step), place.first_row + b);
-    reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride())[place.first_unit + unit] =
-        M::element(zero ? 0.f : value);
-  };
-
   if (kOneBlock) {
-    for (int i = thread; i < 2 * g.exchange_bytes() / 4; i += kShape.threads())
+    for (int i = int(threadIdx.x); i < 2 * g.exchange_bytes() / 4; i += kShape.threads())
       reinterpret_cast<uint32_t*>(here)[i] = 0;
     __syncthreads();
   }
-  WarpTiles<M, kShape> tiles(g, dev::shared<char>(offsets.weights));
-  // Row r of the block is gate r / units of unit r % units.
+  WarpTiles<M, kShape, kOneBlock> tiles(g, dev::shared<char>(offsets.weights),
+                                        dev::shared<char>(offsets.stage));
+  // Row r of the block is gate r % G of unit r / G.
   tiles.load([&](int row, int chunk, int word) {
-    const int gate = row / g.units, unit = row % g.units, k = M::number(chunk, word);
-    const bool inside = gate < G && unit < place.units;
+    const int gate = row % G, unit = row / G, k = M::number(chunk, word);
+    const bool inside = unit < place.units;
     const S* const from = d.weights.w_hh[int64_t(gate) * H + place.first_unit + unit];
     return M::pack([&](int i) { return inside && k + i < H ? load(from[k + i]) : 0.f; });
   });
-  for (int row = thread; row < G * g.units; row += kShape.threads()) {
-    const int gate = row / g.units, unit = row % g.units;
-    bias[row] =
-        d.weights.b_hh && unit < place.units ? load(d.weights.b_hh[gate * H + place.first_unit + unit]) : 0.f;
-  }
-  for (int pair = thread; pair < pairs; pair += kShape.threads()) {
-    const int unit = pair % place.units, b = pair / place.units, j = place.first_unit + unit;
-    const int64_t batch = sequence.batch(place.first_row + b);
-    h[pair] = load(d.h0[batch][j]);
-    if constexpr (Cell::kCellState) c[pair] = load(d.c[batch][j]);
-    publish(0, b, unit, h[pair]);
+
+  // Of each pair of the thread:
+  int offset[kShape.pairs];  // its row, counted from the first one of a step
+  float h[kShape.pairs], c[kShape.pairs], bias[G];
+  const auto publish = [&](int step, int i) {
+    const int b = mine.row(i);
+    reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride())[j] =
+        M::element(steps.resets_if_any(step, b, offset[i]) ? 0.f : h[i]);
+  };
+#pragma unroll
+  for (int gate = 0; gate < G; ++gate)
+    bias[gate] = d.weights.b_hh && mine.row(0) < place.rows ? load(d.weights.b_hh[gate * H + j]) : 0.f;
+#pragma unroll
+  for (int i = 0; i < kShape.pairs; ++i) {
+    if (mine.row(i) >= place.rows) break;
+    const int batch = steps.batch(mine.row(i));
+    offset[i] = steps.offset(mine.row(i));
+    h[i] = load(d.h0[batch][j]);
+    c[i] = Cell::kCellState ? load(d.c[batch][j]) : 0.f;
+    publish(0, i);
   }
   exchange.arrive();
 
-  for (int64_t step = 0; step < sequence.T; ++step) {
-    const int64_t t = time(step);
-    const int active = int(sequence.rows(t)) - place.first_row;
+  for (int step = 0; step < steps.T; ++step) {
+    const auto [start, active] = steps.at(step);
     // The input's gates come from far: they are on their way while the blocks meet.
     S input[kShape.pairs][G];
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
-      const int pair = thread + i * kShape.threads(), b = pair / place.units;
-      if (pair >= pairs || b >= active) continue;
-      const S* const from =
-          gates_x[sequence.row(t, place.first_row + b)] + place.first_unit + pair % place.units;
+      if (mine.row(i) >= active) break;
+      const S* const from = &gates_x[start + offset[i]];
 #pragma unroll
       for (int gate = 0; gate < G; ++gate) input[i][gate] = from[gate * H];
     }
@@ -96,47 +95,45 @@ __global__ void __launch_bounds__(shape_of(kForm, M::kArithmetic, Cell::kGates).
     float saved[kShape.pairs][larger(Cell::kSaved, 1)];
     // What no other block waits for: said to have arrived before it is stored.
     const auto keep = [&](int i) {
-      const int pair = thread + i * kShape.threads(), b = pair / place.units;
-      if (pair >= pairs || b >= active) return;
-      const int j = place.first_unit + pair % place.units;
-      const int64_t row = sequence.row(t, place.first_row + b);
-      d.y[row][j] = store<S>(h[pair]);
-      if (d.saved)
+      const int row = start + offset[i];
+      y[row] = store<S>(h[i]);
+      if (saved_gates) {
+        S* const to = &saved_gates[row];
 #pragma unroll
-        for (int s = 0; s < Cell::kSaved; ++s) d.saved[row][s * H + j] = store<S>(saved[i][s]);
-      if (Cell::kCellState && d.saved_c) d.saved_c[row][j] = store<S>(c[pair]);
+        for (int s = 0; s < Cell::kSaved; ++s) to[s * H] = store<S>(saved[i][s]);
+      }
+      if (Cell::kCellState && saved_c) saved_c[row] = store<S>(c[i]);
     };
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
-      const int pair = thread + i * kShape.threads(), b = pair / place.units, unit = pair % place.units;
-      if (pair >= pairs) continue;
+      const int b = mine.row(i);
+      if (b >= place.rows) break;
       if (b < active) {
         float x[G], a[G];
+        total<kShape, kOneBlock>(a, g, partial, mine.unit, b);
 #pragma unroll
-        for (int gate = 0; gate < G; ++gate) {
-          const int row = gate * g.units + unit;
-          x[gate] = load(input[i][gate]);
-          a[gate] = total<kShape>(g, partial, row, b) + bias[row];
-        }
-        const bool zero = sequence.resets(t, place.first_row + b);
-        float cell_state = Cell::kCellState && !zero ? c[pair] : 0.f;
-        h[pair] = Cell::template forward<Math>(x, a, zero ? 0.f : h[pair], cell_state, saved[i]);
-        c[pair] = cell_state;
+        for (int gate = 0; gate < G; ++gate) x[gate] = load(input[i][gate]), a[gate] += bias[gate];
+        if (steps.resets(start + offset[i])) h[i] = c[i] = 0;
+        h[i] = Cell::template forward<Math>(x, a, h[i], c[i], saved[i]);
       }
-      publish(step + 1, b, unit, h[pair]);
-      if constexpr (kOneBlock) keep(i);
+      publish(step + 1, i);
+      if (kOneBlock && b < active) keep(i);
     }
     exchange.arrive();
     if constexpr (!kOneBlock)
 #pragma unroll
-      for (int i = 0; i < kShape.pairs; ++i) keep(i);
+      for (int i = 0; i < kShape.pairs; ++i) {
+        if (mine.row(i) >= active) break;
+        keep(i);
+      }
   }
 
-  for (int pair = thread; pair < pairs; pair += kShape.threads()) {
-    const int j = place.first_unit + pair % place.units;
-    const int64_t batch = sequence.batch(place.first_row + pair / place.units);
-    d.h_n[batch][j] = store<S>(h[pair]);
-    if constexpr (Cell::kCellState) d.c[batch][j] = store<S>(c[pair]);
+#pragma unroll
+  for (int i = 0; i < kShape.pairs; ++i) {
+    if (mine.row(i) >= place.rows) break;
+    const int batch = steps.batch(mine.row(i));
+    d.h_n[batch][j] = store<S>(h[i]);
+    if constexpr (Cell::kCellState) d.c[batch][j] = store<S>(c[i]);
   }
 }
 

@@ -145,15 +145,18 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
   if (b >= p.sequence.rows(p.t)) return;
   const int64_t row = p.sequence.row(p.t, b);
   const bool zero = p.sequence.resets(p.t, b);
-  BackwardDirection<S> d = p.direction;
-  if (p.dh_hidden) d.dy = {}, d.dh_rows = {};  // they have been in the complete gradient
+  BackwardDirection<S> direction = p.direction;
+  if (p.dh_hidden) direction.dy = {}, direction.dh_rows = {};  // they have been in the complete gradient
+  const BackwardColumns<S> d(direction, j);
+  const int64_t before = p.reverse ? p.t + 1 : p.t - 1;
+  const bool begins = before < 0 || before >= p.sequence.T || p.sequence.rows(before) <= b;
   StepInputs<Cell, S> inputs;
-  inputs.fetch(p.sequence, d, p.t, b, int(j), p.H, p.reverse);
+  inputs.fetch(d, row, begins ? -1 : p.sequence.row(before, b), p.sequence.batch(b), int(p.H));
   Acc<S> dgates[Cell::kGradients], dh_prev{}, dc_prev{};
-  inputs.backward(d, row, int(j), p.H, zero, load(p.dh_hidden ? p.dh_hidden[i] : p.dh[i]),
+  inputs.backward(d, row, int(p.H), zero, load(p.dh_hidden ? p.dh_hidden[i] : p.dh[i]),
                   Cell::kCellState ? p.dc[i] : Acc<S>{}, dgates, dh_prev, dc_prev);
 #pragma unroll
-  for (int e = 0; e < Cell::kGradients; ++e) d.dgates[row][e * p.H + j] = store<S>(dgates[e]);
+  for (int e = 0; e < Cell::kGradients; ++e) (&d.dgates[row])[e * p.H] = store<S>(dgates[e]);
 #pragma unroll
   for (int gate = 0; gate < Cell::kGates; ++gate)
     p.dgates_h[(b * Cell::kGates + gate) * p.H + j] =

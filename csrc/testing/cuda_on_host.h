@@ -144,9 +144,11 @@ inline f16 from_float<f16>(float v) {
 /// To the nearest with 10 bits of mantissa, away from zero where two are near.
 inline float to_tf32(float v) { return v != v ? v : as_float((bits(v) + 0x1000) & ~0x1fffu); }
 
-inline float exp_fast(float v) { return expf(v); }
-/// __fdividef: its quotient is 0 where b is beyond 2^126.
-inline float div_fast(float a, float b) { return fabsf(b) > 0x1p126f ? a * 0 : a / b; }
+inline float exp2_fast(float v) { return exp2f(v); }
+inline float reciprocal(float v) { return fabsf(v) > 0x1p126f ? copysignf(0, v) : 1 / v; }
+
+inline const char* opaque(const char* p) { return p; }
+inline int warp_index() { return int(threadIdx.x) / 32; }
 
 template <class T>
 T* shared(size_t offset, FASTRNN_PLACE) {

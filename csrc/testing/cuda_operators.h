@@ -34,16 +34,18 @@ struct HostDevice {
     std::memcpy(copy.mutable_data_ptr(), numbers, size_t(count) * sizeof(int64_t));
     return copy;
   }
+  void clear(void* memory, int64_t bytes) const { std::memset(memory, 0, size_t(bytes)); }
 };
 
 /// The operator's schema, with the device's arguments after its own.
 std::string with_device(std::string schema) {
-  return schema.insert(schema.find(") ->"),
-                       ", bool tf32, int multiprocessors, int shared_bytes, int order, int seed");
+  return schema.insert(
+      schema.find(") ->"),
+      ", bool tf32, int multiprocessors, int shared_bytes, bool one_block, int order, int seed");
 }
 
-HostDevice host(int64_t multiprocessors, int64_t shared_bytes, int64_t order, int64_t seed) {
-  return {{int(multiprocessors), int(shared_bytes)},
+HostDevice host(int64_t multiprocessors, int64_t shared_bytes, bool one_block, int64_t order, int64_t seed) {
+  return {{int(multiprocessors), int(shared_bytes), one_block},
           {static_cast<testing::Schedule::Order>(order), uint64_t(seed)}};
 }
 
@@ -52,10 +54,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
     Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
     const MaybeTensor& reset, bool batch_first, bool save, bool tf32, int64_t multiprocessors,
-    int64_t shared_bytes, int64_t order, int64_t seed) {
+    int64_t shared_bytes, bool one_block, int64_t order, int64_t seed) {
   const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
                                batch_first, save);
-  HostDevice device = host(multiprocessors, shared_bytes, order, seed);
+  HostDevice device = host(multiprocessors, shared_bytes, one_block, order, seed);
   Driver<HostDevice, Cell>(device, tf32).forward(call);
   return call.results();
 }
@@ -66,10 +68,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
     const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
     const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep, bool tf32,
-    int64_t multiprocessors, int64_t shared_bytes, int64_t order, int64_t seed) {
+    int64_t multiprocessors, int64_t shared_bytes, bool one_block, int64_t order, int64_t seed) {
   const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
                                 batch_sizes, lengths, reset, batch_first, keep);
-  HostDevice device = host(multiprocessors, shared_bytes, order, seed);
+  HostDevice device = host(multiprocessors, shared_bytes, one_block, order, seed);
   Driver<HostDevice, Cell>(device, tf32).backward(call);
   return call.results();
 }
