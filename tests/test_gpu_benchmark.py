@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -19,6 +20,17 @@ import gpu_model  # noqa: E402
 from gpu_model import Scan, count, predict  # noqa: E402
 
 from fastrnn.bench.cases import Case  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def precision_is_restored():
+    """The benchmark sets torch's precisions for its whole process."""
+    flags = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = [flag.fp32_precision for flag in flags]
+    yield
+    for flag, precision in zip(flags, before, strict=True):
+        flag.fp32_precision = precision
+
 
 # ---- The benchmark -----------------------------------------------------------------------------------
 
