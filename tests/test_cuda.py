@@ -101,8 +101,8 @@ def assert_close(numbers: str, found: dict, exact: dict) -> None:
 def check_module(config: Configuration, numbers: str) -> None:
     """fastrnn on the device in these numbers against torch.nn in float64, both from the same rounded ones.
     What lies beyond the limits must be as hard for torch.nn in the same numbers: units at their bounds have
-    derivatives of which rounding leaves little. cuDNN takes tf32 only in layers of some size: there torch.nn is
-    asked in f16, which has as many digits."""
+    derivatives of which rounding leaves little. Of tf32, which cuDNN takes only in layers of some size,
+    torch.nn is asked in f16, which has as many digits."""
     dtype = compute_in(numbers)
     theirs, ours = parity.make_modules(config)
     ours = ours.to(DEVICE, dtype)
@@ -244,7 +244,7 @@ def test_derivatives_are_those_of_the_function(kind):
 @pytest.mark.skipif(WHERE == "cpu", reason="tests/test_math.py is about those of the CPU")
 @pytest.mark.parametrize("function", ["tanh", "sigmoid"])
 def test_activations_are_within_8_ulp_and_exact_at_their_ends(function):
-    """tanh as an RNN of one unit; sigmoid as the update gate of a GRU, whose new gate is 0 and whose h was 1."""
+    """tanh as an RNN of one unit; sigmoid as the update gate of a GRU whose new gate is 0 and whose h was 1."""
     numbers = torch.logspace(-30, 2.3, 4000)
     # An infinite input would make no number of the gates that are to be 0.
     end = 3e38 if function == "sigmoid" else torch.inf
