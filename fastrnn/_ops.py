@@ -89,7 +89,7 @@ def _register_fakes(name: str) -> None:
 def products_of_torch(
     cell, dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights
 ):
-    """The operator ``fastrnn::<cell>_products`` on CUDA, where torch's own products are the fastest there are.
+    """The operator ``fastrnn::<cell>_products`` on CUDA: torch's own products are the fastest there.
     Like ``_composed_products``, without its copies of what is as large as the sequence."""
     D, B, P = h0.shape
     nothing = dgates.new_empty(0)

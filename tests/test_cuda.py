@@ -244,7 +244,7 @@ def test_derivatives_are_those_of_the_function(kind):
 @pytest.mark.skipif(WHERE == "cpu", reason="tests/test_math.py is about those of the CPU")
 @pytest.mark.parametrize("function", ["tanh", "sigmoid"])
 def test_activations_are_within_8_ulp_and_exact_at_their_ends(function):
-    """tanh as an RNN of one unit; sigmoid as the update gate of a GRU whose new gate is 0 and whose h was 1."""
+    """tanh as an RNN of one unit; sigmoid as the update gate of a GRU whose new gate is 0 and h was 1."""
     numbers = torch.logspace(-30, 2.3, 4000)
     # An infinite input would make no number of the gates that are to be 0.
     end = 3e38 if function == "sigmoid" else torch.inf
