@@ -57,7 +57,7 @@ QUICK = [*_cases((5, 3, 4, 8), numbers=("f32",)), *_cases((5, 3, 4, 8), numbers=
 def jobs(quick: bool, globs: list[str]) -> list[Job]:
     known = [
         (replace(case, dropout=0.0, dtype=DTYPES[numbers]), numbers)
-        for numbers in ("bf16", "f16", "tf32", "f32")
+        for numbers in ("bf16", "tf32", "f32")  # f16 is as fast as bf16
         for case in CASES
         if case.group in ("dense", "stack", "packed") and case.dtype is torch.float32
     ]

@@ -19,7 +19,7 @@ from fastrnn.bench.cases import GATES, Case
 
 # ---- An H200, SXM. Sources: [D] NVIDIA's data sheets of H100 and H200; [W] NVIDIA's Hopper white paper;
 # [M] Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking", arXiv 2501.12084;
-# [C] chipsandcheese.com, "Nvidia's H100: Funny L2, and Tons of Bandwidth"; [A] assumed, to be measured.
+# [C] chipsandcheese.com, "Nvidia's H100: Funny L2, and Tons of Bandwidth"; [A] assumed; [N] measured on an H100 (NOTES.md).
 MULTIPROCESSORS, SHARED_BYTES = 132, 227 << 10  # [W]
 CLOCK = 1.755e9  # [D] Hz: 989 TFLOP/s of bf16 are 4096 operations a cycle of 132 multiprocessors at 1.83 GHz
 HBM = 4.8e12  # [D] bytes/s
@@ -31,7 +31,8 @@ MMA_LATENCY = 33  # [M] cycles from one mma.sync to the next one that adds to it
 MMA_CYCLES = 1.65  # [M] of a multiprocessor, for one mma.sync of 16 x 8 x 16 (62 % of wgmma's rate)
 FMA_LANES = 128  # [W] of a multiprocessor and cycle
 FMA_SHARE = 0.7  # [A] of the cycles, beside the loads
-MEETING = 0.7e-6  # [A] s from the last release to the last acquire that sees it: two trips to L2 and a store
+MEETING = 1.2e-6  # [N] s from the last release to the last acquire that sees it: two trips to L2 and a store
+ALONE = 0.4e-6  # [N] s of a step that has nothing to wait for: addresses and two __syncthreads
 STEP_PRODUCT = 5e-6  # [A] s of a launch of torch's product and of a kernel behind it, in a loop of the host's
 
 NUMBERS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
@@ -142,7 +143,7 @@ def predict(scan: Scan, g: Geometry) -> Prediction:
     counts = count(scan, g)
     one = g.blocks == 1
     grid = g.blocks * g.replicas * scan.directions
-    meeting = 0.03e-6 if one else MEETING  # [A] __syncthreads twice
+    meeting = ALONE if one else MEETING
     from_l2 = counts.l2_bytes / grid
     fetch = 0 if one else L2_LATENCY + max(counts.l2_bytes / L2, from_l2 / ISSUED)
     tiles = g.batch // 8
@@ -154,7 +155,7 @@ def predict(scan: Scan, g: Geometry) -> Prediction:
         product = max(chain, counts.mma_block * MMA_CYCLES) / CLOCK
     product += counts.shared_bytes / SHARED_BANDWIDTH
     # [A] of a pair: 10 cycles for each partial sum, 150 for the activations, one warp beside the other.
-    rounds = -(-g.batch * g.units // (32 * g.warps))
+    rounds = -(-g.rows * g.units // (32 * g.warps))
     partial_sums = (GATES[scan.cell] if scan.forward else 1) * g.depth_warps
     cell = rounds * (10 * partial_sums + 150) / CLOCK
     far = counts.hbm_bytes / HBM
