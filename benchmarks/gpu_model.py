@@ -19,7 +19,8 @@ from fastrnn.bench.cases import GATES, Case
 
 # ---- An H200, SXM. Sources: [D] NVIDIA's data sheets of H100 and H200; [W] NVIDIA's Hopper white paper;
 # [M] Luo et al., "Dissecting the NVIDIA Hopper Architecture through Microbenchmarking", arXiv 2501.12084;
-# [C] chipsandcheese.com, "Nvidia's H100: Funny L2, and Tons of Bandwidth"; [A] assumed; [N] measured on an H100 (NOTES.md).
+# [C] chipsandcheese.com, "Nvidia's H100: Funny L2, and Tons of Bandwidth"; [A] assumed;
+# [N] measured on an H100 (NOTES.md).
 MULTIPROCESSORS, SHARED_BYTES = 132, 227 << 10  # [W]
 CLOCK = 1.755e9  # [D] Hz: 989 TFLOP/s of bf16 are 4096 operations a cycle of 132 multiprocessors at 1.83 GHz
 HBM = 4.8e12  # [D] bytes/s
