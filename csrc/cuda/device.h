@@ -35,7 +35,7 @@ class CudaDevice {
  public:
   explicit CudaDevice(const Tensor& like) : index_(like.get_device_index()), guard_(index_) {
     void* stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_cuda.current_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(torch_cuda.current_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
     limits = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
   }
@@ -62,10 +62,10 @@ class CudaDevice {
   }
 
   void multiply(Tensor& out, const Tensor& a, const Tensor& b) const {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_cuda.mm_out(out.get(), a.get(), b.get()));
+    TORCH_ERROR_CODE_CHECK(torch_cuda.mm_out(out.get(), a.get(), b.get()));
   }
   void multiply_add(Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b) const {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_cuda.addmm_out(out.get(), addend.get(), a.get(), b.get(), 1.0, 1.0));
+    TORCH_ERROR_CODE_CHECK(torch_cuda.addmm_out(out.get(), addend.get(), a.get(), b.get(), 1.0, 1.0));
   }
 
   /// int64 numbers of the host on the device. They are gone before a captured graph is replayed.

@@ -23,11 +23,10 @@ struct HostDevice {
     testing::run(launch, [&] { kernel(parameters); });
   }
   void multiply(Tensor& out, const Tensor& a, const Tensor& b) const {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
   }
   void multiply_add(Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b) const {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(out.get(), addend.get(), a.get(), b.get(), 1.0, 1.0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), addend.get(), a.get(), b.get(), 1.0, 1.0));
   }
   Tensor copy(const int64_t* numbers, int64_t count) const {
     Tensor copy = torch::stable::empty({count}, torch::headeronly::ScalarType::Long);
