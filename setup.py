@@ -12,7 +12,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
-from setuptools.modified import newer_group
+
+try:
+    from setuptools.modified import newer_group
+except ModuleNotFoundError:
+    sys.exit("fastrnn: building needs setuptools>=77; update it, or build without --no-build-isolation.")
 
 if sys.platform != "linux":
     sys.exit(f"fastrnn: builds on Linux only so far, not on {sys.platform}.")
