@@ -25,6 +25,12 @@ def beside(peer: str, records: list[Record]) -> str:
     return f"{geometric_mean(ratios):.2f}, {min(ratios):.2f}" if ratios else ""
 
 
+def machine(environment: dict) -> str:
+    if "device" in environment:
+        return f"{environment['device']}, against cuDNN {environment['cudnn']}"
+    return f"{environment['cpu']} ({environment['kernels']} kernels)"
+
+
 def conditions(environment: dict) -> str:
     """What was not as on an ordinary run: such figures are honest only together with it."""
     parts = [f"`{name}={value}`" for name, value in environment.get("variables", {}).items()]
@@ -39,7 +45,7 @@ def table(results: Results) -> str:
     peers = sorted({peer for record in results.records for peer in record.ratios} - {RIVAL})
     more = "".join(f" {peer}: mean, worst |" for peer in peers)
     lines = [
-        f"Measured on {environment['cpu']} ({environment['kernels']} kernels), torch {environment['torch']}, "
+        f"Measured on {machine(environment)}, torch {environment['torch']}, "
         f"{str(environment['date'])[:10]}{conditions(environment)}.",
         "",
         f"| class | threads | shapes | mean | best | worst | slower than torch.nn |{more}",
@@ -51,7 +57,7 @@ def table(results: Results) -> str:
         records = sorted(members, key=lambda record: record.ratios[RIVAL].median)
         ratios = [record.ratios[RIVAL].median for record in records]
         losses = sum(ratio < 1 for ratio in ratios)
-        cells = [group, threads, len(ratios), f"**{geometric_mean(ratios):.2f}**"]
+        cells = [group, threads or "", len(ratios), f"**{geometric_mean(ratios):.2f}**"]
         cells += [describe(records[-1]), describe(records[0]), losses or "none"]
         cells += [beside(peer, records) for peer in peers]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")

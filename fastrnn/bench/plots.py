@@ -39,7 +39,8 @@ def plot_ratios(results: Results, path: Path) -> None:
 
 
 def _label(record: Record) -> str:
-    return f"{record.case} {record.mode} ({record.threads}{'!' if record.disturbed else ''})"
+    notes = f"{record.threads or ''}{'!' if record.disturbed else ''}"  # on a device there are no threads
+    return f"{record.case} {record.mode}" + (f" ({notes})" if notes else "")
 
 
 def plot_curves(curves: dict[str, dict[int, Record]], path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -68,8 +68,10 @@ class Results:
 
 
 def _record(entry: dict) -> Record:
+    """Without what benchmarks/gpu.py knows besides."""
+    known = {f.name: entry[f.name] for f in fields(Record) if f.name in entry}
     ratios = {name: Quartiles(**quartiles) for name, quartiles in entry["ratios"].items()}
-    return Record(**{**entry, "ratios": ratios})
+    return Record(**{**known, "ratios": ratios})
 
 
 def describe_environment(peaks: dict[int, Peak]) -> dict[str, object]:
