@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
 
   // Of each pair of the thread: its row, counted from the first one of a step; dL/dh and dL/dc by way of the
   // later steps; and dL/dh beside the product.
-  int offset[kShape.pairs];
-  float dh[kShape.pairs], dc[kShape.pairs], direct[kShape.pairs] = {};
+  int offset[kShape.pairs] = {};
+  float dh[kShape.pairs] = {}, dc[kShape.pairs] = {}, direct[kShape.pairs] = {};
 #pragma unroll
   for (int i = 0; i < kShape.pairs; ++i) {
     if (mine.row(i) >= place.rows) break;

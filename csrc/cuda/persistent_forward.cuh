@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
   });
 
   // Of each pair of the thread:
-  int offset[kShape.pairs];  // its row, counted from the first one of a step
-  float h[kShape.pairs], c[kShape.pairs], bias[G];
+  int offset[kShape.pairs] = {};  // its row, counted from the first one of a step
+  float h[kShape.pairs] = {}, c[kShape.pairs] = {}, bias[G];
   const auto publish = [&](int step, int i) {
     const int b = mine.row(i);
     reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride())[j] =
