@@ -28,9 +28,9 @@ class Columns {
                                bool accumulate) const {
     const int vectors = blocks_.vectors(block);
     if (packed(block))
-      multiply_rows<S>(a, n, K_, panel(block), vectors * kLanes<S>, vectors, c, ldc, accumulate);
+      FASTRNN_ISA::multiply<S>(a, n, K_, panel(block), vectors, c, ldc, accumulate);
     else
-      multiply_rows<S>(a, n, K_, w_.data + block * kBlock<S>, w_.stride, vectors, c, ldc, accumulate);
+      multiply_rows<S>(a, n, K_, w_.data + block * kBlock<S>, w_.stride, kBlock<S>, vectors, c, ldc, accumulate);
   }
 
  private:

@@ -19,8 +19,10 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   static constexpr int64_t kWidth = G * kBlock<S>, kProductWidth = kProducts * kBlock<S>;
   // Rows whose products for one block are kept at a time: about 24 KB.
   static constexpr int64_t kChunk = 48;
-  // Rows that a product with x wants at least, from as many steps as it takes.
-  static constexpr int64_t kInputRows = 2 * kTileRows;
+  // Bytes of weights that a cache still gives sooner than memory.
+  static constexpr int64_t kNear = 16 << 20;
+  // Rows that a product with x wants at least, from as many steps as it takes; and where W comes from memory.
+  static constexpr int64_t kInputRows = 2 * kTileRows, kFarInputRows = 96;
 
  public:
   FASTRNN_INLINE explicit Forward(const ForwardProblem<S>& given)
@@ -37,7 +39,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     if (sequence.T == 0 || sequence.B == 0) return true;
     const int64_t most = this->most_rows();
     turns_ = turning_pays();
-    steps_at_once_ = turns_ || most >= kInputRows ? 1 : min(sequence.T, (kInputRows + most - 1) / most);
+    far_ = (problem.I + problem.P) * kWidth * units.count() * int64_t(sizeof(S)) > kNear;
+    const int64_t wanted = far_ ? kFarInputRows : kInputRows;
+    steps_at_once_ = turns_ ? 1 : min(sequence.T, (wanted + most - 1) / most);
     const Scratch scratch([this](Memory& memory) { lay_out(memory); });
     if (scratch.failed()) return false;
     this->Base::run(*this, problem.projected ? 2 * sequence.T : sequence.T);
@@ -75,11 +79,12 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   };
 
   /// Turning x and h and the products beside packing W: numbers moved, once a step against once a call. And
-  /// a row that is missing in the last register of rows costs as much as one that is there.
+  /// a row that is missing in the last register of rows costs as much as one that is there, and tiles of one
+  /// register keep the multipliers busy only if they have many rows.
   bool turning_pays() const {
     constexpr int64_t L = kLanes<S>;
     const int64_t rows = this->most_rows(), K = problem.I + problem.P, GH = G * problem.H;
-    return !problem.packed && 4 * rows >= 3 * ((rows + L - 1) / L * L) &&
+    return !problem.packed && (rows > L || kTileRows >= 8) && 4 * rows >= 3 * ((rows + L - 1) / L * L) &&
            3 * sequence.T * rows * (K + 2 * GH) <= 2 * K * GH;
   }
 
@@ -240,7 +245,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void gate_product(const Operand& a, int64_t n, const W* panel, const Rows<const S>& w, int64_t block,
                     int gate, S* c, bool accumulate) {
     const int64_t ldc = kProducts * width_of(block);
-    if (panel) return multiply<S>(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate);
+    if (panel) return multiply<S>(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate, far_);
     const Rows<const S> rows{w[gate * problem.H + block * kBlock<S>], w.stride};
     if (a.turned)
       multiply_turned<S>(a.turned, static_cast<int>(n), a.K, rows, units.in_block(block), c, ldc, accumulate);
@@ -348,7 +353,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     if (dir.saved_c) __builtin_memset(dir.saved_c[row], 0, problem.H * sizeof(S));
   }
 
-  bool turns_ = false;
+  bool turns_ = false, far_ = false;
   S *h_ = nullptr, *m_ = nullptr, *x_ = nullptr, *products_ = nullptr, *turned_ = nullptr;
   int64_t h_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0, steps_at_once_ = 1;
   Panels panels_[kMaxDirections];

@@ -58,11 +58,17 @@ FASTRNN_INLINE void load_weights(const W* p, V<S>* weights) {
   }
 }
 
+// Whether a tile brings what is multiplied next into the L2 cache on its way. The processor's own prefetchers do not
+// follow a stream that stops at every page and waits for several rows; one line a step costs little beside four rows.
+// Fewer rows pay for it where the weights are far, and a step is not two whole lines, which they do follow.
+constexpr bool fetches_ahead(int rows, bool far) { return rows >= 4 || (far && kVectorBytes < 64); }
+
 // C[MR, NV registers] (+)= A[MR, K] B[K, NV registers]. Element (i, k) of A is a[i * lda + k], or a[k * MR +
 // i] when its columns are packed. Few rows split K over several sums, so that the latency of one addition is
-// hidden.
-template <int MR, int NV, bool kPackedColumns, class S, class W>
-void tile(const S* a, int64_t lda, const W* b, int64_t ldb, int64_t K, S* c, int64_t ldc, bool accumulate) {
+// hidden. ahead: what is multiplied next, as far apart as B; or anything that is near.
+template <int MR, int NV, bool kPackedColumns, bool kAhead, class S, class W>
+void tile(const S* a, int64_t lda, const W* b, int64_t ldb, int64_t K, S* c, int64_t ldc, bool accumulate,
+          const W* ahead) {
   constexpr int kSplit = MR * NV >= 8 ? 1 : MR * NV >= 4 ? 2 : 4;
   V<S> acc[kSplit][MR][NV];
   for (int s = 0; s < kSplit; ++s)
@@ -73,6 +79,9 @@ void tile(const S* a, int64_t lda, const W* b, int64_t ldb, int64_t K, S* c, int
   const auto step = [&](int s, int64_t k) FASTRNN_LAMBDA_INLINE {
     V<S> weights[NV];
     load_weights<NV, S>(b + k * ldb, weights);
+    if constexpr (kAhead)
+      for (int byte = 0; byte < NV * kVectorBytes; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead + k * ldb) + byte, 0, 2);
     // Keeps the weights in a register: gcc would load them again for each row of the tile.
     if constexpr (MR > 1)
       for (int v = 0; v < NV; ++v) FASTRNN_KEEP(weights[v]);
@@ -95,37 +104,45 @@ void tile(const S* a, int64_t lda, const W* b, int64_t ldb, int64_t K, S* c, int
 }
 
 template <class S, class W>
-using Tile = void (*)(const S*, int64_t, const W*, int64_t, int64_t, S*, int64_t, bool);
+using Tile = void (*)(const S*, int64_t, const W*, int64_t, int64_t, S*, int64_t, bool, const W*);
 
-template <class S, class W, bool kPackedColumns, int MR = kTileRows>
+template <class S, class W, bool kPackedColumns, bool kFar = false, int MR = kTileRows>
 FASTRNN_INLINE Tile<S, W> tile_for(int rows, int vectors) {
-  if (MR > 1 && rows < MR) return tile_for<S, W, kPackedColumns, MR == 1 ? 1 : MR - 1>(rows, vectors);
-  return vectors == 2 ? tile<MR, 2, kPackedColumns, S, W> : tile<MR, 1, kPackedColumns, S, W>;
+  constexpr bool kAhead = !kPackedColumns && fetches_ahead(MR, kFar);
+  if (MR > 1 && rows < MR) return tile_for<S, W, kPackedColumns, kFar, MR == 1 ? 1 : MR - 1>(rows, vectors);
+  return vectors == 2 ? tile<MR, 2, kPackedColumns, kAhead, S, W> : tile<MR, 1, kPackedColumns, kAhead, S, W>;
 }
 
 // C[n, vectors] (+)= A[n, K] panel[K, vectors]. The rows are dealt evenly to the tiles: 32 rows on 12-row
-// tiles are 11 + 11 + 10, not 12 + 12 + 8.
-template <class S, class W>
-void multiply_rows(Rows<const S> a, int64_t n, int64_t K, const W* panel, int64_t stride, int vectors, S* c,
-                   int64_t ldc, bool accumulate) {
+// tiles are 11 + 11 + 10, not 12 + 12 + 8. next: from this panel to the one that is multiplied after it; the last
+// tile brings it near.
+template <class S, class W, bool kFar = false>
+void multiply_rows(Rows<const S> a, int64_t n, int64_t K, const W* panel, int64_t stride, int64_t next,
+                   int vectors, S* c, int64_t ldc, bool accumulate) {
   const int64_t width = vectors * kLanes<S>, tiles = (n + kTileRows - 1) / kTileRows;
   if (K == 0 && !accumulate)
     for (int64_t i = 0; i < n; ++i) __builtin_memset(c + i * ldc, 0, width * sizeof(S));
   for (int64_t k = 0, depth, passes = (K + kDepth - 1) / kDepth; k < K; k += depth, --passes) {
     depth = (K - k + passes - 1) / passes;
+    const W* const here = panel + k * stride;
     for (int64_t i = 0, left = tiles; left > 0; --left) {
       const int rows = static_cast<int>((n - i + left - 1) / left);
-      tile_for<S, W, false>(rows, vectors)(a[i] + k, a.stride, panel + k * stride, stride, depth, c + i * ldc,
-                                           ldc, accumulate || k > 0);
+      tile_for<S, W, false, kFar>(rows, vectors)(a[i] + k, a.stride, here, stride, depth, c + i * ldc, ldc,
+                                                 accumulate || k > 0, left == 1 ? here + next : here);
       i += rows;
     }
   }
 }
 
+// The same with a panel that another one follows. far: the weights of a step are more than the L2 cache holds.
 template <class S, class W>
 FASTRNN_INLINE void multiply(Rows<const S> a, int64_t n, int64_t K, const W* panel, int vectors, S* c,
-                             int64_t ldc, bool accumulate) {
-  multiply_rows<S>(a, n, K, panel, panel_width<S, W>(vectors), vectors, c, ldc, accumulate);
+                             int64_t ldc, bool accumulate, bool far = false) {
+  const int64_t stride = panel_width<S, W>(vectors), next = K * stride;
+  if (far)
+    multiply_rows<S, W, true>(a, n, K, panel, stride, next, vectors, c, ldc, accumulate);
+  else
+    multiply_rows<S, W, false>(a, n, K, panel, stride, next, vectors, c, ldc, accumulate);
 }
 
 // Transposes kLanes x kLanes numbers: log2(kLanes) perfect shuffles of the registers.

@@ -269,9 +269,9 @@ class Products {
                 bool accumulate) const {
     const int width = vectors * kLanes<S>;
     const auto tile = tile_for<S, S, true>(count, vectors);
-    if (columns == width) return tile(units, 1, panel, width, n, dw.data, dw.stride, accumulate);
+    if (columns == width) return tile(units, 1, panel, width, n, dw.data, dw.stride, accumulate, panel);
     alignas(64) S product[kTall * kBlock<S>];
-    tile(units, 1, panel, width, n, product, width, false);
+    tile(units, 1, panel, width, n, product, width, false, panel);
     for (int i = 0; i < count; ++i)
       each_vector<S>(0, columns, [&](auto io, int64_t u, int64_t offset) {
         const V<S> v = load(product + i * width + offset);
