@@ -30,7 +30,8 @@ class Columns {
     if (packed(block))
       FASTRNN_ISA::multiply<S>(a, n, K_, panel(block), vectors, c, ldc, accumulate);
     else
-      multiply_rows<S>(a, n, K_, w_.data + block * kBlock<S>, w_.stride, kBlock<S>, vectors, c, ldc, accumulate);
+      multiply_rows<S>(a, n, K_, w_.data + block * kBlock<S>, w_.stride, kBlock<S>, vectors, c, ldc,
+                       accumulate);
   }
 
  private:

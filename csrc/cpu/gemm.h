@@ -58,9 +58,10 @@ FASTRNN_INLINE void load_weights(const W* p, V<S>* weights) {
   }
 }
 
-// Whether a tile brings what is multiplied next into the L2 cache on its way. The processor's own prefetchers do not
-// follow a stream that stops at every page and waits for several rows; one line a step costs little beside four rows.
-// Fewer rows pay for it where the weights are far, and a step is not two whole lines, which they do follow.
+// Whether a tile brings what is multiplied next into the L2 cache on its way. The processor's own prefetchers
+// do not follow a stream that stops at every page and waits for several rows; one line a step costs little
+// beside four rows. Fewer rows pay for it where the weights come from memory (far) and a step is not two
+// whole lines, which those do follow.
 constexpr bool fetches_ahead(int rows, bool far) { return rows >= 4 || (far && kVectorBytes < 64); }
 
 // C[MR, NV registers] (+)= A[MR, K] B[K, NV registers]. Element (i, k) of A is a[i * lda + k], or a[k * MR +
@@ -114,8 +115,8 @@ FASTRNN_INLINE Tile<S, W> tile_for(int rows, int vectors) {
 }
 
 // C[n, vectors] (+)= A[n, K] panel[K, vectors]. The rows are dealt evenly to the tiles: 32 rows on 12-row
-// tiles are 11 + 11 + 10, not 12 + 12 + 8. next: from this panel to the one that is multiplied after it; the last
-// tile brings it near.
+// tiles are 11 + 11 + 10, not 12 + 12 + 8. next: from this panel to the one that is multiplied after it; the
+// last tile brings it near.
 template <class S, class W, bool kFar = false>
 void multiply_rows(Rows<const S> a, int64_t n, int64_t K, const W* panel, int64_t stride, int64_t next,
                    int vectors, S* c, int64_t ldc, bool accumulate) {
@@ -134,7 +135,7 @@ void multiply_rows(Rows<const S> a, int64_t n, int64_t K, const W* panel, int64_
   }
 }
 
-// The same with a panel that another one follows. far: the weights of a step are more than the L2 cache holds.
+// The same with a panel that another one follows. far: as in fetches_ahead.
 template <class S, class W>
 FASTRNN_INLINE void multiply(Rows<const S> a, int64_t n, int64_t K, const W* panel, int vectors, S* c,
                              int64_t ldc, bool accumulate, bool far = false) {
