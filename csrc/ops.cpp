@@ -3,6 +3,7 @@
 //
 //   torch.ops.fastrnn.<cell>           one layer: the scan over time of each direction
 //   torch.ops.fastrnn.<cell>_backward  back-propagation through it: gate gradients, never weight gradients
+//   torch.ops.fastrnn.<cell>_backward_in_place  the same, written over what the scan saved
 //   torch.ops.fastrnn.<cell>_products  gradients of weights and input from the gate gradients
 //   torch.ops.fastrnn.<cell>_pack      the weights in the form that the kernels stream, to be kept
 //   torch.ops.fastrnn.<cell>_packed    the scan over time with these
@@ -70,6 +71,8 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   fastrnn::AllCells::each([&]<class Cell>() {
     m.def((std::string(Cell::kName) + fastrnn::kForward).c_str());
     m.def((std::string(Cell::kName) + "_backward" + fastrnn::kBackward).c_str());
+    if constexpr (fastrnn::kInPlace<Cell>)
+      m.def((std::string(Cell::kName) + "_backward_in_place" + fastrnn::backward_in_place()).c_str());
     m.def((std::string(Cell::kName) + "_products" + fastrnn::kProducts).c_str());
     m.def((std::string(Cell::kName) + "_pack" + fastrnn::kPack).c_str());
     m.def((std::string(Cell::kName) + "_packed" + fastrnn::kPacked).c_str());

@@ -60,20 +60,23 @@ def _register_fakes(name: str) -> None:
     def _(w_ih, w_hh, b_ih, b_hh, w_hr, bfloat16):  # how long depends on the processor
         return w_hh[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
-    @torch.library.register_fake(f"fastrnn::{name}_backward")
-    def _(
-        dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, batch_sizes, lengths,
-        reset, batch_first, keep,
+    def scanned_back(
+        in_place, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, batch_sizes,
+        lengths, reset, batch_first, keep,
     ):  # fmt: skip
         D, B, P = h0.shape
         N, H = y.shape[0], w_hh[0].shape[0] // cell.gates
         return (
-            h0.new_empty(D, N, cell.gradients * H),
+            h0.new_empty(0) if in_place else h0.new_empty(D, N, cell.gradients * H),
             h0.new_empty(D, B, P),
             h0.new_empty(D, B, H) if cell.has_c else h0.new_empty(0),
             h0.new_empty(D, N, P) if w_hr or keep else h0.new_empty(0),
             h0.new_empty(D, N, H) if cell.has_c and keep else h0.new_empty(0),
         )
+
+    torch.library.register_fake(f"fastrnn::{name}_backward", partial(scanned_back, False))
+    if cell.in_place:
+        torch.library.register_fake(f"fastrnn::{name}_backward_in_place", partial(scanned_back, True))
 
     @torch.library.register_fake(f"fastrnn::{name}_products")
     def _(dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights):
@@ -137,6 +140,11 @@ _cuda.missing()  # or registers the scans
 _FORWARD = {name: getattr(torch.ops.fastrnn, name).default for name in CELLS}
 _PACKED = {name: getattr(torch.ops.fastrnn, f"{name}_packed").default for name in CELLS}
 _BACKWARD = {name: getattr(torch.ops.fastrnn, f"{name}_backward").default for name in CELLS}
+_IN_PLACE = {
+    name: getattr(torch.ops.fastrnn, f"{name}_backward_in_place").default
+    for name, cell in CELLS.items()
+    if cell.in_place
+}
 _PRODUCTS = {name: getattr(torch.ops.fastrnn, f"{name}_products").default for name in CELLS}
 
 
@@ -185,14 +193,23 @@ class Scan(torch.autograd.Function):
             name, batch_first, keep, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c,
             saved, saved_c, y, h0, c0, *recurrent_weights,
         )  # fmt: skip
+        wants_x, _, _, *wants_weights = ctx.needs_input_grad[7:]
+        wants = _split(tuple(wants_weights), D, bias, projected)
+        if any(wants[4]):
+            hidden = saved[:, :, 3 * saved_c.shape[2] :] * torch.tanh(saved_c)  # before the projection
+
         needed = _is_dual() or _needs_function(arguments[3:])
-        function = _backward_function().apply if needed else ScanBackward.forward
-        dgates, dh0, dc0, dh, dc = function(*arguments)
+        if needed:
+            dgates, dh0, dc0, dh, dc = _backward_function().apply(*arguments)
+        elif cell.in_place and _is_last_use(saved):
+            _, dh0, dc0, dh, dc = _IN_PLACE[name](*_scan_backward_operands(*arguments[1:]))
+            dgates = saved
+            torch.autograd.graph.increment_version(saved)
+        else:
+            dgates, dh0, dc0, dh, dc = ScanBackward.forward(*arguments)
         if keep:
             ctx.listener(dh.detach(), dc.detach())
 
-        wants_x, _, _, *wants_weights = ctx.needs_input_grad[7:]
-        wants = _split(tuple(wants_weights), D, bias, projected)
         any_weights = any(any(want) for want in wants[:4])
         products: Callable = _PRODUCTS[name]
         if needed:
@@ -204,7 +221,7 @@ class Scan(torch.autograd.Function):
         )
         dw_hr = None
         if any(wants[4]):
-            dw_hr = dh.mT @ (saved[:, :, 3 * saved_c.shape[2] :] * torch.tanh(saved_c))
+            dw_hr = dh.mT @ hidden
         flat = [
             gradient[d] if want[d] else None
             for gradient, want in zip((dw_ih, dw_hh, db_ih, db_hh, dw_hr), wants, strict=True)
@@ -270,19 +287,29 @@ class EagerScan(Scan):
         return output
 
 
+def _is_last_use(saved: Tensor) -> bool:
+    """Whether the back-propagation under way may write over what the forward scan saved for it."""
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+    return not _is_traced() and saved.is_contiguous() and not keeps_graph()
+
+
+def _scan_backward_operands(
+    batch_first, keep, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0,
+    c0, *weights,
+):  # fmt: skip
+    D = h0.shape[0]
+    return (
+        dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, weights[:D], weights[D:], batch_sizes,
+        lengths, reset, batch_first, keep,
+    )  # fmt: skip
+
+
 class ScanBackward(torch.autograd.Function):
     """(dgates, dh0, dc0, dh, dc) of one layer; its own derivative is that of the reference."""
 
     @staticmethod
-    def forward(
-        name, batch_first, keep, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c, saved,
-        saved_c, y, h0, c0, *weights,
-    ):  # fmt: skip
-        D = h0.shape[0]
-        return _BACKWARD[name](
-            dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, weights[:D], weights[D:],
-            batch_sizes, lengths, reset, batch_first, keep,
-        )  # fmt: skip
+    def forward(name, *arguments):
+        return _BACKWARD[name](*_scan_backward_operands(*arguments))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

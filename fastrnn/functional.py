@@ -398,8 +398,8 @@ def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) 
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
     c0 = hidden[1].unsqueeze(0) if CELLS[name].has_c else None
     one_layer = layer_weights([[w] for w in (w_ih, w_hh, *biases)], len(biases) > 0)
-    _, *states = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, one_layer, _ONE_STEP)
-    results = tuple(s.squeeze(0) for s in states[: len(hidden)])
+    h, _, c, _ = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, one_layer, _ONE_STEP)
+    results = (h,) if c0 is None else (h, c.squeeze(0))
     return results if output_dtype is None else tuple(s.to(output_dtype) for s in results)
 
 

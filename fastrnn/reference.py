@@ -88,6 +88,11 @@ class Cell:
     gradients: int  # E
     has_c: bool
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the gate gradients fit where the saved activations lie."""
+        return self.saved == self.gradients
+
 
 CELLS = {
     "lstm": Cell(lstm_step, lstm_step_backward, gates=4, saved=4, gradients=4, has_c=True),

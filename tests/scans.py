@@ -79,6 +79,14 @@ class Scan:
         operator = getattr(torch.ops.fastrnn, self.name + "_backward")
         return operator(*self.backward_arguments(outputs, gradients, keep))
 
+    def kernel_backward_in_place(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple:
+        """The same, from a copy of the saved activations that the gate gradients are written over."""
+        outputs = (*outputs[:3], outputs[3].clone(), outputs[4])
+        operator = getattr(torch.ops.fastrnn, self.name + "_backward_in_place")
+        nothing, *others = operator(*self.backward_arguments(outputs, gradients, keep))
+        assert nothing.numel() == 0
+        return outputs[3], *others
+
     def reference_backward(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple[Tensor, ...]:
         arguments = self.backward_arguments(outputs, gradients)[: -len(self.rows) - 1]
         return reference.backward(CELLS[self.name], self.layout, *arguments, keep)

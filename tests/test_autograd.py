@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import _ops
+from fastrnn.reference import CELLS
 
 CASES = [(name, None, form) for name in CELL_NAMES for form in ("time_major", "batch_first", "packed")]
 CASES += [("lstm", 2, form) for form in FORMS] + [
@@ -91,7 +92,7 @@ OPCHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 @pytest.mark.parametrize(("name", "P", "form"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck_accepts_both_operators(name, P, form, dtype):
+def test_opcheck_accepts_the_operators_of_a_scan(name, P, form, dtype):
     for D, B, save in ((1, 3, True), (2, 1, False)):
         scan = make_scan(name, 4, B, 5, D=D, P=P, dtype=dtype, **FORMS[form])
         torch.library.opcheck(
@@ -100,9 +101,10 @@ def test_opcheck_accepts_both_operators(name, P, form, dtype):
         outputs = scan.kernel()
         for wanted in ("all", "first", "y"):
             arguments = scan.backward_arguments(outputs, scan.gradients(outputs, wanted), wanted == "all")
-            torch.library.opcheck(
-                getattr(torch.ops.fastrnn, name + "_backward").default, arguments, test_utils=OPCHECKS
-            )
+            for ending in ("_backward", "_backward_in_place") if CELLS[name].in_place else ("_backward",):
+                torch.library.opcheck(
+                    getattr(torch.ops.fastrnn, name + ending).default, arguments, test_utils=OPCHECKS
+                )
 
 
 # ---- Modules -----------------------------------------------------------------------------------------
@@ -426,3 +428,27 @@ def test_activation_checkpointing_gives_the_same_gradients():
     plain = torch.autograd.grad(ours(x)[0].sin().sum(), [x, *ours.parameters()])
     y, _ = torch.utils.checkpoint.checkpoint(ours, x, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), [x, *ours.parameters()]), plain)
+
+
+# ---- Gate gradients over the saved activations -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "options"), MODULES)
+def test_only_the_last_back_propagation_writes_over_what_was_saved(kind, options):
+    """A kept graph gives the same gradients each time, and so does the last use of it."""
+    _, ours = make_pair(kind, options)
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *ours.parameters()]
+    y = ours(x)[0]
+    loss, node = (y**2).sum(), y.grad_fn
+    while "Scan" not in node.name():
+        node = node.next_functions[0][0]
+    saved = node.saved_tensors[3]
+    before = saved.clone()
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    assert torch.equal(saved, before)
+    second = torch.autograd.grad(loss, wanted)
+    assert torch.equal(saved, before) == (saved.numel() == 0)
+    assert saved._version == int(saved.numel() > 0)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)

@@ -74,6 +74,8 @@ def host_kernels(monkeypatch) -> None:
     for name in CELL_NAMES:
         monkeypatch.setitem(_ops._FORWARD, name, operator(name))
         monkeypatch.setitem(_ops._BACKWARD, name, operator(name + "_backward"))
+        if name in _ops._IN_PLACE:
+            monkeypatch.setitem(_ops._IN_PLACE, name, operator(name + "_backward_in_place"))
         monkeypatch.setitem(_ops._PRODUCTS, name, products(name))
 
 

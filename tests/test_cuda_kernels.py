@@ -123,6 +123,21 @@ def test_every_form_in_both_directions(cell, path, form):
     run(PATHS[path], "f32", make_scan(cell, 5, 11, 33, D=2, **FORMS[form]))
 
 
+@pytest.mark.parametrize("form", ["time_major", "lengths_batch_first", "packed"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("cell", [name for name, cell in CELLS.items() if cell.in_place])
+def test_gate_gradients_may_be_written_over_what_was_saved(cell, path, form):
+    scan = make_scan(cell, 4, 7, 33, D=2, dtype=torch.float32, **FORMS[form])
+    operators, device = torch.ops.fastrnn_cuda_on_host, PATHS[path].arguments("f32")
+    outputs = getattr(operators, cell)(*scan.arguments(), *device)
+    arguments = scan.backward_arguments(outputs, scan.gradients(outputs))
+    expected = getattr(operators, cell + "_backward")(*arguments, *device)
+    nothing, *others = getattr(operators, cell + "_backward_in_place")(*arguments, *device)
+    assert nothing.numel() == 0
+    for a, b in zip((outputs[3], *others), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 17, 65, 129])
 @pytest.mark.parametrize("path", ["one_block", "many_blocks"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])

@@ -28,11 +28,11 @@ def assert_scan_is_reference(scan, wanted=("all",)):
     for which in wanted:
         gradients = scan.gradients(expected, which)
         for keep in (True, False):
-            assert_same(
-                scan.kernel_backward(expected, gradients, keep),
-                scan.reference_backward(expected, gradients, keep),
-                GRADIENT_NAMES,
-            )
+            found = scan.kernel_backward(expected, gradients, keep)
+            assert_same(found, scan.reference_backward(expected, gradients, keep), GRADIENT_NAMES)
+            if CELLS[scan.name].in_place:
+                in_place = scan.kernel_backward_in_place(expected, gradients, keep)
+                assert_same(in_place, found, GRADIENT_NAMES, tolerance=0)
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)

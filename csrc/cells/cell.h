@@ -34,3 +34,11 @@
 #else
 #define FASTRNN_CELL __attribute__((always_inline)) static inline
 #endif
+
+namespace fastrnn {
+
+/// Whether the gate gradients of a cell fit where its saved activations lie.
+template <class Cell>
+constexpr bool kInPlace = Cell::kSaved == Cell::kGradients;
+
+}  // namespace fastrnn

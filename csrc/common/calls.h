@@ -160,7 +160,7 @@ struct ForwardCall {
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {y, h_n, c_n, saved, saved_c}; }
 };
 
-/// fastrnn::<cell>_backward
+/// fastrnn::<cell>_backward, and <cell>_backward_in_place
 template <class Cell>
 struct BackwardCall {
   Sizes sizes;
@@ -169,14 +169,15 @@ struct BackwardCall {
   Tensor saved, saved_c, y, h0;
   MaybeTensor dy, dsaved, dsaved_c, c0;
   Tensors w_hh, w_hr;
-  bool with_dh, with_dc;
+  bool with_dh, with_dc, in_place;
   Tensor dgates, dh0, dc0, dh, dc;  // results
 
   BackwardCall(const MaybeTensor& dy_, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
                const MaybeTensor& dsaved_, const MaybeTensor& dsaved_c_, const Tensor& saved_,
                const Tensor& saved_c_, const Tensor& y_, const Tensor& h0_, const MaybeTensor& c0_,
                const Tensors& w_hh_, const Tensors& w_hr_, const MaybeTensor& batch_sizes,
-               const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep)
+               const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep,
+               bool in_place_)
       : sizes(check_weights<Cell>(h0_, c0_, w_hh_, w_hr_)),
         N(rows_in(y_, "y", "[N, D*P]")),
         layout(N, sizes.B, batch_sizes, lengths, reset, batch_first),
@@ -191,7 +192,8 @@ struct BackwardCall {
         w_hh(each_with_rows(w_hh_)),
         w_hr(each_with_rows(w_hr_)),
         with_dh(keep || !w_hr_.empty()),
-        with_dc(keep && c0_) {
+        with_dc(keep && c0_),
+        in_place(in_place_) {
     const auto [D, B, P, H, G] = sizes;
     const Arguments arguments(h0_, D);
     const auto check = [&](const MaybeTensor& tensor, const char* name, const char* letters,
@@ -211,7 +213,8 @@ struct BackwardCall {
       return given ? torch::stable::clone(as_contiguous(*given))
                    : torch::stable::new_zeros(h0, {D, B, width});
     };
-    dgates = empty({D, N, Cell::kGradients * H}, h0);
+    STD_TORCH_CHECK(!in_place || saved_.is_contiguous(), "saved must be contiguous to be written over");
+    dgates = in_place ? saved : empty({D, N, Cell::kGradients * H}, h0);
     dh0 = initial(dh_n, P);
     dc0 = c0 ? initial(dc_n, H) : empty({0}, h0);
     dh = with_dh ? empty({D, N, P}, h0) : empty({0}, h0);
@@ -245,7 +248,9 @@ struct BackwardCall {
     return problem;
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {dgates, dh0, dc0, dh, dc}; }
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
+    return {in_place ? empty({0}, h0) : dgates, dh0, dc0, dh, dc};
+  }
 };
 
 }  // namespace fastrnn

@@ -1,5 +1,6 @@
 // The operators' schemas, declared once for every cell and every device.
 #pragma once
+#include <string>
 
 namespace fastrnn {
 
@@ -19,6 +20,13 @@ constexpr const char* kBackward =
     "Tensor saved_c, Tensor y, Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? batch_sizes, "
     "Tensor? lengths, Tensor? reset, bool batch_first, bool keep) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh, Tensor dc)";
+
+// The same, of a cell that saves as much as it gives: dgates is written over saved, and is [0] among the
+// results. Of rows beyond the lengths saved must be zero, as the forward scan leaves it.
+inline std::string backward_in_place() {
+  const std::string schema = kBackward, saved = "Tensor saved,";
+  return std::string(schema).replace(schema.find(saved), saved.size(), "Tensor(a!) saved,");
+}
 
 // What follows the backward scan, over all steps at once; the caller may compose it from torch operations
 // instead.

@@ -29,7 +29,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   /// False when there is no memory for the working arrays.
   bool run() {
     if (sequence.T == 0 || sequence.B == 0) return true;
-    const Scratch scratch([this](Memory& memory) { lay_out(memory); });
+    const Scratch scratch([this](Memory& memory) { lay_out(memory); }, kKeptInTraining);
     if (scratch.failed()) return false;
     this->Base::run(*this, projected() ? 2 * sequence.T + 1 : sequence.T + 1);
     for (int team = 0; team < this->teams(); ++team) initial_gradient(team);

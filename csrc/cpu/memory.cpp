@@ -1,12 +1,14 @@
 #include "cpu/memory.h"
 
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstdlib>
 
 namespace fastrnn {
 namespace {
 
-constexpr int64_t kAlignment = 64;
+constexpr int64_t kAlignment = 64, kHugePage = 2 << 20;
 
 // The size of a block stands in the cache line before it.
 std::atomic<char*> kept{nullptr};
@@ -23,16 +25,19 @@ char* borrow_memory(int64_t bytes) {
   char* const found = kept.exchange(nullptr);
   if (found && size_of(found) >= bytes) return found;
   release(found);
-  const int64_t size = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  auto* const block =
-      static_cast<char*>(std::aligned_alloc(kAlignment, static_cast<size_t>(size + kAlignment)));
+  const int64_t page = bytes > 2 * kHugePage ? kHugePage : kAlignment;
+  const int64_t size = (bytes + kAlignment + page - 1) / page * page;
+  auto* const block = static_cast<char*>(std::aligned_alloc(page, static_cast<size_t>(size)));
   if (!block) return nullptr;
-  size_of(block + kAlignment) = size;
+#ifdef MADV_HUGEPAGE
+  if (page == kHugePage) madvise(block, static_cast<size_t>(size), MADV_HUGEPAGE);  // or it does without
+#endif
+  size_of(block + kAlignment) = size - kAlignment;
   return block + kAlignment;
 }
 
-void return_memory(char* memory) {
-  if (memory && size_of(memory) <= kKeptBytes) memory = kept.exchange(memory);
+void return_memory(char* memory, int64_t kept_bytes) {
+  if (memory && size_of(memory) <= kept_bytes) memory = kept.exchange(memory);
   release(memory);
 }
 

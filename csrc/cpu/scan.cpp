@@ -170,14 +170,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_packed(const Tensor& 
   return call.results();
 }
 
-template <class Cell>
+template <class Cell, bool kWriteOver>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved,
     const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
     const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
     const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
   const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
-                                batch_sizes, lengths, reset, batch_first, keep);
+                                batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
   with_type(h0, [&]<class S>(S) {
     auto problem = call.template problem<S>(call.layout.get());
     problem.parallel = torch_threads();
@@ -242,7 +242,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> products(const Tensor& dgates
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   fastrnn::AllCells::each([&]<class Cell>() {
     m.impl(Cell::kName, TORCH_BOX(&fastrnn::forward<Cell>));
-    m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX(&fastrnn::backward<Cell>));
+    m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX((&fastrnn::backward<Cell, false>)));
+    if constexpr (fastrnn::kInPlace<Cell>)
+      m.impl((std::string(Cell::kName) + "_backward_in_place").c_str(),
+             TORCH_BOX((&fastrnn::backward<Cell, true>)));
     m.impl((std::string(Cell::kName) + "_products").c_str(), TORCH_BOX(&fastrnn::products<Cell>));
     m.impl((std::string(Cell::kName) + "_pack").c_str(), TORCH_BOX(&fastrnn::pack<Cell>));
     m.impl((std::string(Cell::kName) + "_packed").c_str(), TORCH_BOX(&fastrnn::forward_packed<Cell>));

@@ -30,7 +30,7 @@ class Scratch {
  public:
   /// layout(memory) calls take() for each array, in the same order both times.
   template <class F>
-  FASTRNN_INLINE explicit Scratch(F&& layout) {
+  FASTRNN_INLINE explicit Scratch(F&& layout, int64_t kept_bytes = kKeptBytes) : kept_bytes_(kept_bytes) {
     Memory measure(nullptr);
     layout(measure);
     base_ = borrow_memory(measure.size());
@@ -38,7 +38,7 @@ class Scratch {
     Memory memory(base_);
     layout(memory);
   }
-  FASTRNN_INLINE ~Scratch() { return_memory(base_); }
+  FASTRNN_INLINE ~Scratch() { return_memory(base_, kept_bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
@@ -46,6 +46,7 @@ class Scratch {
 
  private:
   char* base_ = nullptr;
+  int64_t kept_bytes_;
 };
 
 /// Stride of a row of `units` numbers in scratch memory: whole blocks, and one cache line more, so that the

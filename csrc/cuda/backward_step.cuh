@@ -39,9 +39,11 @@ struct StepInputs {
     const auto previous = [&](const Column<const S>& values, const Column<const S>& initial) {
       return before < 0 ? initial[batch] : values[before];
     };
-    const S* const activations = &d.saved[row];
+    if constexpr (Cell::kSaved > 0) {
+      const S* const activations = &d.saved[row];
 #pragma unroll
-    for (int s = 0; s < Cell::kSaved; ++s) saved[s] = activations[s * H];
+      for (int s = 0; s < Cell::kSaved; ++s) saved[s] = activations[s * H];
+    }
     dy = d.dy ? d.dy[row] : S{};
     if constexpr (Cell::kSaved == 0) y = d.y[row];
     if constexpr (Cell::kDirect) h_prev = previous(d.y, d.h0);

@@ -111,7 +111,10 @@ class Driver {
 
   void backward(const BackwardCall<Cell>& call) {
     if (call.N == 0) return;
-    if (call.layout.get().counts) clear({call.dgates, call.dh, call.dc});
+    if (call.layout.get().counts) {
+      if (!call.in_place) clear({call.dgates});
+      clear({call.dh, call.dc});
+    }
     const DeviceSequence<Device> sequence(device_, call.layout.get());
     with_storage(call.h0, [&]<class S>(S) {
       const auto problem = call.template problem<S>(sequence.get());

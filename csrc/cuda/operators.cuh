@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   return call.results();
 }
 
-template <class Cell>
+template <class Cell, bool kWriteOver>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved,
     const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
   CudaDevice device(h0);
   const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
-                                batch_sizes, lengths, reset, batch_first, keep);
+                                batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
   Driver<CudaDevice, Cell>(device, takes_tf32(h0)).backward(call);
   return call.results();
 }
@@ -34,7 +34,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 template <class Cell, class Library>
 void register_operators(Library& m) {
   m.impl(Cell::kName, TORCH_BOX(&forward<Cell>));
-  m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX(&backward<Cell>));
+  m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX((&backward<Cell, false>)));
+  if constexpr (kInPlace<Cell>)
+    m.impl((std::string(Cell::kName) + "_backward_in_place").c_str(), TORCH_BOX((&backward<Cell, true>)));
 }
 
 }  // namespace fastrnn

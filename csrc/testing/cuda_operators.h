@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   return call.results();
 }
 
-template <class Cell>
+template <class Cell, bool kWriteOver>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved,
     const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep, bool tf32,
     int64_t multiprocessors, int64_t shared_bytes, bool one_block, int64_t order, int64_t seed) {
   const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
-                                batch_sizes, lengths, reset, batch_first, keep);
+                                batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
   HostDevice device = host(multiprocessors, shared_bytes, one_block, order, seed);
   Driver<HostDevice, Cell>(device, tf32).backward(call);
   return call.results();
@@ -79,12 +79,16 @@ template <class Cell, class Library>
 void define_operators(Library& m) {
   m.def((Cell::kName + with_device(kForward)).c_str());
   m.def((std::string(Cell::kName) + "_backward" + with_device(kBackward)).c_str());
+  if constexpr (kInPlace<Cell>)
+    m.def((std::string(Cell::kName) + "_backward_in_place" + with_device(backward_in_place())).c_str());
 }
 
 template <class Cell, class Library>
 void register_operators(Library& m) {
   m.impl(Cell::kName, TORCH_BOX(&forward<Cell>));
-  m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX(&backward<Cell>));
+  m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX((&backward<Cell, false>)));
+  if constexpr (kInPlace<Cell>)
+    m.impl((std::string(Cell::kName) + "_backward_in_place").c_str(), TORCH_BOX((&backward<Cell, true>)));
 }
 
 }  // namespace
