@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 
 namespace fastrnn {
@@ -21,6 +22,14 @@ void release(char* memory) {
 
 }  // namespace
 
+void prefer_huge_pages([[maybe_unused]] char* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto address = reinterpret_cast<uintptr_t>(memory), page = uintptr_t{kHugePage};
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // or without
+#endif
+}
+
 char* borrow_memory(int64_t bytes) {
   char* const found = kept.exchange(nullptr);
   if (found && size_of(found) >= bytes) return found;
@@ -29,9 +38,7 @@ char* borrow_memory(int64_t bytes) {
   const int64_t size = (bytes + kAlignment + page - 1) / page * page;
   auto* const block = static_cast<char*>(std::aligned_alloc(page, static_cast<size_t>(size)));
   if (!block) return nullptr;
-#ifdef MADV_HUGEPAGE
-  if (page == kHugePage) madvise(block, static_cast<size_t>(size), MADV_HUGEPAGE);  // or it does without
-#endif
+  if (page == kHugePage) prefer_huge_pages(block, size);
   size_of(block + kAlignment) = size - kAlignment;
   return block + kAlignment;
 }

@@ -5,6 +5,7 @@
 
 #include "common/calls.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 
 namespace fastrnn {
 namespace {
@@ -126,6 +127,7 @@ Tensor pack(Tensors w_ih, Tensors w_hh, Tensors b_ih, Tensors b_hh, Tensors w_hr
   const int64_t bytes = kHeaderBytes + pack_panels<Cell>(like, header, {}, {}, {}, {}, {}, nullptr);
   const Tensor packed = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   auto* const to = static_cast<char*>(packed.mutable_data_ptr());
+  prefer_huge_pages(to, bytes);
   std::memset(to, 0, static_cast<size_t>(bytes));  // gaps too: the same weights give the same bytes
   std::memcpy(to, &header, sizeof header);
   pack_panels<Cell>(like, header, w_ih, w_hh, b_ih, b_hh, w_hr, to + kHeaderBytes);
