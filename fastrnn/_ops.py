@@ -288,7 +288,8 @@ class EagerScan(Scan):
 
 
 def _is_last_use(saved: Tensor) -> bool:
-    """Whether the back-propagation under way may write over what the forward scan saved for it."""
+    """Whether the back-propagation under way may write over what the forward scan saved for it: torch.compile
+    asks the same before it gives such memory away."""
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
     return not _is_traced() and saved.is_contiguous() and not keeps_graph()
 
