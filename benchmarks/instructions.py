@@ -25,8 +25,8 @@ COMMON = ["-std=c++20", "-O3", "-fvisibility=hidden", "-I."]
 # drive's arguments: cell, type, T, B, I, H, P, threads
 CALLS = ("lstm f32 20 32 128 128 0 1", "gru f32 20 1 256 256 0 1", "lstm f32 1 32 128 128 0 1")
 LANES = {"baseline": 4, "avx2": 8, "avx512": 16}
-FULL_TILE = {"baseline": "tile<6, 2, false, float, float>", "avx2": "tile<6, 2, false, float, float>",
-             "avx512": "tile<12, 2, false, float, float>"}  # fmt: skip
+FULL_TILE = {isa: f"tile<{rows}, 2, false, true, float, float>"
+             for isa, rows in (("baseline", 6), ("avx2", 6), ("avx512", 12))}  # fmt: skip
 FUSED = re.compile(r"vfn?madd\S*ps|mulps")
 
 
