@@ -195,8 +195,9 @@ class Scan(torch.autograd.Function):
         )  # fmt: skip
         wants_x, _, _, *wants_weights = ctx.needs_input_grad[7:]
         wants = _split(tuple(wants_weights), D, bias, projected)
+        hidden = None  # h before its projection, from what is about to be written over
         if any(wants[4]):
-            hidden = saved[:, :, 3 * saved_c.shape[2] :] * torch.tanh(saved_c)  # before the projection
+            hidden = saved[:, :, 3 * saved_c.shape[2] :] * torch.tanh(saved_c)
 
         needed = _is_dual() or _needs_function(arguments[3:])
         if needed:
@@ -219,9 +220,7 @@ class Scan(torch.autograd.Function):
         dx, dw_ih, dw_hh, db_ih, db_hh = products(
             dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, wants_x, any_weights
         )
-        dw_hr = None
-        if any(wants[4]):
-            dw_hr = dh.mT @ hidden
+        dw_hr = None if hidden is None else dh.mT @ hidden
         flat = [
             gradient[d] if want[d] else None
             for gradient, want in zip((dw_ih, dw_hh, db_ih, db_hh, dw_hr), wants, strict=True)

@@ -24,8 +24,8 @@ constexpr const char* kBackward =
 // The same, of a cell that saves as much as it gives: dgates is written over saved, and is [0] among the
 // results. Of rows beyond the lengths saved must be zero, as the forward scan leaves it.
 inline std::string backward_in_place() {
-  const std::string schema = kBackward, saved = "Tensor saved,";
-  return std::string(schema).replace(schema.find(saved), saved.size(), "Tensor(a!) saved,");
+  std::string schema = kBackward;
+  return schema.replace(schema.find("Tensor saved,"), 6, "Tensor(a!)");
 }
 
 // What follows the backward scan, over all steps at once; the caller may compose it from torch operations
