@@ -1,10 +1,11 @@
 """The operators as differentiable functions: one autograd Function a scan, from the table of cells.
 
 The operators are the scan over time, its way back, and the products that give the gradients of weights and
-input. vmap and further derivatives compose those products from torch operations, which they treat natively.
+input.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -89,14 +90,30 @@ def _register_fakes(name: str) -> None:
         )
 
 
+def input_gradients(cell: reference.Cell, dgates: Tensor) -> Tensor:
+    """The part of dgates [N, E*H] that belongs to the input's gates [N, G*H]: its last G blocks."""
+    H = dgates.shape[-1] // cell.gradients
+    return dgates[..., (cell.gradients - cell.gates) * H :]
+
+
+def recurrent_gradients(cell: reference.Cell, dgates: Tensor) -> Tensor:
+    """The part of dgates [N, E*H] that belongs to the recurrent gates, in the order of W_hh [G*H, P]."""
+    H = dgates.shape[-1] // cell.gradients
+    first = dgates[..., : cell.gates * H]
+    # Where x and the recurrent product have different gradients (GRU's last gate), the recurrent one stands
+    # first in dgates; here it goes back to the end.
+    return first if cell.gradients == cell.gates else first.roll(-H, -1)
+
+
 def products_of_torch(
     cell, dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights
 ):
     """The operator ``fastrnn::<cell>_products`` on CUDA: torch's own products are the fastest there.
-    Like ``_composed_products``, without its copies of what is as large as the sequence."""
+    Like ``composed_products``, without its copies of what is as large as the sequence."""
     D, B, P = h0.shape
+    x = Sequence(batch_first, batch_sizes, lengths).layout(len(x), B).without_padding(x)
     nothing = dgates.new_empty(0)
-    dgx = reference.input_gradients(cell, dgates)
+    dgx = input_gradients(cell, dgates)
     dx = nothing
     if inputs:
         dx = dgx[0] @ w_ih[0]
@@ -124,7 +141,7 @@ def products_of_torch(
         if N > B:
             dw_hh[d].addmm_(dga[rest].T, h[before])
     sums = dgates.sum(1)
-    db_ih, db_hh = reference.input_gradients(cell, sums).clone(), sums[:, :GH]
+    db_ih, db_hh = input_gradients(cell, sums).clone(), sums[:, :GH]
     if cell.gradients > cell.gates:  # the gate that is kept apart stands first
         H = GH // cell.gates
         dw_hh, db_hh = dw_hh.roll(-H, 1), db_hh.roll(-H, 1)
@@ -149,128 +166,130 @@ _PRODUCTS = {name: getattr(torch.ops.fastrnn, f"{name}_products").default for na
 
 
 # ---- Autograd ----------------------------------------------------------------------------------------
+# Scan is a layer, and ScanGrad its gradients as a function of their own. The kernels compute both. Whatever
+# is derived further (second derivatives, forward mode) follows from the formulas in reference.py alone.
+#
 # Functions take tensors one by one: after x, h0, c0 come w_ih, w_hh, b_ih, b_hh, w_hr of all directions.
 
 
-def _split(tensors: tuple, D: int, bias: bool, projected: bool) -> tuple[tuple, ...]:
-    i = 4 * D if bias else 2 * D
-    biases = (tensors[2 * D : 3 * D], tensors[3 * D : i]) if bias else ((), ())
-    return (tensors[:D], tensors[D : 2 * D], *biases, tensors[i:] if projected else ())
+class Form(NamedTuple):
+    """What a scan is, besides its tensors."""
+
+    name: str
+    batch_first: bool
+    bias: bool
+    projected: bool
+
+    @property
+    def cell(self) -> reference.Cell:
+        return CELLS[self.name]
+
+    def split(self, weights, D: int) -> tuple:
+        """w_ih, w_hh, b_ih, b_hh, w_hr of all directions."""
+        i = 4 * D if self.bias else 2 * D
+        biases = (weights[2 * D : 3 * D], weights[3 * D : i]) if self.bias else ((), ())
+        return (weights[:D], weights[D : 2 * D], *biases, weights[i:] if self.projected else ())
+
+
+def _one_by_one_in_legacy_vmap(rule):
+    """``is_grads_batched`` and the vectorised Jacobians of torch.autograd run the rule of a derivative under
+    torch's older vmap, which has a dispatch key of its own and cannot map operators that take lists. So the
+    rule is called for each gradient or tangent by itself."""
+
+    @wraps(rule)
+    def mapped(ctx: Any, *tensors: Maybe):
+        level = _legacy_vmap_level()
+        if level == 0:
+            return rule(ctx, *tensors)
+        batched = [i for i, t in enumerate(tensors) if t is not None and _is_legacy_batched(t)]
+        if not batched:
+            return rule(ctx, *tensors)
+        each = zip(*(torch._remove_batch_dim(tensors[i], level, 1, 0) for i in batched), strict=True)
+        results = [rule(ctx, *_replaced(tensors, batched, one)) for one in each]
+        return tuple(
+            None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+            for parts in zip(*results, strict=True)
+        )
+
+    return mapped
+
+
+def _legacy_vmap_level() -> int:
+    if torch.compiler.is_compiling():
+        return 0
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def _is_legacy_batched(t: Tensor) -> bool:
+    return torch._C._dispatch_keys(t).has(torch._C._dispatch_key_parse("Batched"))
 
 
 class Scan(torch.autograd.Function):
-    """(y, h_n, c_n, saved, saved_c) of one layer. The saved activations are outputs, and differentiable: this
-    is how the second derivative finds its way back through them."""
+    """(y, h_n, c_n, every c, saved) of one layer. ``saved`` belongs to the kernels and has no derivative."""
 
     @staticmethod
     def forward(name, batch_first, bias, projected, batch_sizes, lengths, reset, x, h0, c0, *weights):
-        lists = _split(weights, h0.shape[0], bias, projected)
-        return _FORWARD[name](x, h0, c0, *lists, batch_sizes, lengths, reset, batch_first, True)
+        lists = Form(name, batch_first, bias, projected).split(weights, h0.shape[0])
+        y, h_n, c_n, saved, all_c = _FORWARD[name](
+            x, h0, c0, *lists, batch_sizes, lengths, reset, batch_first, True
+        )
+        return y, h_n, c_n, all_c, saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        name, batch_first, bias, projected, batch_sizes, lengths, reset, x, h0, c0, *weights = inputs
-        y, _, _, saved, saved_c = output
-        D = h0.shape[0]
-        ctx.options = name, batch_first, bias, projected, D
-        ctx.listener = None  # of the gradients of the states: see scan()
+        y, _, c_n, all_c, saved = output
+        ctx.form, ctx.may_write, ctx.watched, ctx.listener = inputs[:4], False, (), None
+        ctx.mark_non_differentiable(*((saved,) if CELLS[inputs[0]].has_c else (c_n, all_c, saved)))
         ctx.set_materialize_grads(False)
-        w_ih, w_hh, _, _, w_hr = _split(tuple(weights), D, bias, projected)
-        ctx.save_for_backward(batch_sizes, lengths, reset, saved, saved_c, y, x, h0, c0, *w_ih, *w_hh, *w_hr)
+        ctx.save_for_backward(y, saved, all_c, *inputs[4:])
 
     @staticmethod
-    def backward(ctx: Any, dy, dh_n, dc_n, dsaved, dsaved_c):  # type: ignore[override]
-        name, batch_first, bias, projected, D = ctx.options
-        cell = CELLS[name]
-        batch_sizes, lengths, reset, saved, saved_c, y, x, h0, c0, *weights = ctx.saved_tensors
-        w_ih, recurrent_weights = weights[:D], weights[D:]
-        if not cell.has_c:
-            dc_n = dsaved_c = None
-        if not cell.saved:
-            dsaved = None
-        keep = ctx.listener is not None
-        arguments = (
-            name, batch_first, keep, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c,
-            saved, saved_c, y, h0, c0, *recurrent_weights,
-        )  # fmt: skip
-        wants_x, _, _, *wants_weights = ctx.needs_input_grad[7:]
-        wants = _split(tuple(wants_weights), D, bias, projected)
-        hidden = None  # h before its projection, from what is about to be written over
-        if any(wants[4]):
-            hidden = saved[:, :, 3 * saved_c.shape[2] :] * torch.tanh(saved_c)
-
-        needed = _is_dual() or _needs_function(arguments[3:])
-        if needed:
-            dgates, dh0, dc0, dh, dc = _backward_function().apply(*arguments)
-        elif cell.in_place and _is_last_use(saved):
-            _, dh0, dc0, dh, dc = _IN_PLACE[name](*_scan_backward_operands(*arguments[1:]))
-            dgates = saved
-            torch.autograd.graph.increment_version(saved)
-        else:
-            dgates, dh0, dc0, dh, dc = ScanBackward.forward(*arguments)
-        if keep:
-            ctx.listener(dh.detach(), dc.detach())
-
-        any_weights = any(any(want) for want in wants[:4])
-        products: Callable = _PRODUCTS[name]
-        if needed:
-            products = partial(_composed_products, cell)
-        elif x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
-            products = partial(products_of_torch, cell)
-        dx, dw_ih, dw_hh, db_ih, db_hh = products(
-            dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, wants_x, any_weights
-        )
-        dw_hr = None if hidden is None else dh.mT @ hidden
-        flat = [
-            gradient[d] if want[d] else None
-            for gradient, want in zip((dw_ih, dw_hh, db_ih, db_hh, dw_hr), wants, strict=True)
-            for d in range(D if want else 0)
-        ]
-        return (None,) * 7 + (dx if wants_x else None, dh0, dc0 if cell.has_c else None, *flat)
+    @_one_by_one_in_legacy_vmap
+    def backward(ctx: Any, dy, dh_n, dc_n, dall_c, _):  # type: ignore[override]
+        form = Form(*ctx.form)
+        if not form.cell.has_c:
+            dc_n = dall_c = None
+        gradients = (dy, dh_n, dc_n, dall_c)
+        y, saved, all_c, batch_sizes, lengths, reset, x, h0, c0, *weights = ctx.saved_tensors
+        rows = (batch_sizes, lengths, reset)
+        wanted = tuple(ctx.needs_input_grad[7:])
+        if any(version != output._version for output, version in ctx.watched):
+            # An output was changed in place since. Scanning once more costs time in this rare case alone;
+            # a copy of y would cost memory in every call.
+            with torch.no_grad():
+                y, _, _, all_c, saved = Scan.forward(*form, *rows, x, h0, c0, *weights)
+        arguments = (*rows, y, saved, all_c, *gradients, x, h0, c0, *weights)
+        with _without_autocast(x):
+            if _is_dual() or _needs_function((*gradients, x, h0, c0, *weights)):
+                found = _grad_function().apply(*form, wanted, ctx.listener, *arguments)
+            else:
+                in_place = ctx.may_write and _is_last_use(saved)
+                found = _gradients(form, wanted, ctx.listener, in_place, *arguments)
+        remaining = iter(found)
+        return (None,) * 7 + tuple(next(remaining) if want else None for want in wanted)
 
     @staticmethod
     def vmap(info, in_dims, name, batch_first, bias, projected, *args):
-        V, dims = info.batch_size, in_dims[4:]
-        if any(a is not None for a in args[:3]) or any(d is not None for d in dims[6:]):
-            return _one_by_one(_scan_function(), V, (name, batch_first, bias, projected), args, dims)
+        V, dims, form = info.batch_size, in_dims[4:], Form(name, batch_first, bias, projected)
+        if args[0] is not None or any(d is not None for d in dims[6:]):
+            return _one_by_one(_scan_function(), V, form, args, dims)
         # Shared weights: the mapped dimension is a part of the batch.
-        x, h0, c0 = (_front(a, d, V) for a, d in zip(args[3:6], dims[3:6], strict=True))
+        _, lengths, reset, x, h0, c0 = (_front(a, d, V) for a, d in zip(args[:6], dims[:6], strict=True))
         B = h0.shape[2]
-        y, h_n, c_n, saved, saved_c = _scan_function().apply(
-            name, batch_first, bias, projected, None, None, None, _fold_rows(x, B, batch_first),
-            _fold_state(h0), _fold_state(c0), *args[6:],
+        y, h_n, c_n, all_c, saved = _scan_function().apply(
+            *form, None, _fold_lengths(lengths), _fold_rows(reset, B, batch_first),
+            _fold_rows(x, B, batch_first), _fold_state(h0), _fold_state(c0), *args[6:],
         )  # fmt: skip
         outputs = (
             _unfold_rows(y, V, B, batch_first),
             _unfold_state(h_n, V),
             _unfold_state(c_n, V),
+            _unfold_saved(all_c, V, B, batch_first),
             _unfold_saved(saved, V, B, batch_first),
-            _unfold_saved(saved_c, V, B, batch_first),
         )
         return outputs, tuple(0 if o.dim() > 1 else None for o in outputs)
-
-
-def _replaced(tensors: Iterable[Maybe], positions: list[int], by: Iterable[Tensor]) -> list[Maybe]:
-    full = list(tensors)
-    for i, t in zip(positions, by, strict=True):
-        full[i] = t
-    return full
-
-
-def _reference_backward(options: tuple, saved: Iterable[Maybe], varying: list[int]):
-    """The reference as a function of some of the tensors of a ScanBackward, the others as they were saved."""
-    name, batch_first, keep = options
-    batch_sizes, lengths, reset, *tensors = saved
-    sequence = Sequence(batch_first, batch_sizes, lengths, reset)
-
-    def function(*given: Tensor):
-        full = _replaced(tensors, varying, given)
-        y, h0 = full[7:9]
-        D = h0.shape[0]
-        layout = sequence.layout(y.shape[0], h0.shape[1])
-        return reference.backward(CELLS[name], layout, *full[:10], full[10 : 10 + D], full[10 + D :], keep)
-
-    return function
 
 
 class EagerScan(Scan):
@@ -283,70 +302,194 @@ class EagerScan(Scan):
     def forward(ctx, *inputs):  # type: ignore[override]
         output = Scan.forward(*inputs)
         Scan.setup_context(ctx, inputs, output)
+        y, _, _, all_c, saved = output
+        cell = CELLS[inputs[0]]
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            # torch.nn's outputs may be changed in place before backward. So aliases with version counters of
+            # their own are saved, which torch does not check, and the outputs' counters are watched.
+            ctx.watched = [(t.detach(), t._version) for t in ((y, all_c) if cell.has_c else (y,))]
+            ctx.may_write = cell.in_place
+            ctx.save_for_backward(y.data, saved, all_c.data, *inputs[4:])
+        else:  # what saved-tensor hooks get is theirs: they may keep it, or return memory that is read-only
+            ctx.save_for_backward(y.clone(), saved, all_c.clone(), *inputs[4:])
         return output
+
+
+class ScanGrad(torch.autograd.Function):
+    """The gradients of a scan that are ``wanted`` (a flag each for x, h0, c0 and the weights), as a function
+    of the gradients of its outputs and of its inputs. y, saved and every c of the scan only spare the kernels
+    to compute them again: the derivative of this function is that of the reference."""
+
+    @staticmethod
+    def forward(name, batch_first, bias, projected, wanted, listener, *tensors):
+        return tuple(_gradients(Form(name, batch_first, bias, projected), wanted, listener, False, *tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.form, ctx.wanted = inputs[:4], inputs[4]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[6:9], *inputs[12:])
+
+    @staticmethod
+    @_one_by_one_in_legacy_vmap
+    def backward(ctx: Any, *gradients: Maybe):  # type: ignore[override]
+        rows, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        present = _present(tensors)
+        with _without_autocast(tensors[4]):
+            function = _reference_gradients(Form(*ctx.form), rows, ctx.wanted, tensors, present)
+            outputs, pull = torch.func.vjp(function, *(tensors[i] for i in present))
+            found = pull(
+                tuple(
+                    torch.zeros_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True)
+                )
+            )
+        return (None,) * 12 + tuple(_replaced([None] * len(tensors), present, found))
+
+    @staticmethod
+    def vmap(info, in_dims, name, batch_first, bias, projected, wanted, listener, *args):
+        V, dims, form = info.batch_size, in_dims[6:], Form(name, batch_first, bias, projected)
+        options, rows, tensors, tensor_dims = (*form, wanted, listener), args[:3], args[6:], dims[6:]
+        derived_further = _is_traced() or _needs_function(tensors)
+        mapped_rows = any(d is not None for d in dims[:3])
+        if (
+            rows[0] is None
+            and not derived_further
+            and dims[3] is not None
+            and not any(d is not None for d in dims[13:])
+        ):
+            found = _gradients_of_each(form, V, wanted, args, dims)
+        elif derived_further and not mapped_rows:
+            present = _present(tensors)
+            function = _reference_gradients(form, rows, wanted, tensors, present)
+            mapped = torch.func.vmap(function, in_dims=tuple(tensor_dims[i] for i in present))
+            found = mapped(*(tensors[i] for i in present))
+        else:
+            return _one_by_one(_grad_function(), V, options, args, dims)
+        return found, (0,) * len(found)
+
+
+def _gradients(
+    form: Form, wanted, listener, in_place, batch_sizes, lengths, reset, y, saved, all_c, dy, dh_n, dc_n,
+    dall_c, x, h0, c0, *weights,
+) -> list[Tensor]:  # fmt: skip
+    """The wanted gradients of x, h0, c0 and the weights, from the kernels. ``in_place`` lets these write over
+    saved."""
+    D, keep = h0.shape[0], listener is not None
+    w_ih, w_hh, _, _, w_hr = form.split(weights, D)
+    rows = (batch_sizes, lengths, reset, form.batch_first)
+    wants = form.split(wanted[3:], D)
+    hidden = form.cell.hidden(saved, all_c) if any(wants[4]) else None  # before saved is written over
+    operator = (_IN_PLACE if in_place else _BACKWARD)[form.name]
+    dgates, dh0, dc0, dh, dc = operator(
+        dy, dh_n, dc_n, None, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, *rows, keep
+    )
+    if in_place:
+        dgates = saved
+        torch.autograd.graph.increment_version(saved)
+    if listener is not None:
+        listener(dh, dc)
+    products: Callable = _PRODUCTS[form.name]
+    if x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
+        products = partial(products_of_torch, form.cell)
+    any_weights = any(any(want) for want in wants[:4])
+    dx, *dweights = products(dgates, x, y, h0, w_ih, *rows, wanted[0], any_weights)
+    dw_hr = None if hidden is None else dh.mT @ hidden
+    return _wanted(wanted[:3], wants, (dx, dh0, dc0), (*dweights, dw_hr))
+
+
+def _wanted(wanted: tuple, wants: tuple, gradients: tuple, dweights: tuple) -> list[Tensor]:
+    """Of dx, dh0, dc0 and of the gradients [D, *] of the weights those that are wanted, one by one."""
+    found = [g for g, want in zip(gradients, wanted, strict=True) if want]
+    for gradient, each in zip(dweights, wants, strict=True):
+        found += [gradient[d] for d, want in enumerate(each) if want]
+    return found
+
+
+def _gradients_of_each(form: Form, V: int, wanted: tuple, args: tuple, dims: tuple) -> tuple[Tensor, ...]:
+    """_gradients [V, *] of V scans with the same weights: one backward scan of all, and products for each."""
+    _, lengths, reset, y, saved, all_c, dy, dh_n, dc_n, dall_c, x, h0, c0 = (
+        _front(a, d, V) for a, d in zip(args[:13], dims[:13], strict=True)
+    )
+    D, B, batch_first = h0.shape[1], h0.shape[2], form.batch_first
+    w_ih, w_hh, _, _, w_hr = form.split(args[13:], D)
+    wants = form.split(wanted[3:], D)
+    saves = [_fold_saved(t, B, batch_first) for t in (dall_c, saved, all_c)]
+    dgates, dh0, dc0, dh, _ = _BACKWARD[form.name](
+        _fold_rows(dy, B, batch_first), _fold_state(dh_n), _fold_state(dc_n), None, *saves,
+        _fold_rows(y, B, batch_first), _fold_state(h0), _fold_state(c0), w_hh, w_hr, None,
+        _fold_lengths(lengths), _fold_rows(reset, B, batch_first), batch_first, False,
+    )  # fmt: skip
+    dgates = _unfold_saved(dgates, V, B, batch_first)
+
+    def products(dgates, x, y, h0, lengths, reset):
+        rows = (None, lengths, reset, batch_first)
+        return composed_products(form.cell, dgates, x, y, h0, w_ih, *rows, True, True)
+
+    mapped = (dgates, x, y, h0, lengths, reset)
+    in_dims = tuple(None if t is None else 0 for t in mapped)
+    dx, *dweights = torch.func.vmap(products, in_dims=in_dims)(*mapped)
+    dw_hr = None
+    if any(wants[4]):
+        dw_hr = _unfold_saved(dh, V, B, batch_first).mT @ form.cell.hidden(saved, all_c)
+    first = (dx, _unfold_state(dh0, V), _unfold_state(dc0, V))
+    return tuple(
+        _wanted(
+            wanted[:3], wants, first, tuple(g if g is None else g.movedim(1, 0) for g in (*dweights, dw_hr))
+        )
+    )
+
+
+def _reference_outputs(form: Form, rows, inputs) -> tuple[Tensor, ...]:
+    """(y, h_n), and (c_n, every c) of a cell that has one, of the reference."""
+    x, h0, c0, *weights = inputs
+    layout = Sequence(form.batch_first, *rows).layout(x.shape[0], h0.shape[1])
+    y, h_n, c_n, all_c = reference.forward(form.cell, layout, x, h0, c0, *form.split(weights, h0.shape[0]))
+    return (y, h_n, c_n, all_c) if form.cell.has_c else (y, h_n)
+
+
+def _reference_gradients(form: Form, rows, wanted: tuple, tensors, varying: list[int]) -> Callable:
+    """ScanGrad from the reference, as a function of some of ``tensors``: the four gradients (None: zero), x,
+    h0, c0 and the weights."""
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        full = _replaced(tensors, varying, given)
+        gradients, inputs = full[:4], full[4:]
+        chosen = [i for i, want in enumerate(wanted) if want]
+
+        def outputs(*chosen_inputs):
+            return _reference_outputs(form, rows, _replaced(inputs, chosen, chosen_inputs))
+
+        results, pull = torch.func.vjp(outputs, *(inputs[i] for i in chosen))
+        return pull(
+            tuple(
+                torch.zeros_like(o) if g is None else g
+                for o, g in zip(results, gradients[: len(results)], strict=True)
+            )
+        )
+
+    return function
+
+
+def _present(tensors: Iterable[Maybe]) -> list[int]:
+    return [i for i, t in enumerate(tensors) if t is not None]
+
+
+def _replaced(tensors: Iterable[Maybe], positions: list[int], by: Iterable[Tensor]) -> list[Maybe]:
+    full = list(tensors)
+    for i, t in zip(positions, by, strict=True):
+        full[i] = t
+    return full
 
 
 def _is_last_use(saved: Tensor) -> bool:
     """Whether the back-propagation under way may write over what the forward scan saved for it: torch.compile
     asks the same before it gives such memory away."""
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-    return not _is_traced() and saved.is_contiguous() and not keeps_graph()
+    mapped = _is_traced() or _legacy_vmap_level() > 0
+    return not mapped and saved.is_contiguous() and not keeps_graph()
 
 
-def _scan_backward_operands(
-    batch_first, keep, batch_sizes, lengths, reset, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0,
-    c0, *weights,
-):  # fmt: skip
-    D = h0.shape[0]
-    return (
-        dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, weights[:D], weights[D:], batch_sizes,
-        lengths, reset, batch_first, keep,
-    )  # fmt: skip
-
-
-class ScanBackward(torch.autograd.Function):
-    """(dgates, dh0, dc0, dh, dc) of one layer; its own derivative is that of the reference."""
-
-    @staticmethod
-    def forward(name, *arguments):
-        return _BACKWARD[name](*_scan_backward_operands(*arguments))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.options = inputs[:3]
-        ctx.save_for_backward(*inputs[3:])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor):  # type: ignore[override]
-        tensors = ctx.saved_tensors[3:]
-        present = [i for i, t in enumerate(tensors) if t is not None and t.numel() > 0]
-        function = _reference_backward(ctx.options, ctx.saved_tensors, present)
-        _, vjp = torch.func.vjp(function, *(tensors[i] for i in present))
-        return (None,) * 6 + tuple(_replaced([None] * len(tensors), present, vjp(tuple(gradients))))
-
-    @staticmethod
-    def vmap(info, in_dims, name, batch_first, keep, *args):
-        V, dims = info.batch_size, in_dims[3:]
-        if any(a is not None for a in args[:3]) or any(d is not None for d in dims[13:]):
-            return _one_by_one(_backward_function(), V, (name, batch_first, keep), args, dims)
-        dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0 = (
-            _front(a, d, V) for a, d in zip(args[3:13], dims[3:13], strict=True)
-        )
-        B = h0.shape[2]
-        saves = [_fold_saved(t, B, batch_first) for t in (dsaved, dsaved_c, saved, saved_c)]
-        dgates, dh0, dc0, dh, dc = _backward_function().apply(
-            name, batch_first, keep, None, None, None, _fold_rows(dy, B, batch_first),
-            _fold_state(dh_n), _fold_state(dc_n), *saves, _fold_rows(y, B, batch_first), _fold_state(h0),
-            _fold_state(c0), *args[13:],
-        )  # fmt: skip
-        outputs = (
-            _unfold_saved(dgates, V, B, batch_first),
-            _unfold_state(dh0, V),
-            _unfold_state(dc0, V),
-            _unfold_saved(dh, V, B, batch_first),
-            _unfold_saved(dc, V, B, batch_first),
-        )
-        return outputs, tuple(0 if o.dim() > 1 else None for o in outputs)
+# ---- Forward mode ------------------------------------------------------------------------------------
 
 
 def _forward_mode_on(jvp):
@@ -371,40 +514,36 @@ class DualScan(Scan):
         ctx.save_for_forward(*inputs[4:])
 
     @staticmethod
+    @_one_by_one_in_legacy_vmap
     @_forward_mode_on
     def jvp(ctx: Any, *tangents):
-        name, batch_first, bias, projected, D = ctx.options
-        batch_sizes, lengths, reset, *tensors = _primals(ctx.saved_tensors)
-        sequence = Sequence(batch_first, batch_sizes, lengths, reset)
-        tangents = tangents[7:]
-        moving = [i for i, t in enumerate(tangents) if t is not None]
+        form = Form(*ctx.form)
+        rows, tensors = _primals(ctx.saved_tensors[:3]), _primals(ctx.saved_tensors[3:])
+        moving = _present(tangents[7:])
 
         def function(*given):
-            x, h0, c0, *weights = _replaced(tensors, moving, given)
-            layout = sequence.layout(x.shape[0], h0.shape[1])
-            return reference.forward(
-                CELLS[name], layout, x, h0, c0, *_split(tuple(weights), D, bias, projected)
-            )
+            return _reference_outputs(form, rows, _replaced(tensors, moving, given))
 
-        return _push_forward(function, [tensors[i] for i in moving], [tangents[i] for i in moving])
+        pushed = _push_forward(function, [tensors[i] for i in moving], [tangents[7 + i] for i in moving])
+        return (*pushed, None) if form.cell.has_c else (*pushed, None, None, None)
 
 
-class DualScanBackward(ScanBackward):
-    """ScanBackward with a forward-mode derivative: forward over reverse, as in torch.func.hessian."""
+class DualScanGrad(ScanGrad):
+    """ScanGrad with a forward-mode derivative: forward over reverse, as in torch.func.hessian."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ScanBackward.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[3:])
+        ScanGrad.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[6:9], *inputs[12:])
 
     @staticmethod
+    @_one_by_one_in_legacy_vmap
     @_forward_mode_on
     def jvp(ctx: Any, *tangents):
-        saved = _primals(ctx.saved_tensors)
-        tensors, tangents = saved[3:], tangents[6:]
-        moving = [i for i, t in enumerate(tangents) if t is not None]
-        function = _reference_backward(ctx.options, saved, moving)
-        return _push_forward(function, [tensors[i] for i in moving], [tangents[i] for i in moving])
+        rows, tensors = _primals(ctx.saved_tensors[:3]), _primals(ctx.saved_tensors[3:])
+        moving = _present(tangents[12:])
+        function = _reference_gradients(Form(*ctx.form), rows, ctx.wanted, tensors, moving)
+        return _push_forward(function, [tensors[i] for i in moving], [tangents[12 + i] for i in moving])
 
 
 def _primals(tensors: tuple) -> list[Maybe]:
@@ -429,7 +568,7 @@ def _front(t: Maybe, dim: int | None, V: int) -> Maybe:
 
 
 def _one_by_one(function, V: int, options: tuple, args: tuple, dims: tuple):
-    """Mapped weights, packed or ragged sequences: one call each."""
+    """Mapped weights and packed sequences: one call each."""
     results = [
         function.apply(
             *options, *(a if d is None else a.select(d, v) for a, d in zip(args, dims, strict=True))
@@ -440,23 +579,27 @@ def _one_by_one(function, V: int, options: tuple, args: tuple, dims: tuple):
     return outputs, (0,) * len(outputs)
 
 
+def _fold_lengths(t: Maybe) -> Maybe:  # [V, B] -> [V*B]
+    return None if t is None else t.flatten()
+
+
 def _fold_state(t: Maybe) -> Maybe:  # [V, D, B, *] -> [D, V*B, *]
     return None if t is None else t.movedim(0, 1).flatten(1, 2)
 
 
 def _unfold_state(t: Tensor, V: int) -> Tensor:
-    return t if t.dim() == 1 else t.unflatten(1, (V, -1)).movedim(1, 0)
+    return t if t.dim() == 1 else t.unflatten(1, (V, t.shape[1] // V)).movedim(1, 0)
 
 
 def _fold_rows(t: Maybe, B: int, batch_first: bool) -> Maybe:  # [V, N, *] -> [V*N, *]
-    if t is None or batch_first:
+    if t is None or batch_first or B == 0:
         return None if t is None else t.flatten(0, 1)
     return t.unflatten(1, (-1, B)).movedim(0, 1).flatten(0, 2)
 
 
 def _unfold_rows(t: Tensor, V: int, B: int, batch_first: bool) -> Tensor:
-    if batch_first:
-        return t.unflatten(0, (V, -1))
+    if batch_first or B == 0:
+        return t.unflatten(0, (V, t.shape[0] // V))
     return t.unflatten(0, (-1, V, B)).movedim(1, 0).flatten(1, 2)
 
 
@@ -472,21 +615,22 @@ def _unfold_saved(t: Tensor, V: int, B: int, batch_first: bool) -> Tensor:
     return torch.stack([_unfold_rows(one, V, B, batch_first) for one in t], 1)
 
 
-# ---- The products after the backward scan from torch operations: for vmap and further derivatives --------
+# ---- The gradients of weights and input from torch operations: for vmap, and for the tests ---------------
 
 
-def _composed_products(
+def composed_products(
     cell, dgates, x, y, h0, w_ih, batch_sizes, lengths, reset, batch_first, inputs, weights
 ):
     """The operator ``fastrnn::<cell>_products``."""
     D, _, P = h0.shape
-    dgx = reference.input_gradients(cell, dgates)
+    dgx = input_gradients(cell, dgates)
     dx = sum(dgx[d] @ w_ih[d] for d in range(D)) if inputs else None
     if not weights:
         return dx, None, None, None, None
     sequence = Sequence(batch_first, batch_sizes, lengths, reset)
-    dga = reference.recurrent_gradients(cell, dgates)
+    dga = recurrent_gradients(cell, dgates)
     before = [previous_rows(y[:, d * P : (d + 1) * P], h0[d], sequence, d) for d in range(D)]
+    x = sequence.layout(x.shape[0], h0.shape[1]).without_padding(x)
     dw_ih = torch.stack([dgx[d].T @ x for d in range(D)])
     dw_hh = torch.stack([dga[d].T @ before[d] for d in range(D)])
     return dx, dw_ih, dw_hh, dgx.sum(1), dga.sum(1)
@@ -569,7 +713,7 @@ def scan(
     needed = _is_dual() or _needs_function(tensors)
     packed = _prepack.find(weights, needed) if _prepack.packs and not _is_traced() else None
     if needed:
-        y, h_n, c_n, _, c = _scan_function().apply(
+        y, h_n, c_n, c, _ = _scan_function().apply(
             name, sequence.batch_first, len(weights.b_ih) > 0, len(weights.w_hr) > 0, *options, *tensors
         )
         if listener is not None and y.grad_fn is not None:
@@ -592,8 +736,15 @@ def _scan_function() -> type[Scan]:
     return Scan if _is_traced() else EagerScan
 
 
-def _backward_function() -> type[ScanBackward]:
-    return DualScanBackward if _is_dual() else ScanBackward
+def _grad_function() -> type[ScanGrad]:
+    return DualScanGrad if _is_dual() else ScanGrad
+
+
+def _without_autocast(x: Tensor):
+    """What is computed for back-propagation has the dtype of the scan, also inside a region of autocast."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _needs_function(tensors: tuple) -> bool:

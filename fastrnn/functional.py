@@ -179,8 +179,7 @@ def layer(
     x = _as(h0.dtype, x)
     if composed:
         layout = sequence.layout(x.shape[0], h0.shape[1])
-        y, h_n, c_n, _, c = reference.forward(CELLS[name], layout, x, h0, c0, *weights)
-        return y, h_n, c_n, c
+        return reference.forward(CELLS[name], layout, x, h0, c0, *weights)
     return _ops.scan(name, x, h0, c0, weights, sequence, all_c, listener)
 
 
@@ -265,7 +264,7 @@ def _lengths(lengths: Tensor | Sequence[int], T: int, B: int) -> Tensor:
     if tuple(lengths.shape) != (B,):
         raise ValueError(f"lengths must be [B] = [{B}], got {list(lengths.shape)}")
     lengths = lengths.to("cpu", torch.int64)
-    if not torch.compiler.is_compiling() and B > 0 and (lengths.min() < 0 or lengths.max() > T):
+    if not _ops._is_traced() and B > 0 and (lengths.min() < 0 or lengths.max() > T):
         raise ValueError(f"lengths must be between 0 and T = {T}, got {lengths.tolist()}")
     return lengths
 

@@ -1,24 +1,22 @@
 """The specification: every cell and the scan over time in plain torch operations, slow and readable.
 
-The kernels are tested against this file in float64, and it serves them where speed does not matter: second
-derivatives and forward-mode differentiation are composed from it.
+The kernels are tested against this file in float64. Derivatives of it are torch's own, and what is derived
+further than the kernels go (second derivatives, forward mode) is derived from it.
 
 ``T`` time, ``B`` batch, ``H`` hidden size, ``P`` width of h (the projection, or ``H``), ``G`` gates,
-``S`` saved activations, ``E`` gate gradients, ``D`` directions, ``N`` rows of the whole sequence.
+``D`` directions, ``N`` rows of the whole sequence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["CELLS", "Cell", "Layout", "backward", "forward"]
+__all__ = ["CELLS", "Cell", "Layout", "forward", "steps"]
 
-# ---- The cells. A step maps (x [G], a [G], h, c) to (h, c, saved [S]); x is the input's part of each gate,
-# a the recurrent part. Its backward maps (saved, h, h_prev, c, c_prev, dh, dc) to (dgates [E], dh_prev, dc,
-# dc_prev), where the last G of dgates belong to x, dh_prev is what does not pass through a, and dc is now
-# complete.
+# ---- The cells. A step maps (x [G], a [G], h, c) to (h, c); x is the input's part of each gate, a the
+# recurrent part.
 
 
 def lstm_step(x, a, h, c):
@@ -26,55 +24,29 @@ def lstm_step(x, a, h, c):
     i, f, o = (torch.sigmoid(x[k] + a[k]) for k in (0, 1, 3))
     g = torch.tanh(x[2] + a[2])
     c = f * c + i * g
-    return o * torch.tanh(c), c, (i, f, g, o)
-
-
-def lstm_step_backward(saved, h, h_prev, c, c_prev, dh, dc, dsaved):
-    i, f, g, o = saved
-    tanh_c = torch.tanh(c)
-    dc = dc + dh * o * (1 - tanh_c**2)
-    di, df, dg, do = dc * g, dc * c_prev, dc * i, dh * tanh_c
-    if dsaved is not None:
-        di, df, dg, do = di + dsaved[0], df + dsaved[1], dg + dsaved[2], do + dsaved[3]
-    dgates = (di * i * (1 - i), df * f * (1 - f), dg * (1 - g**2), do * o * (1 - o))
-    return dgates, None, dc, dc * f
+    return o * torch.tanh(c), c
 
 
 def gru_step(x, a, h, c):
     """Cho et al. (2014), the reset gate after the product; torch.nn.GRU's equations."""
     r, z = torch.sigmoid(x[0] + a[0]), torch.sigmoid(x[1] + a[1])
     n = torch.tanh(x[2] + r * a[2])
-    return n + z * (h - n), None, (r, z, n, a[2])
-
-
-def gru_step_backward(saved, h, h_prev, c, c_prev, dh, dc, dsaved):
-    r, z, n, q = saved
-    dn, dz = dh * (1 - z), dh * (h_prev - n)
-    if dsaved is not None:
-        dn, dz = dn + dsaved[2], dz + dsaved[1]
-    dn = dn * (1 - n**2)
-    dr, dq = dn * q, dn * r
-    if dsaved is not None:
-        dr, dq = dr + dsaved[0], dq + dsaved[3]
-    return (dq, dr * r * (1 - r), dz * z * (1 - z), dn), dh * z, None, None
+    return n + z * (h - n), None
 
 
 def rnn_tanh_step(x, a, h, c):
     """Elman (1990); torch.nn.RNN with nonlinearity='tanh'."""
-    return torch.tanh(x[0] + a[0]), None, ()
-
-
-def rnn_tanh_step_backward(saved, h, h_prev, c, c_prev, dh, dc, dsaved):
-    return (dh * (1 - h**2),), None, None, None
+    return torch.tanh(x[0] + a[0]), None
 
 
 def rnn_relu_step(x, a, h, c):
     """torch.nn.RNN with nonlinearity='relu'."""
-    return torch.relu(x[0] + a[0]), None, ()
+    return torch.relu(x[0] + a[0]), None
 
 
-def rnn_relu_step_backward(saved, h, h_prev, c, c_prev, dh, dc, dsaved):
-    return (torch.where(h <= 0, torch.zeros_like(dh), dh),), None, None, None
+def lstm_hidden(saved, c):
+    """h = o tanh(c), before a projection, from the kernels' i, f, g, o [..., 4*H] and c [..., H]."""
+    return saved[..., 3 * c.shape[-1] :] * torch.tanh(c)
 
 
 @dataclass(frozen=True)
@@ -82,11 +54,11 @@ class Cell:
     """One row of the table of cells; ``csrc/cells`` has the same numbers."""
 
     step: Callable
-    step_backward: Callable
     gates: int  # G
-    saved: int  # S
-    gradients: int  # E
+    saved: int  # S: numbers of a unit that the kernels save for the way back
+    gradients: int  # E: gate gradients of a unit that the way back gives
     has_c: bool
+    hidden: Callable | None = None  # for cells that can be projected
 
     @property
     def in_place(self) -> bool:
@@ -95,10 +67,10 @@ class Cell:
 
 
 CELLS = {
-    "lstm": Cell(lstm_step, lstm_step_backward, gates=4, saved=4, gradients=4, has_c=True),
-    "gru": Cell(gru_step, gru_step_backward, gates=3, saved=4, gradients=4, has_c=False),
-    "rnn_tanh": Cell(rnn_tanh_step, rnn_tanh_step_backward, 1, 0, 1, has_c=False),
-    "rnn_relu": Cell(rnn_relu_step, rnn_relu_step_backward, 1, 0, 1, has_c=False),
+    "lstm": Cell(lstm_step, gates=4, saved=4, gradients=4, has_c=True, hidden=lstm_hidden),
+    "gru": Cell(gru_step, gates=3, saved=4, gradients=4, has_c=False),
+    "rnn_tanh": Cell(rnn_tanh_step, gates=1, saved=0, gradients=1, has_c=False),
+    "rnn_relu": Cell(rnn_relu_step, gates=1, saved=0, gradients=1, has_c=False),
 }
 
 
@@ -147,6 +119,16 @@ class Layout:
         source[rows] = torch.arange(len(rows))
         return values[source]
 
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """[N, *] with zeros where no step has a row: 0 * NaN is NaN, so that a product over all rows would
+        carry what stands there into the gradients of the weights."""
+        if self.lengths is None:
+            return rows
+        t, b = torch.arange(self.T, device=self.lengths.device), self.lengths
+        happens = t < b.unsqueeze(1) if self.batch_first else t.unsqueeze(1) < b
+        happens = happens.flatten().to(rows.device).unsqueeze(1)
+        return torch.where(happens, rows, torch.zeros_like(rows))
+
     def keep(self, rows: Tensor, state: Tensor) -> Tensor:
         """The state [n, *] before the given rows, zero where it is reset."""
         if self.reset is None:
@@ -158,128 +140,36 @@ def _blocks(v: Tensor, H: int) -> tuple[Tensor, ...]:
     return v.split(H, dim=-1)
 
 
-def _order(direction: int, T: int) -> range:
-    return range(T) if direction == 0 else range(T - 1, -1, -1)
-
-
-def _join(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(tuple(parts), -1) if parts else like[..., :0]
+def steps(cell: Cell, layout: Layout, direction: int, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
+    """One direction, step by step: (every h_t and every c_t, both in order of t with the rows of each step as
+    ``layout.steps()`` has them, h_n [B, P], c_n [B, H]). h0 [B, P], c0 [B, H]; weights of this direction."""
+    H = w_hh.shape[0] // cell.gates
+    rows, order = layout.steps(), layout.order
+    back = torch.argsort(order)
+    gx = torch.nn.functional.linear(layout.without_padding(x), w_ih, b_ih)
+    h, c = h0[order], c0[order] if cell.has_c else None
+    hs, cs = [None] * layout.T, [None] * layout.T
+    for t in range(layout.T) if direction == 0 else range(layout.T - 1, -1, -1):
+        n = len(rows[t])
+        h_prev = layout.keep(rows[t], h[:n])
+        c_prev = layout.keep(rows[t], c[:n]) if cell.has_c else None
+        a = torch.nn.functional.linear(h_prev, w_hh, b_hh)
+        hs[t], cs[t] = cell.step(_blocks(gx[rows[t]], H), _blocks(a, H), h_prev, c_prev)
+        if w_hr is not None:
+            hs[t] = hs[t] @ w_hr.T
+        h = torch.cat((hs[t], h[n:]))
+        c = torch.cat((cs[t], c[n:])) if cell.has_c else None
+    return hs, cs, h[back], c[back] if cell.has_c else None
 
 
 def forward(cell: Cell, layout: Layout, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
-    """The operator ``fastrnn::<cell>``; shapes as in csrc/ops.cpp."""
-    H = w_hh[0].shape[0] // cell.gates
-    steps, order = layout.steps(), layout.order
-    back = torch.argsort(order)
-    y, h_n, c_n, saved, saved_c = [], [], [], [], []
+    """A layer: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H]); the last two None without c."""
+    directions = []
     for d in range(len(w_hh)):
-        gx = torch.nn.functional.linear(x, w_ih[d], b_ih[d] if b_ih else None)
-        h, c = h0[d][order], c0[d][order] if cell.has_c else None
-        ys, saves, cs = ([None] * layout.T for _ in range(3))
-        for t in _order(d, layout.T):
-            rows = steps[t]
-            n = len(rows)
-            h_prev = layout.keep(rows, h[:n])
-            c_prev = layout.keep(rows, c[:n]) if cell.has_c else None
-            a = torch.nn.functional.linear(h_prev, w_hh[d], b_hh[d] if b_hh else None)
-            new_h, new_c, save = cell.step(_blocks(gx[rows], H), _blocks(a, H), h_prev, c_prev)
-            ys[t] = new_h @ w_hr[d].T if w_hr else new_h
-            saves[t], cs[t] = _join(save, new_h), new_c
-            h = torch.cat((ys[t], h[n:]))
-            c = torch.cat((new_c, c[n:])) if cell.has_c else None
-        y.append(layout.assemble(ys))
-        h_n.append(h[back])
-        saved.append(layout.assemble(saves))
-        if cell.has_c:
-            c_n.append(c[back])
-            saved_c.append(layout.assemble(cs))
-    none = h0.new_empty(0)
-    return (
-        torch.cat(y, -1),
-        torch.stack(h_n),
-        torch.stack(c_n) if cell.has_c else none,
-        torch.stack(saved),
-        torch.stack(saved_c) if cell.has_c else none,
-    )
-
-
-def backward(
-    cell: Cell, layout: Layout, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, keep
-):
-    """The operator ``fastrnn::<cell>_backward``; shapes as in csrc/ops.cpp."""
-    D, _, P = h0.shape
-    H = w_hh[0].shape[0] // cell.gates
-    steps, batch = layout.steps(), layout.order
-    back = torch.argsort(batch)
-    all_dgates, dh0, dc0, all_dh, all_dc = [], [], [], [], []
-    for d in range(D):
-        y_d = y[:, d * P : (d + 1) * P]
-        dh = dh_n[d][batch] if dh_n is not None else torch.zeros_like(h0[d])
-        dc = None
-        if cell.has_c:
-            dc = dc_n[d][batch] if dc_n is not None else torch.zeros_like(c0[d])
-        dgates, dhs, dcs = ([None] * layout.T for _ in range(3))
-        order = list(_order(d, layout.T))
-        for s in reversed(range(layout.T)):
-            t = order[s]
-            rows = steps[t]
-            n = len(rows)
-
-            def previous(values, initial, s=s, rows=rows, order=order):
-                state = initial[batch][: len(rows)]
-                if s > 0:
-                    before = values[steps[order[s - 1]][: len(rows)]]
-                    state = torch.cat((before, state[len(before) :]))
-                return layout.keep(rows, state)
-
-            dh_t = dh[:n] + dy[rows][:, d * P : (d + 1) * P] if dy is not None else dh[:n]
-            dhs[t] = dh_t
-            c = c_prev = dc_t = None
-            if cell.has_c:
-                c, c_prev = saved_c[d][rows], previous(saved_c[d], c0[d])
-                dc_t = dc[:n] + dsaved_c[d][rows] if dsaved_c is not None else dc[:n]
-            dgate, direct, dcs[t], dc_prev = cell.step_backward(
-                _blocks(saved[d][rows], H),
-                y_d[rows],
-                previous(y_d, h0[d]),
-                c,
-                c_prev,
-                dh_t @ w_hr[d] if w_hr else dh_t,
-                dc_t,
-                _blocks(dsaved[d][rows], H) if dsaved is not None and cell.saved else None,
-            )
-            dgates[t] = torch.cat(dgate, -1)
-            dh_prev = recurrent_gradients(cell, dgates[t]) @ w_hh[d]
-            if direct is not None:
-                dh_prev = dh_prev + direct
-            dh = torch.cat((layout.keep(rows, dh_prev), dh[n:]))
-            dc = torch.cat((layout.keep(rows, dc_prev), dc[n:])) if cell.has_c else None
-        all_dgates.append(layout.assemble(dgates))
-        all_dh.append(layout.assemble(dhs))
-        dh0.append(dh[back])
-        if cell.has_c:
-            all_dc.append(layout.assemble(dcs))
-            dc0.append(dc[back])
-    none = h0.new_empty(0)
-    return (
-        torch.stack(all_dgates),
-        torch.stack(dh0),
-        torch.stack(dc0) if cell.has_c else none,
-        torch.stack(all_dh) if w_hr or keep else none,
-        torch.stack(all_dc) if cell.has_c and keep else none,
-    )
-
-
-def input_gradients(cell: Cell, dgates: Tensor) -> Tensor:
-    """The part of dgates [N, E*H] that belongs to the input's gates [N, G*H]: its last G blocks."""
-    H = dgates.shape[-1] // cell.gradients
-    return dgates[..., (cell.gradients - cell.gates) * H :]
-
-
-def recurrent_gradients(cell: Cell, dgates: Tensor) -> Tensor:
-    """The part of dgates [N, E*H] that belongs to the recurrent gates, in the order of W_hh [G*H, P]."""
-    H = dgates.shape[-1] // cell.gradients
-    first = dgates[..., : cell.gates * H]
-    # Where x and the recurrent product have different gradients (GRU's last gate), the recurrent one stands
-    # first in dgates; here it goes back to the end.
-    return first if cell.gradients == cell.gates else first.roll(-H, -1)
+        weights = (part[d] if part else None for part in (w_ih, w_hh, b_ih, b_hh, w_hr))
+        hs, cs, h_n, c_n = steps(cell, layout, d, x, h0[d], c0[d] if cell.has_c else None, *weights)
+        directions.append((layout.assemble(hs), h_n, c_n, layout.assemble(cs) if cell.has_c else None))
+    y, h_n, c_n, all_c = zip(*directions, strict=True)
+    if not cell.has_c:
+        return torch.cat(y, -1), torch.stack(h_n), None, None
+    return torch.cat(y, -1), torch.stack(h_n), torch.stack(c_n), torch.stack(all_c)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 import torch
+import way_back
 from torch import Tensor
 
-from fastrnn import reference
 from fastrnn.reference import CELLS, Layout
 
 CELL_NAMES = list(CELLS)
@@ -66,7 +66,7 @@ class Scan:
         return getattr(torch.ops.fastrnn, self.name)(*self.arguments(save))
 
     def reference(self) -> tuple[Tensor, ...]:
-        return reference.forward(CELLS[self.name], self.layout, self.x, self.h0, self.c0, *self.weights)
+        return way_back.forward(self.name, self.layout, self.x, self.h0, self.c0, *self.weights)
 
     def backward_arguments(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple:
         """outputs are those of the forward scan, gradients theirs (None: not wanted)."""
@@ -88,19 +88,17 @@ class Scan:
         return outputs[3], *others
 
     def reference_backward(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple[Tensor, ...]:
-        arguments = self.backward_arguments(outputs, gradients)[: -len(self.rows) - 1]
-        return reference.backward(CELLS[self.name], self.layout, *arguments, keep)
+        dy, dh_n, dc_n, _, dall_c, *saved = self.backward_arguments(outputs, gradients)[: -len(self.rows) - 1]
+        return way_back.backward(self.name, self.layout, dy, dh_n, dc_n, dall_c, *saved, keep)
 
     def gradients(self, outputs: tuple, wanted: str = "all", seed: int = 1) -> tuple:
-        """Random gradients of y, h_n, c_n, saved, saved_c; ``wanted`` is a key of ``kept``."""
+        """Random gradients of y, h_n, c_n and every c (saved has none); ``wanted`` is a key of ``kept``."""
         g = torch.Generator().manual_seed(seed)
         made = [
             torch.randn(o.shape, generator=g, dtype=torch.float64).to(o.dtype) if o.dim() > 1 else None
             for o in outputs
         ]
-        if not CELLS[self.name].saved:
-            made[3] = None
-        kept = {"all": (0, 1, 2, 3, 4), "first": (0, 1, 2), "y": (0,), "h": (1,), "c": (2,), "saved": (3, 4)}
+        kept = {"all": (0, 1, 2, 4), "first": (0, 1, 2), "y": (0,), "h": (1,), "c": (2,), "all_c": (4,)}
         return tuple(m if i in kept[wanted] else None for i, m in enumerate(made))
 
 

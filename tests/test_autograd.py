@@ -404,15 +404,6 @@ def test_outputs_that_nobody_uses_cost_no_wrong_gradient():
         torch.testing.assert_close(got, expected)
 
 
-def test_an_output_changed_in_place_is_noticed_before_a_wrong_gradient():
-    _, ours = make_pair("RNN", {})
-    y, _ = ours(torch.randn(4, 2, 3, dtype=torch.float64))
-    with torch.no_grad():
-        y.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
 def test_hooks_and_anomaly_mode_see_ordinary_gradients():
     _, ours = make_pair("GRU", {})
     seen = []
@@ -443,7 +434,7 @@ def test_only_the_last_back_propagation_writes_over_what_was_saved(kind, options
     loss, node = (y**2).sum(), y.grad_fn
     while "Scan" not in node.name():
         node = node.next_functions[0][0]
-    saved = node.saved_tensors[3]
+    saved = node.saved_tensors[1]
     before = saved.clone()
     first = torch.autograd.grad(loss, wanted, retain_graph=True)
     assert torch.equal(saved, before)

@@ -65,7 +65,7 @@ def host_kernels(monkeypatch) -> None:
 
     def products(name: str):
         def composed(dgates, *arguments):
-            found = _ops._composed_products(_ops.CELLS[name], dgates, *arguments)
+            found = _ops.composed_products(_ops.CELLS[name], dgates, *arguments)
             return tuple(dgates.new_empty(0) if p is None else p for p in found)
 
         return composed

@@ -1,0 +1,141 @@
+"""What the kernels save of each step, and the way back from it, written out in torch operations.
+
+The product derives its second derivatives from the formulas in fastrnn/reference.py alone. The backward
+kernels start from saved numbers, rounded as they are stored, and are held against this file; test_scan.py
+holds this file against torch's derivative of the reference.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from fastrnn import _ops, reference
+from fastrnn.reference import CELLS
+
+# (x [G], a [G]) -> the saved activations [S] of one step.
+
+
+def lstm_saved(x, a):
+    i, f, g, o = (x[k] + a[k] for k in range(4))
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+
+def gru_saved(x, a):
+    r, z = torch.sigmoid(x[0] + a[0]), torch.sigmoid(x[1] + a[1])
+    return r, z, torch.tanh(x[2] + r * a[2]), a[2]
+
+
+def nothing_saved(x, a):
+    return ()
+
+
+# (saved, h, h_prev, c, c_prev, dh, dc) -> (dgates [E], dh_prev, dc, dc_prev): the last G of dgates are x's,
+# dh_prev is what does not pass through a, and dc is now complete.
+
+
+def lstm_back(saved, h, h_prev, c, c_prev, dh, dc):
+    i, f, g, o = saved
+    tanh_c = torch.tanh(c)
+    dc = dc + dh * o * (1 - tanh_c**2)
+    di, df, dg, do = dc * g, dc * c_prev, dc * i, dh * tanh_c
+    dgates = (di * i * (1 - i), df * f * (1 - f), dg * (1 - g**2), do * o * (1 - o))
+    return dgates, None, dc, dc * f
+
+
+def gru_back(saved, h, h_prev, c, c_prev, dh, dc):
+    r, z, n, q = saved
+    dn, dz = dh * (1 - z) * (1 - n**2), dh * (h_prev - n)
+    dr, dq = dn * q, dn * r
+    return (dq, dr * r * (1 - r), dz * z * (1 - z), dn), dh * z, None, None
+
+
+def rnn_tanh_back(saved, h, h_prev, c, c_prev, dh, dc):
+    return (dh * (1 - h**2),), None, None, None
+
+
+def rnn_relu_back(saved, h, h_prev, c, c_prev, dh, dc):
+    return (torch.where(h <= 0, torch.zeros_like(dh), dh),), None, None, None
+
+
+SAVED = {"lstm": lstm_saved, "gru": gru_saved, "rnn_tanh": nothing_saved, "rnn_relu": nothing_saved}
+BACK = {"lstm": lstm_back, "gru": gru_back, "rnn_tanh": rnn_tanh_back, "rnn_relu": rnn_relu_back}
+
+
+def forward(name, layout, x, h0, c0, *weights):
+    """The operator ``fastrnn::<cell>`` with everything saved; shapes as in csrc/common/schemas.h."""
+    cell, saves, none = CELLS[name], [], h0.new_empty(0)
+
+    def step(x, a, h, c):
+        save = SAVED[name](x, a)
+        saves.append(torch.cat(save, -1) if save else h[:, :0])
+        return cell.step(x, a, h, c)
+
+    y, h_n, c_n, all_c = reference.forward(replace(cell, step=step), layout, x, h0, c0, *weights)
+    by_direction = saves[: layout.T], saves[layout.T :][::-1]
+    saved = torch.stack([layout.assemble(by_direction[d]) for d in range(len(h0))])
+    return y, h_n, none if c_n is None else c_n, saved, none if all_c is None else all_c
+
+
+def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, keep):
+    """The operator ``fastrnn::<cell>_backward``; shapes as in csrc/common/schemas.h."""
+    cell = CELLS[name]
+    D, _, P = h0.shape
+    H = w_hh[0].shape[0] // cell.gates
+    steps, batch = layout.steps(), layout.order
+    back = torch.argsort(batch)
+    all_dgates, dh0, dc0, all_dh, all_dc = [], [], [], [], []
+    for d in range(D):
+        y_d = y[:, d * P : (d + 1) * P]
+        dh = dh_n[d][batch] if dh_n is not None else torch.zeros_like(h0[d])
+        dc = None
+        if cell.has_c:
+            dc = dc_n[d][batch] if dc_n is not None else torch.zeros_like(c0[d])
+        dgates, dhs, dcs = ([None] * layout.T for _ in range(3))
+        order = list(range(layout.T)) if d == 0 else list(reversed(range(layout.T)))
+        for s in reversed(range(layout.T)):
+            t = order[s]
+            rows = steps[t]
+            n = len(rows)
+
+            def previous(values, initial, s=s, rows=rows, order=order):
+                state = initial[batch][: len(rows)]
+                if s > 0:
+                    before = values[steps[order[s - 1]][: len(rows)]]
+                    state = torch.cat((before, state[len(before) :]))
+                return layout.keep(rows, state)
+
+            dh_t = dh[:n] + dy[rows][:, d * P : (d + 1) * P] if dy is not None else dh[:n]
+            dhs[t] = dh_t
+            c = c_prev = dc_t = None
+            if cell.has_c:
+                c, c_prev = all_c[d][rows], previous(all_c[d], c0[d])
+                dc_t = dc[:n] + dall_c[d][rows] if dall_c is not None else dc[:n]
+            gates, direct, dcs[t], dc_prev = BACK[name](
+                saved[d][rows].split(H, -1),
+                y_d[rows],
+                previous(y_d, h0[d]),
+                c,
+                c_prev,
+                dh_t @ w_hr[d] if w_hr else dh_t,
+                dc_t,
+            )
+            dgates[t] = torch.cat(gates, -1)
+            dh_prev = _ops.recurrent_gradients(cell, dgates[t]) @ w_hh[d]
+            if direct is not None:
+                dh_prev = dh_prev + direct
+            dh = torch.cat((layout.keep(rows, dh_prev), dh[n:]))
+            dc = torch.cat((layout.keep(rows, dc_prev), dc[n:])) if cell.has_c else None
+        all_dgates.append(layout.assemble(dgates))
+        all_dh.append(layout.assemble(dhs))
+        dh0.append(dh[back])
+        if cell.has_c:
+            all_dc.append(layout.assemble(dcs))
+            dc0.append(dc[back])
+    none = h0.new_empty(0)
+    return (
+        torch.stack(all_dgates),
+        torch.stack(dh0),
+        torch.stack(dc0) if cell.has_c else none,
+        torch.stack(all_dh) if w_hr or keep else none,
+        torch.stack(all_dc) if cell.has_c and keep else none,
+    )
