@@ -66,7 +66,7 @@ def expected_gradients(module, x, form):
                     (below[t] @ w_ih.T + b_ih).chunk(cell.gates, -1),
                     (h @ w_hh.T + b_hh).chunk(cell.gates, -1),
                 )
-                m, cs[t], _ = cell.step(*gates, h, c)
+                m, cs[t] = cell.step(*gates, h, c)
                 hs[t] = m @ getattr(module, "weight_hr" + suffix).T if module.proj_size else m
                 h = torch.where(counts[t][:, None], hs[t], h)
                 c = torch.where(counts[t][:, None], cs[t], c) if cell.has_c else c
