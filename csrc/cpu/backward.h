@@ -36,7 +36,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     return true;
   }
 
-  /// One of several parts of what comes before the first phase.
+  /// Worker `part` of `parts` in what comes before the first phase.
   void prepare(int64_t part, int64_t parts) {
     for (int d = 0; d < problem.directions && !few(); ++d) {
       w_hh_[d].pack(part, parts);
@@ -119,8 +119,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     }
   }
 
-  /// The gate gradients of some units. Without projection dL/dh of all of them is there, and the cell walks
-  /// along the rows, so that the processor sees coming what it reads; otherwise block by block.
+  /// The gate gradients of a part's units. Without projection their dL/dh is complete, and the cell walks
+  /// along whole rows, which the hardware prefetchers follow; with one it goes block by block.
   void cell_gradient(int team, int64_t s, Range blocks) {
     const int64_t n = this->rows_at(team, s), first = blocks.begin * kBlock<S>;
     if (!projected()) {

@@ -1,5 +1,5 @@
-// W [K, columns] for products A W: blocks of columns, packed into panels, or read where they lie but for a
-// last block of ragged width, which is packed always.
+// W [K, columns] for products A W, in blocks of columns that are packed into panels or read in place. A last
+// block of ragged width is always packed.
 #pragma once
 #include "cpu/gemm.h"
 #include "cpu/scratch.h"
@@ -15,7 +15,7 @@ class Columns {
     panels_ = memory.take<S>((packs ? blocks_.count() : 1) * kBlock<S> * K);
   }
 
-  /// One of several parts of the packing.
+  /// Packs the blocks of worker `part` of `parts`.
   FASTRNN_INLINE void pack(int64_t part, int64_t parts) const {
     for (int64_t block = part; block < blocks_.count(); block += parts)
       if (packed(block))

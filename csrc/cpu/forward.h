@@ -19,9 +19,10 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   static constexpr int64_t kWidth = G * kBlock<S>, kProductWidth = kProducts * kBlock<S>;
   // Rows whose products for one block are kept at a time: about 24 KB.
   static constexpr int64_t kChunk = 48;
-  // Bytes of weights that a cache still gives sooner than memory.
+  // Weights up to this size stay in a cache between two steps.
   static constexpr int64_t kNear = 16 << 20;
-  // Rows that a product with x wants at least, from as many steps as it takes; and where W comes from memory.
+  // Batch at least this many rows into one input projection, taking rows from several time steps if needed;
+  // more when W_ih streams from DRAM.
   static constexpr int64_t kInputRows = 2 * kTileRows, kFarInputRows = 96;
 
  public:
@@ -49,7 +50,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     return true;
   }
 
-  /// One of several parts of what comes before the first phase.
+  /// Worker `part` of `parts` in what comes before the first phase: packing, and copying the states.
   void prepare(int64_t part, int64_t parts) {
     for (int d = 0; d < problem.directions && !problem.packed; ++d)
       panels_[d].pack(problem.direction[d].weights, part, parts);
@@ -78,9 +79,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     }
   };
 
-  /// Turning x and h and the products beside packing W: numbers moved, once a step against once a call. And
-  /// a row that is missing in the last register of rows costs as much as one that is there, and tiles of one
-  /// register keep the multipliers busy only if they have many rows.
+  /// Whether transposing x and h (at every step) and reading W in place moves fewer numbers than packing W
+  /// (once a call). Transposed, rows fill registers: an empty lane costs as much as a row, and tiles of one
+  /// register keep the multipliers busy only with many rows of W.
   bool turning_pays() const {
     constexpr int64_t L = kLanes<S>;
     const int64_t rows = this->most_rows(), K = problem.I + problem.P, GH = G * problem.H;
@@ -114,7 +115,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const int64_t most = this->most_rows();
     return {h_ + (team * 2 + s % 2) * most * h_stride_, h_stride_};
   }
-  /// Before its projection, h is m.
+  /// m_t: h_t before its projection.
   FASTRNN_INLINE Rows<S> m_buffer(int team) const {
     return {m_ + team * this->most_rows() * m_stride_, m_stride_};
   }

@@ -58,15 +58,15 @@ FASTRNN_INLINE void load_weights(const W* p, V<S>* weights) {
   }
 }
 
-// Whether a tile brings what is multiplied next into the L2 cache on its way. The processor's own prefetchers
-// do not follow a stream that stops at every page and waits for several rows; one line a step costs little
-// beside four rows. Fewer rows pay for it where the weights come from memory (far) and a step is not two
-// whole lines, which those do follow.
+// Whether a tile prefetches the next panel into the L2 cache while it multiplies. The hardware prefetchers
+// lose a stream at every page border and while several rows are multiplied. One prefetch a step is cheap
+// beside four rows of multiply-adds. With fewer rows it pays only where the weights come from memory (far)
+// and a step reads less than two whole cache lines; whole pairs of lines the hardware follows by itself.
 constexpr bool fetches_ahead(int rows, bool far) { return rows >= 4 || (far && kVectorBytes < 64); }
 
 // C[MR, NV registers] (+)= A[MR, K] B[K, NV registers]. Element (i, k) of A is a[i * lda + k], or a[k * MR +
-// i] when its columns are packed. Few rows split K over several sums, so that the latency of one addition is
-// hidden. ahead: what is multiplied next, as far apart as B; or anything that is near.
+// i] when its columns are packed. Few rows split K over several sums, which hides the latency of an addition.
+// ahead: the panel to prefetch, with the row stride of B; where nothing follows, any address in the cache.
 template <int MR, int NV, bool kPackedColumns, bool kAhead, class S, class W>
 void tile(const S* a, int64_t lda, const W* b, int64_t ldb, int64_t K, S* c, int64_t ldc, bool accumulate,
           const W* ahead) {
@@ -115,8 +115,8 @@ FASTRNN_INLINE Tile<S, W> tile_for(int rows, int vectors) {
 }
 
 // C[n, vectors] (+)= A[n, K] panel[K, vectors]. The rows are dealt evenly to the tiles: 32 rows on 12-row
-// tiles are 11 + 11 + 10, not 12 + 12 + 8. next: from this panel to the one that is multiplied after it; the
-// last tile brings it near.
+// tiles are 11 + 11 + 10, not 12 + 12 + 8. next: distance to the panel that is multiplied after this one; the
+// last tile prefetches it.
 template <class S, class W, bool kFar = false>
 void multiply_rows(Rows<const S> a, int64_t n, int64_t K, const W* panel, int64_t stride, int64_t next,
                    int vectors, S* c, int64_t ldc, bool accumulate) {
@@ -135,7 +135,7 @@ void multiply_rows(Rows<const S> a, int64_t n, int64_t K, const W* panel, int64_
   }
 }
 
-// The same with a panel that another one follows. far: as in fetches_ahead.
+// The same product, for a panel that the next panel follows in memory. far: as in fetches_ahead.
 template <class S, class W>
 FASTRNN_INLINE void multiply(Rows<const S> a, int64_t n, int64_t K, const W* panel, int vectors, S* c,
                              int64_t ldc, bool accumulate, bool far = false) {
@@ -183,7 +183,7 @@ void pack_transposed(Rows<const S> w, int64_t K, int units, int vectors, S* pane
   }
 }
 
-/// The nearest bfloat16, in the low half; of two as near, the even one. A NaN stays one.
+/// x rounded to bfloat16 (to nearest, ties to even), in the low half. NaN stays NaN.
 FASTRNN_INLINE uint32_t to_bfloat16(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
@@ -210,27 +210,26 @@ void pack(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
     }
 }
 
-// ---- Few rows read the weights as they lie: packing would cost more than it saves. --------------------
+// ---- Products of few rows read W in place: packing it would cost more than it saves. ------------------
 
-// Rows in all steps together, with K numbers each, from which on packed weights W [units, K] are worth their
-// making: at K = 128 eight to sixteen, at 512 and 1024 about fifty.
+// From this many rows of K numbers on, summed over all steps, packing W [units, K] pays. Measured: 8 to 16
+// rows at K = 128, about 50 at K = 512 and 1024.
 FASTRNN_INLINE bool packing_pays(int64_t rows, int64_t K) { return rows > min<int64_t>(48, 2 + K / 12); }
 
-// The same for products A W, whose W [K, columns] is read in place down one block of columns after the other,
-// in `passes` of so many rows altogether. Each row of W is a page of its own: where they are more than the
-// TLB holds, every pass pays for them again.
+// The same limit for products A W, which read W [K, columns] in place, one block of columns after the other,
+// in `passes` over W. Each row of W lies on a page of its own: where W has more rows than the TLB has
+// entries, every pass pays the page walks again.
 template <class S>
 FASTRNN_INLINE bool packing_columns_pays(int64_t rows, int64_t passes, int64_t K, int64_t columns) {
   constexpr int64_t kReach = 8 << 20;  // bytes
   return K * columns * static_cast<int64_t>(sizeof(S)) > kReach ? passes > 2 : rows > 256;
 }
 
-// So few rows go along the rows of W instead of its columns, unless there are many steps.
+// Up to 3 rows and 8 steps, W is read row by row instead of being packed.
 constexpr int64_t kFewRows = 3;
 constexpr int64_t kStepsWorthPacking = 8;
 
-// The sums of the lanes of kLanes registers, one in each lane: neighbours are added until one register is
-// left.
+// Horizontal sums of kLanes registers, one sum a lane: pairs of registers are added until one is left.
 template <class S>
 FASTRNN_INLINE V<S> sums(V<S>* v) {
   constexpr int L = kLanes<S>;
@@ -245,8 +244,9 @@ FASTRNN_INLINE V<S> sums(V<S>* v) {
 // Rows of A that share the loads of W: four sums for each, beside A's and one of W's registers.
 constexpr int kDotRows = kRegisters == 32 ? 6 : 3;
 
-// C[MR, kLanes] (+)= A[MR, K] W[kLanes, K]^T. Of W only `rows` rows are read: all at a time for one row of
-// A, which leaves registers for their sums, otherwise four, which share the loads with all rows of A.
+// C[MR, kLanes] (+)= A[MR, K] W[kLanes, K]^T, of which only the first `rows` rows of W exist. With one row of
+// A there are registers for the sums of all rows of W at a time; otherwise four rows of W share each load of
+// A.
 template <int MR, class S>
 void dots(Rows<const S> a, Rows<const S> w, int64_t K, int rows, S* c, int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<S>, kTogether = MR == 1 || L < 4 ? L : 4;
@@ -305,8 +305,8 @@ void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w,
     }
 }
 
-// The same for up to kBlock rows whose A^T [K, n] is a panel: W stays where it lies and takes the part of A.
-// units is rounded up to whole registers in C.
+// The same product for up to kBlock rows with A^T [K, n] packed as a panel: C^T = W A^T, with W, read in
+// place, as the left operand. units is rounded up to whole registers in C.
 template <class S>
 void multiply_turned(const S* panel, int n, int64_t K, Rows<const S> w, int units, S* c, int64_t ldc,
                      bool accumulate) {
@@ -326,7 +326,7 @@ void multiply_turned(const S* panel, int n, int64_t K, Rows<const S> w, int unit
     }
 }
 
-// C[n, columns] += A[n, K] W[K, columns], n <= kFewRows: rows of W stream by, C stays in the L1 cache.
+// C[n, columns] += A[n, K] W[K, columns], n <= kFewRows: streams W row by row and keeps C in the L1 cache.
 template <class S>
 void multiply_in_place(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int64_t columns, Rows<S> c) {
   const auto sweep = [&](int64_t i, int64_t k, auto depth) FASTRNN_LAMBDA_INLINE {

@@ -26,7 +26,7 @@ void prefer_huge_pages([[maybe_unused]] char* memory, [[maybe_unused]] int64_t b
 #ifdef MADV_HUGEPAGE
   const auto address = reinterpret_cast<uintptr_t>(memory), page = uintptr_t{kHugePage};
   const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // or without
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint
 #endif
 }
 

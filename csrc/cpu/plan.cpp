@@ -14,17 +14,17 @@ constexpr double kFlopsPerNs = 100;    // fp32 multiply-adds in tiles, counted t
 constexpr double kL2BytesPerNs = 75, kL3BytesPerNs = 30, kMemoryBytesPerNs = 15;
 constexpr double kL3Bytes = 32e6;
 constexpr double kForkNs = 5000;       // telling the other threads, which still spin after their last work
-// One meeting of a team: 700 ns for two threads, measured. For more it is reasoned, not measured: everybody
-// adds to one counter, and its cache line takes about 100 ns from core to core.
+// One barrier of a team: 700 ns for two threads, measured. More threads are estimated: each adds to one
+// counter, whose cache line takes about 100 ns from core to core.
 constexpr double kMeetNs = 500, kMeetNsEach = 100;
-// The last of those that meet at each step takes so much longer: 1.00 to 1.17 for two threads, measured.
+// The slowest thread of a barrier takes this much longer than the average: 1.00 to 1.17 for two, measured.
 constexpr double kLater = 1.05;
 constexpr int64_t kFullTile = 6;       // rows below which a tile wastes its registers
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// How fast one core reads so much again and again. What the system says of the last cache is not to be
-/// relied on: virtual machines show that of the whole socket.
+/// Read bandwidth of one core over an array of this size, read again and again. The size of the last cache is
+/// a constant, because virtual machines report that of the whole socket.
 double bytes_per_ns(double bytes) {
   static const double l2 = [] {
     const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);

@@ -13,7 +13,7 @@ class Products {
   static constexpr int64_t kChunk = 48;  // rows of dx at a time
   static constexpr int64_t kRowsDeep = 256;  // rows that one pass over dW adds
   static constexpr int kTall = kTileRows;  // units of a tile of dW
-  static constexpr int kStrip = 8 * kTall;  // units packed at once: of each row several cache lines in a row
+  static constexpr int kStrip = 8 * kTall;  // units packed at once: several adjacent cache lines of each row
 
  public:
   FASTRNN_INLINE explicit Products(const ProductsProblem<S>& given)
@@ -47,7 +47,7 @@ class Products {
   }
 
  private:
-  /// One thread for what it has done before the others are told.
+  /// Below 1 Mflop, waking the other threads costs more than the work.
   int workers() const {
     const double flops = 2.0 * static_cast<double>(all_rows()) * G * static_cast<double>(problem.H) *
                          static_cast<double>(problem.I + problem.P) * problem.directions;
@@ -77,7 +77,7 @@ class Products {
 
   // ---- dx ----------------------------------------------------------------------------------------------
 
-  /// Few rows read W_ih as it lies; a worker owns some columns.
+  /// dx of few rows, which read W_ih in place; a worker owns some columns.
   void few_input_gradients(int worker) {
     const Range mine = share(inputs.count(), worker, workers_);
     const int64_t first = mine.begin * kBlock<S>, columns = min(mine.end * kBlock<S>, problem.I) - first;

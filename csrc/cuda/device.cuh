@@ -62,15 +62,14 @@ __device__ __forceinline__ float reciprocal(float v) {
   return quotient;
 }
 
-/// The same pointer, of which the compiler does not know where it comes from: several addresses near it are
-/// then taken from it, not each anew from afar.
+/// Hides the pointer's origin, so that the compiler derives nearby addresses from it with one add each
+/// instead of computing every address from the base.
 __device__ __forceinline__ const char* opaque(const char* p) {
   asm("" : "+l"(p));
   return p;
 }
 
-/// The number of this warp in its block, as a number of which the compiler knows that all lanes have the
-/// same.
+/// The number of this warp in its block, known to the compiler to be the same in all lanes.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(~0u, int(threadIdx.x) / 32, 0); }
 
 /// Dynamic shared memory of the block, from a byte offset that is a multiple of 16.
@@ -89,14 +88,14 @@ __device__ __forceinline__ void add_release(uint32_t* p, uint32_t v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-/// Ends the kernel with an error, rather than let it hang.
+/// Ends the kernel with an error instead of letting it hang.
 __device__ __noinline__ inline void give_up(int64_t step) {
   printf("fastrnn: block %u waited in vain for the other blocks at step %lld\n", blockIdx.x,
          static_cast<long long>(step));
   __trap();
 }
 
-/// Until *p has counted up to target. A round takes about 0.5 us: the bound is some twenty seconds.
+/// Waits until *p has counted up to target. A round takes about 0.5 us, so the bound is about 20 seconds.
 __device__ __forceinline__ void wait_until(const uint32_t* p, uint32_t target, int64_t step) {
   constexpr int kBound = 1 << 25;
   for (int round = 0; static_cast<int32_t>(load_acquire(p) - target) < 0; ++round)

@@ -9,8 +9,8 @@
 
 namespace fastrnn {
 
-/// What of torch is in its CUDA library, which is looked up when the module is loaded: so one binary needs no
-/// CUDA build of torch to be made.
+/// Functions of torch's CUDA library, looked up when the module is loaded, so that one binary is built
+/// without a CUDA build of torch.
 struct TorchCuda {
   AOTITorchError (*mm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
   AOTITorchError (*addmm_out)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double,
@@ -22,7 +22,7 @@ extern TorchCuda torch_cuda;
 /// Whether torch lets recurrent layers round float32 to tf32 (torch.backends.cudnn.rnn.fp32_precision).
 bool tf32_is_allowed();
 
-/// Whether this call rounds to tf32. Only float32 asks: the answer takes Python's lock.
+/// Whether this call rounds to tf32. Asked for float32 alone, because the answer takes Python's lock.
 inline bool takes_tf32(const Tensor& like) {
   return like.scalar_type() == torch::headeronly::ScalarType::Float && tf32_is_allowed();
 }
@@ -44,7 +44,7 @@ class CudaDevice {
 
   template <class Parameters>
   void launch(void (*kernel)(Parameters), const Grid& grid, const Parameters& parameters) const {
-    if (grid.shared_bytes > 48 << 10)  // what every device gives without being asked
+    if (grid.shared_bytes > 48 << 10)  // more than the default limit
       check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes),
                  "shared memory of a block");
@@ -68,7 +68,7 @@ class CudaDevice {
     TORCH_ERROR_CODE_CHECK(torch_cuda.addmm_out(out.get(), addend.get(), a.get(), b.get(), 1.0, 1.0));
   }
 
-  /// int64 numbers of the host on the device. They are gone before a captured graph is replayed.
+  /// Copies int64 numbers to the device. The copy does not survive until a captured graph is replayed.
   Tensor copy(const int64_t* numbers, int64_t count) const {
     cudaStreamCaptureStatus status;
     check_cuda(cudaStreamIsCapturing(stream_, &status), "stream");

@@ -47,7 +47,7 @@ inline Tensor first_rows(const Tensor& matrix, int64_t n) {
   return n == matrix.size(0) ? whole : torch::stable::narrow(whole, 0, 0, n);
 }
 
-/// f(M{}) with what multiplies numbers of storage S.
+/// f(M{}) with M the multiplier (multiply.cuh) of storage type S.
 template <class S, class F>
 void with_multiply(bool tf32, F f) {
   if constexpr (std::is_same_v<S, float>)

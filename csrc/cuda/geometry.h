@@ -33,21 +33,22 @@ FASTRNN_PLAIN int element_bytes(Arithmetic a) {
 /// The kernels that there are.
 enum class Form { kNone, kOneBlock, kManyBlocks };
 
-/// What is fixed when a kernel is compiled: warps of a block; tiles of 16 rows that a warp works on side by
-/// side; how many chunks of those it keeps in registers (8 words each; the others are in shared memory); of
-/// how many chunks it fetches the columns at once; how many pairs of a unit and a row of the batch a thread
-/// finishes in a step, at most; and whether a warp reads columns by way of shared memory.
+/// Constants of a compiled kernel.
 struct Shape {
-  int warps, row_tiles, resident, group, pairs;
-  bool staged;
+  int warps;  // of a block
+  int row_tiles;  // tiles of 16 rows that a warp multiplies side by side
+  int resident;  // chunks of each tile in registers, 8 words a lane; the others lie in shared memory
+  int group;  // chunks whose columns are fetched together
+  int pairs;  // (unit, row of the batch) pairs that a thread finishes in a step, at most
+  bool staged;  // whether a warp reads the columns through shared memory
   FASTRNN_PLAIN int threads() const { return 32 * warps; }
 };
 
-// A thread of 8 warps can have 255 registers, of which weights take 96, and 128 in one block. What does not
-// fit spills, and a number that was fetched early and spills is waited for at once: better fewer weights
-// (tests/test_cuda_build.py).
+// A thread in a block of 8 warps has 255 registers; weights take 96 of them, 128 in the one-block form. More
+// would spill, and spilling a prefetched number waits for its load at once, so the prefetch is lost. Fewer
+// weights in registers are faster (tests/test_cuda_build.py bounds the spills).
 FASTRNN_PLAIN Shape shape_of(Form form, bool forward, Arithmetic a, int gates) {
-  const bool exact = a == Arithmetic::kF32;  // has more sums
+  const bool exact = a == Arithmetic::kF32;  // needs more accumulators
   if (form == Form::kOneBlock) return {8, 4, exact ? 2 : 4, 2, 4, exact};
   if (!forward) return {8, 1, exact ? 8 : 12, 4, 4, exact};  // 16 units, deep as all gates
   switch (gates) {
@@ -75,10 +76,10 @@ struct Geometry {
 
   FASTRNN_PLAIN bool exists() const { return blocks > 0; }
   FASTRNN_PLAIN int grid(int directions) const { return blocks * replicas * directions; }
-  /// Bytes from one row of the batch to the next of what is multiplied: free of bank conflicts.
+  /// Row stride, in bytes, of the right operand [batch, K] in shared memory: free of bank conflicts.
   FASTRNN_PLAIN int stride() const { return round_up(depth_warps * per_warp * 64, 128) + 64; }
   FASTRNN_PLAIN int exchange_bytes() const { return batch * stride(); }
-  /// Numbers from one column of sums to the next: free of bank conflicts, too.
+  /// Column stride, in numbers, of the partial sums: free of bank conflicts too.
   FASTRNN_PLAIN int partial_stride(const Shape& shape) const { return row_warps * shape.row_tiles * 16 + 4; }
 };
 
@@ -108,13 +109,13 @@ struct ScanSizes {
 struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // of one block
-  bool one_block = true;  // whether one may have all units: not in some tests
+  bool one_block = true;  // whether the one-block form may be chosen; tests turn it off
 };
 
-/// Multiplications of a step that one block does in the time in which many meet.
+/// Multiply-adds of a step that one block does in the time of a barrier between blocks.
 constexpr int kMostFmas = 200'000;
 
-/// How a form lays out a scan; nothing where there is no room for it.
+/// The layout of a scan in one form; an empty Geometry where the form has no room.
 FASTRNN_PLAIN Geometry fit(Form form, bool forward, Arithmetic arithmetic, int gates, const ScanSizes& s,
                            const DeviceLimits& device) {
   const Shape shape = shape_of(form, forward, arithmetic, gates);
@@ -128,7 +129,8 @@ FASTRNN_PLAIN Geometry fit(Form form, bool forward, Arithmetic arithmetic, int g
   g.depth_warps = shape.warps / g.row_warps;
   g.per_warp = ceil_div(g.chunks, g.depth_warps);
   g.spilled = larger(0, g.per_warp - shape.resident);
-  // A block alone is through the sooner, the fewer rows it has; many blocks wait for each other all the same.
+  // A single block finishes sooner with fewer rows, so it gets as many replicas as fit. Blocks that
+  // synchronise gain nothing below 8 rows, a whole tile.
   g.rows = ceil_div(s.B, most_replicas);
   if (form == Form::kManyBlocks) g.rows = round_up(g.rows, 8);
   g.batch = round_up(g.rows, 8);
@@ -139,7 +141,7 @@ FASTRNN_PLAIN Geometry fit(Form form, bool forward, Arithmetic arithmetic, int g
   return fits ? g : Geometry{};
 }
 
-/// Why a call takes the path of single steps, whatever its sizes, or "".
+/// Why a call runs one launch a step, whatever its sizes; "" where it need not.
 FASTRNN_PLAIN const char* no_persistent_reason(bool float64, bool projected, int64_t T, int64_t B) {
   if (float64) return "float64 has no persistent kernels";
   if (projected) return "a projection has no persistent kernels";
@@ -153,8 +155,8 @@ struct Choice {
   Geometry geometry;
 };
 
-/// One block where it has room for all units and, without tensor cores, is through with its product before
-/// many blocks would have met.
+/// The one-block form where all units fit into a block and, without tensor cores, its product takes less time
+/// than a barrier between blocks.
 FASTRNN_PLAIN Choice choose(bool forward, Arithmetic a, int gates, const ScanSizes& s,
                             const DeviceLimits& device) {
   const Geometry one = fit(Form::kOneBlock, forward, a, gates, s, device);

@@ -31,8 +31,9 @@ struct ExactMath {
   __device__ __forceinline__ static double tanh(double v) { return ::tanh(v); }
 };
 
-/// Without a branch or a division, by e^v = 2^(v log2 e): within 4 ulp of float32 where kClose, and else, for
-/// 16-bit results, within some 1e-6 of the value. Where 2^v overflows the quotient is 0, as it should be.
+/// Activations without a branch or a division, from e^v = 2^(v log2 e). With kClose within 4 ulp of float32,
+/// without it, for 16-bit results, within about 1e-6 of the value. Where 2^v overflows, the quotient is 0,
+/// the right limit.
 template <bool kClose>
 struct FloatMath {
   __device__ __forceinline__ static float sigmoid(float v) { return dev::reciprocal(1.f + exponential(-v)); }
@@ -57,7 +58,7 @@ struct FloatMath {
     if (!kClose) return power;
     const float low = fmaf(v, kRest, fmaf(v, kLog2E, -high));  // what `high` was rounded by
     const float close = fmaf(power, low * 0.693147181f, power);
-    return fabsf(high) < 128 ? close : power;  // beyond, the correction is no number
+    return fabsf(high) < 128 ? close : power;  // beyond it the correction overflows to NaN
   }
 };
 

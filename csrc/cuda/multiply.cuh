@@ -1,7 +1,7 @@
 // How a warp multiplies: tiles of 16 rows by 8 columns, with a chunk of K at a time that is 64 bytes deep (32
-// numbers of 16 bits, or 16 of 32 bits). A lane holds 8 words of a tile of W, which stay where they are for
-// the whole sequence, and reads of the columns, which change at every step, 16 bytes side by side: the order
-// in which the products over K are added is free, so that it is chosen to make that possible.
+// numbers of 16 bits, or 16 of 32 bits). A lane holds 8 words of a tile of W in registers for the whole
+// sequence. It reads the columns, which change at every step, in vectors of 16 bytes: the products over K may
+// be added in any order, and the order here is the one that makes those 16 bytes contiguous.
 #pragma once
 #include "cuda/geometry.h"
 #include "cuda/math.cuh"

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
   for (int step = 0; step < steps.T; ++step) {
     const auto [start, active] = rows;
     const Steps::Rows before = steps.at(step + 1);
-    // What was saved comes from far: it is on its way while the blocks meet.
+    // Load what was saved from global memory before the barrier, which hides its latency.
     StepInputs<Cell, S> inputs[kShape.pairs];
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     if (step > 0) recur(step - 1, active_after);
 
     float dgates[kShape.pairs][Cell::kGradients];
-    // What no other block waits for: said to have arrived before it is stored.
+    // Signal the other blocks first; none of them reads dgates, so these stores may come after.
     const auto keep = [&](int i) {
       S* const to = &columns.dgates[start + offset[i]];
 #pragma unroll

@@ -6,7 +6,8 @@
 
 namespace fastrnn {
 
-/// Everything but what follows from the problem: gates of the input made before, and room for the exchange.
+/// Arguments of the kernel: the problem, the input's part of the gates, computed before, and the exchange
+/// buffers.
 template <class S>
 struct PersistentForward {
   Problem<ForwardDirection<S>> problem;
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
 
   for (int step = 0; step < steps.T; ++step) {
     const auto [start, active] = steps.at(step);
-    // The input's gates come from far: they are on their way while the blocks meet.
+    // Load the input's gates from global memory before the barrier, which hides their latency.
     S input[kShape.pairs][G];
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
     __syncthreads();
 
     float saved[kShape.pairs][larger(Cell::kSaved, 1)];
-    // What no other block waits for: said to have arrived before it is stored.
+    // Signal the other blocks first; none of them reads y or saved, so these stores may come after.
     const auto keep = [&](int i) {
       const int row = start + offset[i];
       y[row] = store<S>(h[i]);

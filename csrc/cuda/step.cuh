@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
   const int64_t row = p.sequence.row(p.t, b);
   const bool zero = p.sequence.resets(p.t, b);
   BackwardDirection<S> direction = p.direction;
-  if (p.dh_hidden) direction.dy = {}, direction.dh_rows = {};  // they have been in the complete gradient
+  if (p.dh_hidden) direction.dy = {}, direction.dh_rows = {};  // already in dh_complete
   const BackwardColumns<S> d(direction, j);
   const int64_t before = p.reverse ? p.t + 1 : p.t - 1;
   const bool begins = before < 0 || before >= p.sequence.T || p.sequence.rows(before) <= b;

@@ -1,5 +1,5 @@
-// Where a thread finds its numbers at each step: addresses that take one instruction, which matters where a
-// step takes a microsecond and a warp runs its instructions one after another.
+// Where a thread finds its numbers at each step. Every address costs one instruction: a step takes about a
+// microsecond and a warp issues its instructions in order, so address arithmetic would show.
 #pragma once
 #include <type_traits>
 
@@ -27,7 +27,7 @@ struct Column {
   }
 };
 
-/// Which part of the whole a block has.
+/// The units, rows and direction of a block.
 struct Place {
   int direction, replica, first_unit, units, first_row, rows;
 
@@ -40,8 +40,8 @@ struct Place {
         rows(smaller(g.rows, B - first_row)) {}
 };
 
-/// What of a block a thread finishes at every step: one unit, in row first, first + between, ... of the
-/// block.
+/// The (unit, row) pairs that a thread finishes at every step: one unit, in rows first, first + between, ...
+/// of the block.
 struct Share {
   int unit, between, first;
 

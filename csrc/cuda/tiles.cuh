@@ -1,4 +1,4 @@
-// The product of a block's rows of W with the columns of a step, and the meeting of the blocks.
+// The product of a block's rows of W with the columns of a step, and the barrier between the blocks.
 #pragma once
 #include "cuda/geometry.h"
 #include "cuda/multiply.cuh"
@@ -6,8 +6,8 @@
 
 namespace fastrnn {
 
-/// A warp's share of W: the tiles of its rows, of every depth_warps-th chunk of K. One block alone shares
-/// rows and depth among its warps; of many blocks, each warp has all rows of its block.
+/// A warp's share of W: its row tiles, in every depth_warps-th chunk of K. The one-block form divides rows
+/// and depth among the warps; with many blocks every warp has all rows of its block and divides depth alone.
 template <class M, Shape kShape, bool kOneBlock>
 class WarpTiles {
  public:
@@ -39,7 +39,7 @@ class WarpTiles {
   }
 
   /// partial [depth warp][batch][partial_stride] = W columns, the columns being g.batch rows of the exchange.
-  /// Columns come from far: a group of chunks is on its way while the one before it is multiplied.
+  /// Columns come from global memory: the next group of chunks is loaded while this one is multiplied.
   template <class Load>
   __device__ void multiply(const char* columns, float* partial, Load load) const {
     if (idle()) return;
@@ -77,7 +77,7 @@ class WarpTiles {
   }
 
  private:
-  // Each sum waits for the one before it: of a single tile there are two.
+  // Additions into one accumulator are serial, so a single tile uses two.
   static constexpr int kChains = kShape.row_tiles == 1 ? 2 : 1;
   using Sums = float[kShape.row_tiles][M::kAccumulators];
   using Group = uint4[kShape.group];  // a lane's share of chunks of 8 columns
@@ -153,7 +153,7 @@ class WarpTiles {
   Tile resident_[kShape.resident][kShape.row_tiles];
 };
 
-/// What the depth warps have found for the kRows rows of W of a unit and a column, each added up.
+/// The sums over the depth warps, for the kRows rows of W of one unit and one column.
 template <Shape kShape, bool kOneBlock, int kRows>
 __device__ __forceinline__ void total(float (&sums)[kRows], const Geometry& g, const float* partial, int unit,
                                       int column) {
@@ -176,9 +176,9 @@ __device__ __forceinline__ void total(float (&sums)[kRows], const Geometry& g, c
 }
 
 /// The blocks of a direction and replica exchange the columns of the next product: two buffers in turn, in
-/// global memory, or in shared memory where one block has all units. Every block writes its columns, says so,
-/// and waits for the others. A buffer is written again only after every block has read it: it says so when it
-/// has written the other one.
+/// global memory, or in shared memory where one block has all units. Every block writes its columns, counts
+/// itself as arrived, and waits until all have arrived. Two buffers are enough: a block that arrives for the
+/// second buffer has finished reading the first one, which may then be written again.
 template <bool kOneBlock>
 class Exchange {
  public:
@@ -197,8 +197,8 @@ class Exchange {
     __syncthreads();
     if (!kOneBlock && threadIdx.x == 0) dev::add_release(arrived_, 1);
   }
-  /// Until the columns of this step are written by every block. One thread asks for all: every question costs
-  /// the others a place in the line (benchmarks/NOTES.md).
+  /// Waits until every block has written its columns of this step. One thread polls for its block: polling
+  /// loads of more threads delay the arrivals of the others (benchmarks/NOTES.md).
   __device__ void wait(int step) const {
     if (kOneBlock) return;
     if (threadIdx.x == 0) dev::wait_until(arrived_, uint32_t(step + 1) * uint32_t(g_.blocks), step);
