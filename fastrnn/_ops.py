@@ -299,19 +299,24 @@ class EagerScan(Scan):
     setup_context = torch.autograd.Function.setup_context
 
     @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[override]
-        output = Scan.forward(*inputs)
-        Scan.setup_context(ctx, inputs, output)
-        y, _, _, all_c, saved = output
-        cell = CELLS[inputs[0]]
+    def forward(ctx, name, batch_first, bias, projected, *tensors):  # type: ignore[override]
+        output = y, _, c_n, all_c, saved = Scan.forward(name, batch_first, bias, projected, *tensors)
+        cell = CELLS[name]
+        ctx.form, ctx.listener = (name, batch_first, bias, projected), None
+        ctx.set_materialize_grads(False)
+        if cell.has_c:
+            ctx.mark_non_differentiable(saved)
+        else:
+            ctx.mark_non_differentiable(c_n, all_c, saved)
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             # torch.nn's outputs may be changed in place before backward. So aliases with version counters of
             # their own are saved, which torch does not check, and the outputs' counters are watched.
             ctx.watched = [(t.detach(), t._version) for t in ((y, all_c) if cell.has_c else (y,))]
             ctx.may_write = cell.in_place
-            ctx.save_for_backward(y.data, saved, all_c.data, *inputs[4:])
+            ctx.save_for_backward(y.data, saved, all_c.data, *tensors)
         else:  # what saved-tensor hooks get is theirs: they may keep it, or return memory that is read-only
-            ctx.save_for_backward(y.clone(), saved, all_c.clone(), *inputs[4:])
+            ctx.watched, ctx.may_write = (), False
+            ctx.save_for_backward(y.clone(), saved, all_c.clone(), *tensors)
         return output
 
 
