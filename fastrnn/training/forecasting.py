@@ -16,6 +16,7 @@ from fastrnn.training.optim import Optim
 from fastrnn.training.stack import Stack, run_padded
 from fastrnn.training.tasks import SequenceTask
 
+COLUMNS = 8  # with a picture in the report
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
 
@@ -166,9 +167,10 @@ class Forecaster(SequenceTask):
         past, future, ahead = (
             torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*self._shown, strict=True)
         )
-        some = torch.linspace(0, past.shape[1] - 1, 4).long().tolist()
-        for i, name in enumerate(self.spec["columns"]):
-            yield (
-                f"Forecast of {name}",
-                plots.forecast(past[:, some, i].T, future[:, some, i].T, ahead[:, some, i].T, name),
-            )
+        some, columns = plots.spread(range(past.shape[1]), 4), self.spec["columns"]
+        drawn = plots.spread(range(len(columns)), COLUMNS)
+        if len(drawn) < len(columns):
+            yield "Forecasts", f"{len(drawn)} of {len(columns)} columns are drawn, evenly spaced."
+        for i in drawn:
+            figure = plots.forecast(past[:, some, i].T, future[:, some, i].T, ahead[:, some, i].T, columns[i])
+            yield f"Forecast of {columns[i]}", figure

@@ -16,6 +16,7 @@ from fastrnn.training.states import StateGradientNorms
 
 VANISHED = 0.01  # of the norm at the loss
 EXPLODED = 100.0  # times the norm at the loss
+MAPS = 8  # pictures of single states for each loss
 
 
 class GradientFlow(L.Callback):
@@ -122,7 +123,7 @@ class GradientFlow(L.Callback):
     def figures(self) -> Iterator[tuple[str, Figure]]:
         steps = [r["step"] for r in self.records]
         for loss, quantities in self.records[-1]["norms"].items():
-            for quantity in quantities:
+            for quantity in plots.spread(quantities, MAPS):
                 title = f"d({loss}) / d{quantity}"
                 yield (
                     f"flow {loss} {quantity}",

@@ -3,14 +3,17 @@
 import base64
 import html
 import io
+import itertools
 import json
 import platform
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import matplotlib
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
@@ -22,7 +25,7 @@ from fastrnn.training.speed import compare_backends
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222 }
+       color: #222; overflow-wrap: anywhere }
 h1 { margin-bottom: 0 } h2 { border-bottom: 1px solid #ddd; margin-top: 2.2rem }
 table { border-collapse: collapse } td, th { padding: .2rem .9rem .2rem 0; text-align: left }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
@@ -31,6 +34,7 @@ pre { background: #f6f6f4; padding: .8rem; overflow-x: auto; font-size: 13px; li
 img { max-width: 100% } .verdict { font-weight: 600 }
 """
 Section = tuple[str, str]  # title and HTML
+METRICS = 24  # with a picture of their own
 
 
 class Report(L.Callback):
@@ -61,17 +65,20 @@ class Report(L.Callback):
         self._write(trainer, pl_module, trainer.log_dir)
 
     @rank_zero_only
+    @matplotlib.rc_context({"text.usetex": False})  # names are no LaTeX
     def _write(self, trainer: L.Trainer, task: L.LightningModule, log_dir: str | None) -> None:
         """All processes ask for ``log_dir``, which they agree on; the first one writes."""
         if not self.write or log_dir is None or trainer.fast_dev_run:
             return
         folder = Path(log_dir)
         (folder / "figures").mkdir(parents=True, exist_ok=True)
+        for old in (folder / "figures").glob("*.png"):  # of the report that this one replaces
+            old.unlink()
         rows = rows_of(trainer)
         trainer.logger.save()
         parts = [
             ("Results", results(rows)),
-            ("Curves", pictures(curve_figures(rows), folder)),
+            ("Curves", curves(rows, folder)),
             *flow_sections(trainer, folder),
             *(exhibit(title, shown, folder) for title, shown in task.exhibits()),
             ("Speed", speed_table(rows, self.speed)),
@@ -79,7 +86,8 @@ class Report(L.Callback):
             ("Environment", table(environment())),
         ]
         self.path = folder / "report.html"
-        self.path.write_text(page(f"{type(task).__name__} in {folder}", parts), encoding="utf-8")
+        text = page(f"{type(task).__name__} in {folder}", parts)
+        self.path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
 
 
 def page(title: str, parts: list[Section]) -> str:
@@ -116,15 +124,23 @@ def results(rows: plots.Rows) -> str:
     return table(found, "", "last", "best")
 
 
-def curve_figures(rows: plots.Rows) -> Iterator[tuple[str, Figure]]:
-    keys = {k for row in rows for k in row}
-    for metric in sorted({k.removeprefix("val/") for k in keys if k.startswith("val/")}):
+def curves(rows: plots.Rows, folder: Path) -> str:
+    """A picture for each validation metric, for the gradient and for the learning rates."""
+    keys = sorted({k for row in rows for k in row})
+    metrics = [k.removeprefix("val/") for k in keys if k.startswith("val/")]
+    left = len(metrics) - METRICS
+    note = f"<p>{left} more metrics are in metrics.csv.</p>" if left > 0 else ""
+    return pictures(curve_figures(rows, keys, metrics[:METRICS]), folder) + note
+
+
+def curve_figures(rows: plots.Rows, keys: list[str], metrics: list[str]) -> Iterator[tuple[str, Figure]]:
+    for metric in metrics:
         yield metric, plots.curves(rows, metric)
-    for key in sorted(keys):
-        if key == "gradient/norm":
-            yield "gradient norm", plots.single(rows, key, "gradient norm before clipping")
-        elif key.startswith("lr-") and not key.endswith("/pg2"):
-            yield "learning rate", plots.single(rows, key, "learning rate")
+    if "gradient/norm" in keys:
+        yield "gradient norm", plots.single(rows, "gradient/norm", "gradient norm before clipping")
+    rates = [k for k in keys if k.startswith("lr-") and not k.endswith("/pg2")]
+    for key in rates[:METRICS]:
+        yield "learning rate", plots.single(rows, key, "learning rate")
 
 
 def pictures(figures: Iterator[tuple[str, Figure]], folder: Path) -> str:
@@ -133,11 +149,13 @@ def pictures(figures: Iterator[tuple[str, Figure]], folder: Path) -> str:
 
 
 def picture(name: str, figure: Figure, folder: Path) -> str:
-    """The figure as a file, and as HTML that holds it."""
+    """The figure as a file of its own, whatever it is called, and as HTML that holds it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    file = "".join(c if c.isalnum() else "_" for c in name.lower())
-    (folder / "figures" / f"{file}.png").write_bytes(buffer.getvalue())
+    stem = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")[:60] or "picture"
+    names = (f"{stem}{f'_{i}' if i > 1 else ''}.png" for i in itertools.count(1))
+    free = next(path for n in names if not (path := folder / "figures" / n).exists())
+    free.write_bytes(buffer.getvalue())
     data = base64.b64encode(buffer.getvalue()).decode()
     return f"<img alt='{html.escape(name)}' src='data:image/png;base64,{data}'>"
 
