@@ -52,6 +52,8 @@ class SequenceClassifier(SequenceTask):
             raise InputError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
         self.pool, self.noise, self.label_smoothing = pool, noise, label_smoothing
         self.classes = [str(c) for c in spec["classes"]]
+        if len(self.classes) < 2:
+            raise InputError(f"a classifier needs at least 2 classes, got {self.classes}")
         self.register_buffer("mean", torch.tensor(spec["mean"]), persistent=False)
         self.register_buffer("scale", torch.tensor(spec["scale"]), persistent=False)
         self.rnn = self.stack.build(len(spec["mean"]))

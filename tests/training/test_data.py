@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -154,8 +156,36 @@ def arrays(*lengths: int, features: int = 2) -> list[np.ndarray]:
         ({"train": (arrays(3), [1, 2])}, "1 arrays, 2 labels"),
         ({"test": (arrays(3), ["c"])}, "classes of test absent from training: c"),
         ({"val": (arrays(3, features=5), ["a"])}, r"val\[0\] must have 2 features .* got 5"),
-        ({"val": (arrays(0), ["a"])}, r"val\[0\] must be \[T, I\], T > 0; got \[0, 2\]"),
+        ({"val": (arrays(0), ["a"])}, r"val\[0\] must be \[T, I\], T > 0, I > 0; got \[0, 2\]"),
+        ({"val": (arrays(3, features=0), ["a"])}, r"val\[0\] must be .* got \[3, 0\]"),
         ({"val": ([np.array([[1.0, np.nan]])], ["a"])}, "missing value at step 0, feature 1"),
+        ({"val": ([np.array([[1, None]])], ["a"])}, "missing value at step 0, feature 1"),
+        ({"val": ([np.ma.masked_equal([[1.0, 5.0]], 5)], ["a"])}, "missing value at step 0, feature 1"),
+        ({"val": ([pd.DataFrame({"x": [1, None], "y": 2})], ["a"])}, "missing value at step 1, feature 0"),
+        ({"val": ([[[1, 2], [3]]], ["a"])}, r"val\[0\] must be numbers \[T, I\]: .*inhomogeneous"),
+        ({"val": ([np.array([[1], [2, 3]], dtype=object)], ["a"])}, r"val\[0\] must be numbers"),
+        ({"val": ([np.array([[1, "2"]], dtype=object)], ["a"])}, r"val\[0\] must be numbers .*got object"),
+        ({"val": (["abc"], ["a"])}, r"val\[0\] must be numbers .*got <U3"),
+        ({"val": ([[[1j, 2.0]]], ["a"])}, "val.* got complex128"),
+        ({"val": (torch.zeros(1, 3, 2, dtype=torch.complex64), ["a"])}, "val.* got complex64"),
+        ({"val": ([[pd.Timestamp(0)]], ["a"])}, r"val\[0\] must be numbers"),
+        ({"val": ([{}], ["a"])}, r"val\[0\] must be numbers"),
+        ({"val": (torch.zeros(()), ["a"])}, "arrays of val must be a list or an array, got Tensor"),
+        ({"val": arrays(3)}, r"val must be \(arrays, labels\), got list"),
+        ({"val": None}, r"val must be \(arrays, labels\), got NoneType"),
+        ({"train": (arrays(3, 4), ["a", "a"])}, "train has one class only, a: a classifier needs at least 2"),
+        ({"train": (arrays(*[3] * 30), range(30)), "val": (arrays(2), [1])}, "absent from training: a"),
+        ({"val": (arrays(*[3] * 30), range(30))}, "absent from training: 0, 1, 2, .*, 9 and 20 more$"),
+        ({"val": (arrays(2), ["x" * 300])}, r"absent from training: x{57}\.\.\.$"),
+        ({"val": (arrays(2), "a")}, "labels of val must be a list or an array, got str"),
+        ({"val": (arrays(2, 3), {"a", "b"})}, "labels of val must be a list or an array, got set"),
+        ({"val": (arrays(2, 3), torch.zeros(2, 1))}, r"labels of val must be \[N\], .* got \[2, 1\]"),
+        (
+            {"val": (arrays(2, 3), pd.DataFrame({"a": [1, 2]}))},
+            r"labels of val must be \[N\], .* got \[2, 1\]",
+        ),
+        ({"val": (arrays(2), [[0, 1]])}, r"label of val\[0\] must be one value, got \[0, 1\]"),
+        ({"val": (arrays(2), [torch.eye(2)])}, r"label of val\[0\] must be one value"),
     ],
 )
 def test_unusable_arrays_are_named(parts: dict, words: str) -> None:
@@ -164,13 +194,97 @@ def test_unusable_arrays_are_named(parts: dict, words: str) -> None:
         LabelledData(**{"train": good, "val": good, "test": good, **parts}).spec  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    "missing",
+    [None, float("nan"), np.float32("nan"), torch.tensor(torch.nan), pd.NA, pd.NaT, np.inf, "", " "],
+)
+def test_a_missing_label_is_no_class(missing: object) -> None:
+    good = (arrays(3, 4), ["a", "b"])
+    with pytest.raises(InputError, match=r"train\[1\] has no label: "):
+        LabelledData((arrays(3, 4, 5), ["a", missing, "b"]), good, good).spec  # noqa: B018
+    masked = np.ma.masked_equal([1, 9, 2], 9)
+    with pytest.raises(InputError, match=r"train\[1\] has no label: None"):
+        LabelledData((arrays(3, 4, 5), masked), good, good).spec  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [0, 1, 2, 10],
+        [0.0, 1.0, 2.0, 10.0],
+        ["0", "1", "2", "10"],
+        [b"0", b"1", b"2", b"10"],
+        [0, 1.0, "2", torch.tensor([10])],
+        (0, 1, 2, 10),
+        range(3),
+        np.array([0, 1, 2, 10], dtype=np.uint8),
+        np.array([0, 1, 2, 10], dtype=np.float32),
+        np.array(["0", "1", "2", "10"]),
+        np.array(["0", 1, 2.0, np.int8(10)], dtype=object),
+        torch.tensor([0, 1, 2, 10]),
+        torch.tensor([0, 1, 2, 10], dtype=torch.bfloat16, requires_grad=True),
+        pd.Series([0, 1, 2, 10], index=[7, 5, 3, 1]),
+        pd.Series([0, 1, 2, 10], dtype="Int64"),
+        pd.Series(["0", "1", "2", "10"], dtype="category"),
+        pd.Categorical([0, 1, 2, 10]),
+    ],
+    ids=repr,
+)
+def test_one_class_has_one_name_whatever_its_labels_are(labels: object) -> None:
+    good = (arrays(1, 2, 3, 4), [0, 1, 2, 10])
+    count = len(labels)  # type: ignore[arg-type]
+    data = LabelledData(good, (arrays(*range(1, count + 1)), labels), good)
+    assert data.spec["classes"] == ["0", "1", "2", "10"]
+    assert data.batches("val", 0, 1).batch(0, 0).y.tolist() == list(range(count))
+    turned = LabelledData((arrays(*range(1, count + 1)), labels), *[(arrays(1), [1])] * 2)
+    assert turned.spec["classes"] == ["0", "1", "2", "10"][:count]
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ["-10", "-2", "0", "0.25", "1.5", "1e1", "12"],
+        ["take 2", "take 10", "take 10b", "tape"],
+        ["-1", "7", "2nd", "10th", "a"],
+        ["False", "True"],
+        ["1" * 5000, "a" + "1" * 5000],
+    ],
+)
+def test_classes_are_in_the_order_of_their_numbers(classes: list[str]) -> None:
+    part = (arrays(*[1] * len(classes)), classes[::-1])
+    assert LabelledData(part, part, part).spec["classes"] == classes
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: a.tolist(),
+        lambda a: a.astype(np.int64),
+        lambda a: a.astype(object),
+        lambda a: a.astype(np.longdouble),
+        lambda a: torch.from_numpy(a).requires_grad_(),
+        lambda a: torch.from_numpy(a).bfloat16(),
+        lambda a: [list(map(torch.tensor, row)) for row in a],
+        pd.DataFrame,
+        lambda a: np.ma.masked_equal(a, 99),
+    ],
+)
+def test_sequences_are_taken_in_every_form(make: Callable[[np.ndarray], object]) -> None:
+    numbers = np.arange(6.0).reshape(3, 2)
+    data = LabelledData(*[([make(numbers), numbers + 1], ["a", "b"])] * 3)
+    batch = data.batches("val", 0, 1).batch(0, 0)
+    assert batch.x[:, 0].tolist() == numbers.tolist()
+    stacked = LabelledData(*[(torch.from_numpy(np.stack([numbers, numbers + 1])), ["a", "b"])] * 3)
+    assert torch.equal(stacked.batches("val", 0, 1).batch(0, 0).x, batch.x)
+
+
 def test_a_model_keeps_its_own_numbers_for_new_data() -> None:
     good = (arrays(3, 4), ["a", "b"])
     data = LabelledData(good, good, (arrays(2), ["b"]))
     data.adopt({**data.spec, "classes": ["z", "a", "b"]})
     assert data.batches("test", 0, 1).batch(0, 0).y.tolist() == [2]
     data.adopt({**data.spec, "classes": ["z", "a"]})
-    with pytest.raises(InputError, match=r"classes of test that the model does not know: \['b'\]"):
+    with pytest.raises(InputError, match=r"classes of test that the model does not know: b"):
         data.batches("test", 0, 1)
     with pytest.raises(InputError, match=r"columns must be the model's, \['x'\], got \['co2'\]"):
         SeriesData("co2", missing="interpolate").adopt({"columns": ["x"]})

@@ -132,6 +132,11 @@ def test_models_that_would_see_the_future_are_refused(text: TextData) -> None:
             make(Stack(bidirectional=True))
 
 
+def test_a_classifier_of_one_class_is_refused() -> None:
+    with pytest.raises(InputError, match=r"at least 2 classes, got \['a'\]"):
+        SequenceClassifier({"mean": [0.0], "scale": [1.0], "classes": ["a"]})
+
+
 @pytest.mark.parametrize(
     ("stack", "words"),
     [(Stack(cell="lstn"), "cell must be one of lstm"), (Stack(backend="jax"), "backend must be")],

@@ -1,18 +1,21 @@
 """Sequences of different lengths with a class each: JapaneseVowels, or arrays of one's own."""
 
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from fastrnn.training.data import shipped
 from fastrnn.training.data.batches import ShuffledBatches
 from fastrnn.training.data.module import SequenceData
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, listing
 
 Labelled = tuple[list[Tensor], list[str]]  # sequences [T_i, I] and their class names
 
@@ -20,14 +23,18 @@ Labelled = tuple[list[Tensor], list[str]]  # sequences [T_i, I] and their class 
 class LabelledData(SequenceData):
     """Arrays with class names, in parts.
 
+    An array is whatever holds numbers: NumPy's or torch's, nested lists, a table of pandas. A label is
+    text or a number, and the class is called by its text: 1, 1.0, ``tensor(1)`` and "1" are one class.
+    Classes are in the order of their numbers: "2" before "10", and "take 2" before "take 10".
+
     Args:
         train, val, test: each (arrays [T_i, I], labels).
         batch_size: sequences a batch, over all processes.
         seed: of the order in training.
 
     Raises:
-        InputError: no sequences, an empty one, other features, missing values, or a class in val
-            or test that is absent from train.
+        InputError: no sequences, an empty one, other features, no numbers, missing values or labels,
+            one class only, or a class in val or test that is absent from train.
     """
 
     def __init__(
@@ -44,17 +51,22 @@ class LabelledData(SequenceData):
 
     @cached_property
     def checked(self) -> dict[str, Labelled]:
+        for name, part in self.parts.items():
+            if not isinstance(part, (tuple, list)) or len(part) != 2:
+                raise InputError(f"{name} must be (arrays, labels), got {type(part).__name__}")
         parts = {name: as_labelled(name, *part) for name, part in self.parts.items()}
         features = parts["train"][0][0].shape[1]
         known = set(parts["train"][1])
+        if len(known) == 1:
+            raise InputError(f"train has one class only, {listing(known)}: a classifier needs at least 2")
         for name, (sequences, labels) in parts.items():
             for i, sequence in enumerate(sequences):
                 if sequence.shape[1] != features:
                     raise InputError(
                         f"{name}[{i}] must have {features} features as train[0], got {sequence.shape[1]}"
                     )
-            if absent := sorted(set(labels) - known):
-                raise InputError(f"classes of {name} absent from training: {', '.join(absent)}")
+            if absent := in_order(set(labels) - known):
+                raise InputError(f"classes of {name} absent from training: {listing(absent)}")
         return parts
 
     @cached_property
@@ -64,14 +76,14 @@ class LabelledData(SequenceData):
         return {
             "mean": steps.mean(0).tolist(),
             "scale": steps.std(0).clamp_min(1e-8).tolist(),
-            "classes": sorted(set(labels)),
+            "classes": in_order(set(labels)),
         }
 
     def batches(self, part: str, rank: int, world: int) -> ShuffledBatches:
         sequences, labels = self.checked[part]
         number = {c: i for i, c in enumerate(self.spec["classes"])}
-        if unknown := sorted(set(labels) - number.keys()):
-            raise InputError(f"classes of {part} that the model does not know: {unknown}")
+        if unknown := in_order(set(labels) - number.keys()):
+            raise InputError(f"classes of {part} that the model does not know: {listing(unknown)}")
         targets = torch.tensor([number[label] for label in labels])
         seed = self.seed if part == "train" else None
         return ShuffledBatches(sequences, targets, self.batch_size, seed, rank, world)
@@ -79,19 +91,79 @@ class LabelledData(SequenceData):
 
 def as_labelled(name: str, arrays: Sequence[Any], labels: Sequence[Any]) -> Labelled:
     """Arrays [T_i, I] as float32 tensors and labels as text, checked."""
+    if len(shape := getattr(labels, "shape", (0,))) != 1:
+        raise InputError(f"labels of {name} must be [N], one for each array; got {list(shape)}")
+    arrays, labels = listed(f"arrays of {name}", arrays), listed(f"labels of {name}", labels)
     if not len(arrays) or len(arrays) != len(labels):
         raise InputError(
             f"{name} must hold as many labels as arrays, and at least one: "
             f"got {len(arrays)} arrays, {len(labels)} labels"
         )
-    sequences = [torch.as_tensor(np.asarray(a), dtype=torch.float32) for a in arrays]
+    sequences = [as_sequence(f"{name}[{i}]", a).float() for i, a in enumerate(arrays)]
     for i, sequence in enumerate(sequences):
-        if sequence.dim() != 2 or not len(sequence):
-            raise InputError(f"{name}[{i}] must be [T, I], T > 0; got {list(sequence.shape)}")
+        if sequence.dim() != 2 or not sequence.numel():
+            raise InputError(f"{name}[{i}] must be [T, I], T > 0, I > 0; got {list(sequence.shape)}")
         if not sequence.isfinite().all():
             step, feature = (~sequence.isfinite()).nonzero()[0].tolist()
             raise InputError(f"{name}[{i}] has a missing value at step {step}, feature {feature}")
-    return sequences, [str(label) for label in labels]
+    return sequences, [class_name(f"{name}[{i}]", label) for i, label in enumerate(labels)]
+
+
+def listed(what: str, values: Any) -> list[Any]:
+    """The items of a list, an array, a tensor or a column."""
+    try:
+        if not isinstance(values, (str, bytes, dict, set)):
+            return list(values)
+    except TypeError:
+        pass
+    raise InputError(f"{what} must be a list or an array, got {type(values).__name__}")
+
+
+def as_sequence(where: str, values: Any) -> Tensor:
+    """Numbers of any kind as float64, in their shape."""
+    try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            values = (values.double() if values.is_floating_point() else values).numpy()
+        if isinstance(values, np.ma.MaskedArray):
+            values = values.astype(np.float64).filled(np.nan)
+        found = np.asarray(values)
+        if found.dtype == object and not any(isinstance(v, (str, bytes)) for v in found.flat):
+            found = found.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        raise InputError(f"{where} must be numbers [T, I]: {first}") from None
+    if found.dtype.kind not in "biuf":
+        raise InputError(f"{where} must be numbers [T, I], got {found.dtype}")
+    return torch.from_numpy(found.astype(np.float64))
+
+
+def class_name(where: str, label: Any) -> str:
+    """What a label's class is called."""
+    if isinstance(label, (Tensor, np.ndarray, np.generic)) and tuple(label.reshape(-1).shape) == (1,):
+        (label,) = label.reshape(-1).tolist()
+    if isinstance(label, bytes):
+        label = label.decode(errors="backslashreplace")
+    if isinstance(label, Iterable) and not isinstance(label, str):
+        raise InputError(f"the label of {where} must be one value, got {listing([label])}")
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    name = str(label)
+    if pd.isna(label) or not name.strip() or (isinstance(label, float) and math.isinf(label)):
+        raise InputError(f"{where} has no label: {label!r}")
+    return name
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Numbers by their value, then names with the numbers inside them by their value."""
+
+    def key(name: str) -> tuple:
+        if re.fullmatch(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", name, re.ASCII | re.IGNORECASE):
+            return 0, float(name), name
+        parts = re.split("([0-9]+)", name)
+        return 1, [float(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+    return sorted(names, key=key)
 
 
 class JapaneseVowels(LabelledData):
