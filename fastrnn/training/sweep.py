@@ -13,6 +13,7 @@ import itertools
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastrnn.training.errors import InputError
@@ -75,8 +76,8 @@ def show(rows: list[Row]) -> None:
     table = Table(title="Sweep, best first")
     keys = [key for key in rows[0] if key != "sorted by"]
     for key in keys:
-        table.add_column(key)
+        table.add_column(escape(key), overflow="fold")
     for row in rows:
         cells = (f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys)
-        table.add_row(*cells)
+        table.add_row(*map(escape, cells))
     Console().print(table)
