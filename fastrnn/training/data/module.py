@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 
 from fastrnn.training.data.batches import Batches
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, listing
 
 
 class SequenceData(L.LightningDataModule):
@@ -22,7 +22,8 @@ class SequenceData(L.LightningDataModule):
         """
         columns, wanted = self.spec.get("columns"), spec.get("columns")
         if columns != wanted:
-            raise InputError(f"columns must be the model's, {wanted}, got {columns}")
+            named = (listing(names) if names else "none" for names in (wanted, columns))
+            raise InputError("columns must be the model's: {}; got {}".format(*named))
         self.__dict__["spec"] = spec
 
     @abstractmethod
