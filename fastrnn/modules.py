@@ -50,13 +50,16 @@ class _Recurrent(_Prepackable, nn.RNNBase):
         self._state_hooks[handle.id] = hook
         return handle
 
-    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        dtype = self.weight_ih_l0.dtype
+    def _check_forward(self, input: Tensor, hx, batch_sizes: Tensor | None, dtype: torch.dtype) -> None:
+        """torch.nn's checks, with the dtype of the weights from who has read them."""
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
                 f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
             )
+        self.check_forward_args(input, hx, batch_sizes)
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         dims = 2 if batch_sizes is not None else 3
         if input.dim() != dims:
             raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
@@ -88,6 +91,7 @@ class _Recurrent(_Prepackable, nn.RNNBase):
         return (f(hx[0]), f(hx[1])) if self.mode == "LSTM" else f(hx)
 
     def _weights(self) -> list[Tensor]:
+        """Read once a call: a parametrized weight is computed, and may count how often."""
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
@@ -95,7 +99,7 @@ class _Recurrent(_Prepackable, nn.RNNBase):
         layers = functional.stack_weights(self._weights(), self.bias, self.num_layers, self.bidirectional)
         return [(self.mode.lower(), weights) for weights in layers]
 
-    def _call(self, *args, **keywords):
+    def _call(self, weights: list[Tensor], *args, **keywords):
         """The functional form, on (input, hx) or on (data, batch_sizes, hx)."""
         function = getattr(functional, self.mode.lower())
         options = [self.bias, self.num_layers, self.dropout, self.training, self.bidirectional]
@@ -104,7 +108,7 @@ class _Recurrent(_Prepackable, nn.RNNBase):
         if self._state_hooks:
             hooks = tuple(self._state_hooks.values())
             keywords["state_hook"] = lambda gradients: [hook(gradients) for hook in hooks]
-        output, *hidden = function(*args, self._weights(), *options, **keywords)
+        output, *hidden = function(*args, weights, *options, **keywords)
         return output, tuple(hidden) if self.mode == "LSTM" else hidden[0]
 
     def forward(self, input, hx=None, *, lengths=None, reset=None, return_states=False):
@@ -140,8 +144,11 @@ class _Recurrent(_Prepackable, nn.RNNBase):
             self._check_hidden_dims(hx, 3 if is_batched else 2)
             if not is_batched:
                 hx = self._each(hx, lambda h: h.unsqueeze(1))
-        self.check_forward_args(input, hx, None)
-        output, hidden = self._call(input, hx, lengths=lengths, reset=reset, return_states=return_states)
+        weights = self._weights()
+        self._check_forward(input, hx, None, weights[0].dtype)
+        output, hidden = self._call(
+            weights, input, hx, lengths=lengths, reset=reset, return_states=return_states
+        )
         if not is_batched:
             of_batch = 2 if return_states else 1
             return output.squeeze(batch_dim), self._each(hidden, lambda h: h.squeeze(of_batch))
@@ -151,8 +158,9 @@ class _Recurrent(_Prepackable, nn.RNNBase):
         data, batch_sizes, sorted_indices, unsorted_indices = input
         B = int(batch_sizes[0])
         hx = self._zeros(data, B) if hx is None else self.permute_hidden(hx, sorted_indices)
-        self.check_forward_args(data, hx, batch_sizes)
-        output, hidden = self._call(data, batch_sizes, hx)
+        weights = self._weights()
+        self._check_forward(data, hx, batch_sizes, weights[0].dtype)
+        output, hidden = self._call(weights, data, batch_sizes, hx)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(hidden, unsorted_indices)
 

@@ -279,6 +279,34 @@ def test_parametrized_weights_take_effect_and_get_gradients(kind, name):
     torch.testing.assert_close(results[1], results[0])
 
 
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_computes_each_parametrized_weight_once(kind, packed, training):
+    _, ours = make_pair(kind)
+    ours.train(training)
+    names = [name for name, _ in ours.named_parameters()]
+    for name in names:
+        parametrize.register_parametrization(ours, name, Counted())
+    counters = [module for module in ours.modules() if isinstance(module, Counted)]
+    for counter in counters:
+        counter.calls = 0
+    x = make_input(kind)
+    if packed and not kind.endswith("Cell"):
+        x = pack_padded_sequence(x, torch.tensor([5, 3]))
+    ours(x)
+    ours.train(training)
+    assert [counter.calls for counter in counters] == [1] * len(names)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_older_weight_norm_takes_effect(kind):
