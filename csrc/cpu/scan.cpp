@@ -65,25 +65,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 // ---- Packed weights, kept by the caller ----------------------------------------------------------------
 
-/// What stands before the panels: the kernels and the sizes that they are for.
+/// What stands before the panels: the kernels, the number type and the sizes that they are for. Cells with
+/// the same gates have the same panels.
 struct PackHeader {
   char isa[16];
-  int64_t cell, scalar, D, I, H, P, projected, pairs;
+  int64_t gates, scalar, D, I, H, P, apart, projected, pairs;
+  int64_t unused[5];  // zero
 };
 constexpr int64_t kHeaderBytes = 128;
-static_assert(sizeof(PackHeader) <= kHeaderBytes);
+static_assert(sizeof(PackHeader) == kHeaderBytes);
 
 template <class Cell>
 PackHeader header_of(const Tensor& like, const Sizes& sizes, int64_t I, bool projected, bool pairs) {
-  PackHeader header{{},
-                    AllCells::index<Cell>(),
-                    static_cast<int64_t>(like.scalar_type()),
-                    sizes.D,
-                    I,
-                    sizes.H,
-                    sizes.P,
-                    projected,
-                    pairs};
+  PackHeader header{.isa = {},
+                    .gates = Cell::kGates,
+                    .scalar = static_cast<int64_t>(like.scalar_type()),
+                    .D = sizes.D,
+                    .I = I,
+                    .H = sizes.H,
+                    .P = sizes.P,
+                    .apart = Cell::kApart,
+                    .projected = projected,
+                    .pairs = pairs,
+                    .unused = {}};
   std::strncpy(header.isa, instruction_set().name, sizeof header.isa - 1);
   return header;
 }
@@ -134,6 +138,20 @@ Tensor pack(Tensors w_ih, Tensors w_hh, Tensors b_ih, Tensors b_hh, Tensors w_hr
   return packed;
 }
 
+/// Whether so many bytes can be the pack that their header tells of, for numbers like those of `like`.
+template <class Cell>
+bool is_pack(const PackHeader& header, int64_t bytes, const Tensor& like) {
+  const auto& [isa, gates, scalar, D, I, H, P, apart, projected, pairs, unused] = header;
+  const PackHeader expected =
+      header_of<Cell>(like, {D, 0, P, H, Cell::kGates}, I, projected != 0, pairs != 0);
+  return !std::memcmp(&header, &expected, sizeof header) && D >= 1 && D <= kMaxDirections && I >= 0 &&
+         H > 0 && P > 0 && (projected ? Cell::kCellState : H == P) &&
+         (!pairs || like.scalar_type() == ScalarType::Float) &&
+         // A weight takes two bytes at least. After this no product of the sizes overflows.
+         2.0 * double(H) * (double(I) + double(P)) <= double(bytes) &&
+         bytes == kHeaderBytes + pack_panels<Cell>(like, header, {}, {}, {}, {}, {}, nullptr);
+}
+
 /// forward() with the result of pack() in the place of the weights.
 template <class Cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_packed(const Tensor& x, const Tensor& h0,
@@ -147,15 +165,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_packed(const Tensor& 
                       packed.scalar_type() == ScalarType::Byte && packed.numel() > kHeaderBytes,
                   "packed must be the result of fastrnn::", Cell::kName, "_pack");
   const auto* const from = static_cast<const char*>(packed.const_data_ptr());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(from) % sizeof(double) == 0, "packed must be aligned");
   PackHeader header;
   std::memcpy(&header, from, sizeof header);
+  STD_TORCH_CHECK(is_pack<Cell>(header, packed.numel(), h0),
+                  "packed must be the result of fastrnn::", Cell::kName,
+                  "_pack, from this process and for the dtype of h0");
   const Sizes sizes{header.D, h0.size(1), header.P, header.H, Cell::kGates};
-  const PackHeader expected = header_of<Cell>(h0, sizes, header.I, header.projected, header.pairs);
-  STD_TORCH_CHECK(
-      !std::memcmp(&header, &expected, sizeof header) &&
-          packed.numel() == kHeaderBytes + pack_panels<Cell>(h0, header, {}, {}, {}, {}, {}, nullptr),
-      "packed must be the result of fastrnn::", Cell::kName,
-      "_pack, from this process and for the dtype of h0");
   const Arguments arguments(h0, header.D);
   arguments.check(h0, "h0", "[D, B, P]", {header.D, sizes.B, header.P});
   arguments.check(x, "x", "[N, I]", {x.size(0), header.I});
