@@ -1,70 +1,94 @@
 """``fastrnn.prepack``: weights in the form that the kernels stream, kept between calls, for serving.
 
-A pack belongs to the weights of one layer. It is found by the identity of W_hh and used while every weight is
-the same tensor at the same address and version; it goes when they change, and with them when they die.
+A pack belongs to the weights of one layer and lives as long as a module that it was made for. A call finds it
+by the weights it computes with, and uses it while each of them is the tensor that was packed, at the same
+address, with the same strides and version.
 """
 
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 _Module = TypeVar("_Module", bound=nn.Module)
 Weights = Sequence[Sequence[Tensor]]  # w_ih, w_hh, b_ih, b_hh, w_hr of all directions of one layer
+_CHANGED = "the weights have changed"
 
 
-@dataclass
+class State(NamedTuple):
+    """What tells whether a tensor is still the one that was packed, unchanged."""
+
+    # Its __dict__, held in place of the tensor: swap_tensors refuses tensors with a weak or a second C++
+    # reference. Held, it belongs to no later tensor; swap_tensors exchanges it along with the numbers.
+    attributes: dict
+    address: int
+    strides: tuple[int, ...]
+    version: int | None  # None: made under inference_mode, which counts none
+    storage: torch.UntypedStorage  # held, so that no other memory gets this address
+
+    @staticmethod
+    def of(t: Tensor) -> "State":
+        version = None if t.is_inference() else t._version
+        return State(t.__dict__, t.data_ptr(), t.stride(), version, t.untyped_storage())
+
+    def is_that_of(self, t: Tensor) -> bool:
+        return (
+            t.__dict__ is self.attributes
+            and t.data_ptr() == self.address
+            and t.stride() == self.strides
+            and (self.version is None or t._version == self.version)
+        )
+
+
+@dataclass(eq=False)
 class Pack:
     packed: Tensor | None  # None: undone
     note: str  # for explain()
-    states: list[tuple]
-    # Their memory cannot become anybody else's, so that an address says whose it is.
-    aliases: list[Tensor]
-    owner: weakref.ref
+    states: list[State]
+
+    def serves(self, weights: Weights) -> bool:
+        states = self.states  # another thread may undo it meanwhile
+        return len(states) > 0 and all(
+            state.is_that_of(t) for state, t in zip(states, _tensors(weights), strict=True)
+        )
 
     def undo(self, reason: str) -> None:
-        self.packed, self.aliases = None, []
+        self.packed, self.states = None, []
         self.note = f"no longer prepacked: {reason}"
 
 
-packs: dict[int, Pack] = {}  # by id(w_hh[0])
+packs: WeakValueDictionary[tuple[int, ...], Pack] = WeakValueDictionary()  # by the ids of the weights
+_owners = WeakIdKeyDictionary()  # module -> its Packs. Not in the module: pickles and copies would hold them
 
 
-def _state(t: Tensor) -> tuple:
-    return id(t), t.data_ptr(), 0 if t.is_inference() else t._version
+def _tensors(weights: Weights) -> list[Tensor]:
+    return [t for part in weights for t in part]
 
 
-def _states(weights: Weights) -> list[tuple]:
-    return [_state(t) for part in weights for t in part]
+def _key(weights: Weights) -> tuple[int, ...]:
+    return tuple(map(id, _tensors(weights)))
 
 
-def keep(weights: Weights, packed: Tensor, note: str) -> None:
-    first = weights[1][0]
-    key = id(first)
-    owner = weakref.ref(first, lambda _: packs.pop(key, None))
-    aliases = [t.detach() for part in weights for t in part]
-    packs[key] = Pack(packed, note, _states(weights), aliases, owner)
+def _make(cell: str, weights: Weights, bfloat16: bool) -> Pack:
+    with torch.no_grad():
+        packed = getattr(torch.ops.fastrnn, f"{cell}_pack").default(*weights, bfloat16)
+    return Pack(packed, "prepacked" + " as bfloat16" * bfloat16, [State.of(t) for t in _tensors(weights)])
 
 
 def find(weights: Weights, for_gradients: bool) -> Tensor | None:
     """The pack of these very weights, if there is one and it is not stale; a call that needs gradients and
     weights that have changed undo it."""
-    pack = packs.get(id(weights[1][0]))
-    if pack is None or pack.packed is None or torch.jit.is_tracing():
+    pack = packs.get(_key(weights))
+    if pack is None or (packed := pack.packed) is None or torch.jit.is_tracing():
         return None
-    packed, states = pack.packed, _states(weights)
-    if for_gradients:
-        reason = "a call needed gradients"
-    elif states == pack.states:
+    if not for_gradients and pack.serves(weights):
         return packed
-    elif [s[0] for s in states] != [s[0] for s in pack.states]:
-        return None  # another call's weights: functional_call, or a tied W_hh
-    else:
-        reason = "the weights have changed"
+    reason = "a call needed gradients" if for_gradients else _CHANGED
     pack.undo(reason)
     warnings.warn(f"fastrnn: prepack() is undone, because {reason}", stacklevel=2)
     return None
@@ -72,15 +96,22 @@ def find(weights: Weights, for_gradients: bool) -> Tensor | None:
 
 def note(weights: Weights) -> str:
     """What explain() says of a layer's pack, or nothing."""
-    pack = packs.get(id(weights[1][0]))
-    return "" if pack is None else f", {pack.note}"
+    pack = packs.get(_key(weights))
+    if pack is None:
+        return ""
+    stale = pack.packed is not None and not pack.serves(weights)
+    return f", no longer prepacked: {_CHANGED}" if stale else f", {pack.note}"
 
 
 def undo(module: nn.Module, reason: str) -> None:
-    """Undoes the packs of one fastrnn module."""
-    for _, weights in module._scan_layers() if packs else ():  # type: ignore[operator]
-        if (pack := packs.get(id(weights[1][0]))) is not None:
-            pack.undo(reason)
+    """Undoes the packs of one module, if it has any."""
+    for pack in _owners.get(module, ()):
+        pack.undo(reason)
+
+
+def drop(module: nn.Module) -> None:
+    """The module is served no longer, and nothing of its packs stays."""
+    _owners.pop(module, None)
 
 
 def _recurrent_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -90,7 +121,7 @@ def _recurrent_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _check(name: str, module: nn.Module, weights: torch.dtype | None) -> None:
     if module.training:
         raise RuntimeError(f"prepack is for inference: {name} is in training mode, call eval() first")
-    own = {id(p) for p in module.parameters(recurse=False)}
+    own = {id(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
     for _, layer in module._scan_layers():  # type: ignore[operator]
         for t in (t for part in layer for t in part):
             if id(t) not in own:
@@ -111,15 +142,17 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
     the weights (not the biases) to bfloat16, half the bytes to read; sums and states stay float32.
 
     Undone for a module by ``train()``, and with a warning by a call that needs gradients and by the first
-    call after its weights changed: assigned, loaded, moved, or edited in place. Not seen, so that the old
-    weights stay in effect until ``prepack`` is called again: edits in place through ``p.data``, a NumPy view
-    or another process's view of shared memory, and those of a module made under ``inference_mode()``.
+    call after its weights changed: edited in place, loaded, moved, or exchanged by ``swap_tensors``. torch
+    counts no change for edits through ``p.data``, a NumPy view, another tensor or process that shares the
+    memory alone, torch's fused optimizers, and any edit of weights made under ``inference_mode()``: the old
+    weights stay in effect until ``prepack`` is called again.
 
-    The module itself is as before: ``state_dict``, pickles and copies know nothing of packs, other weights
-    (``functional_call``) do not use them, and several threads may call it. ``explain`` says what is
-    prepacked. Results are those of the module to the bit where it packs its weights in each call, which it
-    does unless there are few rows in all steps together, and to rounding there. torch.compile, torch.export
-    and torch.jit take no notice of packs.
+    The module itself is as before: ``state_dict``, pickles and copies know nothing of packs, and several
+    threads may call it. A pack serves the very weights it was made from: others (assigned later, or of
+    ``functional_call``) do not use it, and modules that share all weights of a layer share its pack.
+    ``explain`` says what is prepacked. Results are those of the module to the bit where it packs its weights
+    in each call, which it does unless there are few rows in all steps together, and to rounding there.
+    torch.compile, torch.export and torch.jit take no notice of packs.
 
     Raises RuntimeError for a module in training mode, and ValueError where there is nothing to prepack: no
     fastrnn module, parametrized weights, or a device or dtype without these kernels.
@@ -131,13 +164,12 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
         raise ValueError("prepack: no fastrnn module inside")
     for name, child in found:
         _check(name or type(child).__name__, child, weights)
+    made: dict[tuple[int, ...], Pack] = {}
     for _, child in found:
-        for cell, layer in child._scan_layers():  # type: ignore[operator]
-            with torch.no_grad():
-                pack = getattr(torch.ops.fastrnn, f"{cell}_pack").default
-                keep(
-                    layer,
-                    pack(*layer, weights is not None),
-                    "prepacked" + (" as bfloat16" if weights else ""),
-                )
+        layers = child._scan_layers()  # type: ignore[operator]
+        for cell, layer in layers:
+            if (key := _key(layer)) not in made:
+                made[key] = _make(cell, layer, weights is not None)
+        _owners[child] = [made[_key(layer)] for _, layer in layers]
+    packs.update(made)
     return module

@@ -17,8 +17,7 @@ def _change_classes(model: _Model, table: dict[type, type]) -> _Model:
     for module in model.modules():
         # Exactly these classes: a user's subclass has a forward of its own.
         if type(module) in table:
-            if hasattr(module, "_scan_layers"):
-                _prepack.undo(module, "converted")
+            _prepack.drop(module)
             module.__class__ = table[type(module)]
     return model
 

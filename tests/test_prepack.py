@@ -119,6 +119,56 @@ def test_what_is_no_pack_for_this_call_is_refused():
         torch.ops.fastrnn.lstm_pack(*scan.map(torch.Tensor.double).weights, True)
 
 
+HEADER = 128  # bytes: 16 that name the kernels, then int64 fields, D among them
+
+
+@pytest.mark.parametrize(
+    ("name", "P", "bfloat16"), [("lstm", None, False), ("lstm", 4, True), ("gru", None, True)]
+)
+def test_a_pack_with_one_damaged_byte_in_its_header_is_refused(name, P, bfloat16):
+    scan = make_scan(name, 3, 2, 5, P=P, dtype=torch.float32)
+    packed = getattr(torch.ops.fastrnn, f"{name}_pack")(*scan.weights, bfloat16)
+    operator = getattr(torch.ops.fastrnn, f"{name}_packed")
+    for place in range(HEADER):
+        for flips in (1, 2, 3, 0x40, 0x80, 0xFF):
+            damaged = packed.clone()
+            damaged[place] ^= flips
+            with pytest.raises(RuntimeError, match=r"packed must be the result|must be \["):
+                operator(scan.x, scan.h0, scan.c0, damaged, *scan.rows, False)
+
+
+@pytest.mark.parametrize("value", [-(2**63), -(2**40), -1, 0, 1, 3, 40, 2**31, 2**40, 2**61, 2**63 - 1])
+@pytest.mark.parametrize("field", range(2, HEADER // 8))
+def test_a_pack_with_a_damaged_size_is_refused(field, value):
+    """Even where the call and the number of bytes go with it."""
+    scan = make_scan("lstm", 3, 2, 1, I=1, dtype=torch.float32)
+    packed = torch.ops.fastrnn.lstm_pack(*scan.weights, False)
+    before = packed[:HEADER].view(torch.int64)[field].item()
+    damaged = torch.cat([packed[:HEADER], *[packed[HEADER:]] * (value if 0 < value <= 40 else 1)])
+    damaged[:HEADER].view(torch.int64)[field] = value
+    states = [scan.h0, torch.zeros(value, 2, 1)] if 0 < value <= 40 else [scan.h0]
+    for h0 in states if value != before else ():
+        with pytest.raises(RuntimeError, match=r"packed must be the result|must be \["):
+            torch.ops.fastrnn.lstm_packed(scan.x, h0, h0.clone(), damaged, *scan.rows, False)
+
+
+def test_a_pack_of_two_sizes_at_once_that_overflow_is_refused():
+    scan = make_scan("rnn_tanh", 3, 2, 5, dtype=torch.float32)
+    packed = torch.ops.fastrnn.rnn_tanh_pack(*scan.weights, False)
+    sizes = packed[:HEADER].view(torch.int64)
+    sizes[(sizes == 5).nonzero().flatten()] = 2**34  # H and P: H * P is 0 in 64 bits but for the padding
+    with pytest.raises(RuntimeError, match="packed must be the result"):
+        torch.ops.fastrnn.rnn_tanh_packed(scan.x, scan.h0, None, packed, *scan.rows, False)
+
+
+def test_a_pack_that_begins_between_two_numbers_is_refused():
+    scan = make_scan("gru", 3, 2, 5, dtype=torch.float32)
+    packed = torch.ops.fastrnn.gru_pack(*scan.weights, False)
+    moved = torch.empty(len(packed) + 1, dtype=torch.uint8)[1:].copy_(packed)
+    with pytest.raises(RuntimeError, match="packed must be aligned"):
+        torch.ops.fastrnn.gru_packed(scan.x, scan.h0, None, moved, *scan.rows, False)
+
+
 # ---- Modules -----------------------------------------------------------------------------------------
 
 MODULES = {
@@ -175,6 +225,73 @@ def test_explain_says_what_is_prepacked_and_what_no_longer_is():
     assert "no longer prepacked: train() was called" in fastrnn.explain(model, x)[0].forward
 
 
+def test_explain_does_not_wait_for_a_call_to_see_that_weights_have_changed():
+    module, x = served(4, 8), torch.randn(5, 3, 4)
+    edit_in_place(module)
+    with pytest.warns(UserWarning, match="undone"):
+        (layer,) = fastrnn.explain(module, x)
+    assert layer.forward.endswith("no longer prepacked: the weights have changed")
+    module = served(4, 8)
+    assign(module)
+    assert "prepacked" not in str(fastrnn.explain(module, x))
+
+
+def tied_layers():
+    module = fastrnn.LSTM(4, 4, 3)
+    for k in (1, 2):
+        setattr(module, f"weight_hh_l{k}", module.weight_hh_l0)
+    return nn.Sequential(module)
+
+
+def tied_directions():
+    module = fastrnn.GRU(4, 4, bidirectional=True)
+    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        setattr(module, f"{name}_l0_reverse", getattr(module, f"{name}_l0"))
+    return nn.Sequential(module)
+
+
+def tied_modules():
+    modules = [fastrnn.GRU(4, 4) for _ in range(3)]
+    modules[1].weight_hh_l0 = modules[2].weight_hh_l0 = modules[0].weight_hh_l0
+    return nn.ModuleList(modules)
+
+
+def same_weights():
+    """All weights of two modules, a layer and a cell."""
+    layer, cell = fastrnn.RNN(4, 4), fastrnn.RNNCell(4, 4, nonlinearity="relu")
+    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        setattr(cell, name, getattr(layer, f"{name}_l0"))
+    return nn.ModuleList([layer, cell])
+
+
+@pytest.mark.parametrize("make", [tied_layers, tied_directions, tied_modules, same_weights])
+@pytest.mark.parametrize("change", [False, True])
+@pytest.mark.filterwarnings("ignore:fastrnn. prepack")
+def test_every_layer_of_shared_weights_is_prepacked_until_they_change(make, change):
+    model, x = make().eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        fastrnn.prepack(model)
+        if change:
+            next(model.parameters()).mul_(2)  # W_ih of the first layer
+            getattr(model[-1], "weight_hh_l0", next(model.parameters())).mul_(2)
+        for module in model:
+            torch.testing.assert_close(module(x)[0], copy.deepcopy(module)(x)[0])
+    for module in model:
+        said = ["no longer" not in layer.forward for layer in fastrnn.explain(module, x)]
+        used = [name.endswith("_packed") for name in operators(module, x)]
+        assert said == used == [not change] * len(used)
+
+
+def test_a_pack_lives_as_long_as_one_of_the_modules_that_share_it():
+    layer, cell = fastrnn.prepack(same_weights().eval())
+    x = torch.randn(3, 4)
+    del layer
+    assert operators(cell, x) == ["rnn_relu_packed"]
+    packs = len(_prepack.packs)
+    del cell
+    assert len(_prepack.packs) == packs - 1
+
+
 @torch.no_grad()
 def assign(module):
     module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0 * 2)
@@ -207,6 +324,35 @@ def replace_the_data(module):
     module.bias_hh_l0.data = module.bias_hh_l0.data + 1
 
 
+@torch.no_grad()
+def assign_a_lookalike(module):
+    """Another tensor of the same memory and version, at best where the object before it lay."""
+    for name in ("weight_ih_l0", "bias_ih_l0"):
+        data = getattr(module, name).data
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(data, requires_grad=False))
+        getattr(module, name).mul_(2)
+
+
+@torch.no_grad()
+def make_buffers(module):
+    for name in ("weight_hh_l0", "bias_hh_l0"):
+        data = getattr(module, name).detach()
+        delattr(module, name)
+        module.register_buffer(name, data)
+        getattr(module, name).mul_(2)
+
+
+def replace_the_strides(module):
+    module.weight_ih_l0.data = module.weight_ih_l0.data.as_strided((132, 4), (1, 132))
+
+
+def vector(module):
+    nn.utils.vector_to_parameters(
+        torch.randn(sum(map(torch.numel, module.parameters()))), module.parameters()
+    )
+
+
 def optimize(module):
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -214,8 +360,8 @@ def optimize(module):
 
 
 CHANGES = [
-    assign, assign_a_bias, edit_in_place, edit_in_inference_mode, load, load_by_assignment, replace_the_data,
-    optimize,
+    assign, assign_a_bias, assign_a_lookalike, make_buffers, replace_the_strides, vector, edit_in_place,
+    edit_in_inference_mode, load, load_by_assignment, replace_the_data, optimize,
 ]  # fmt: skip
 
 
@@ -230,6 +376,38 @@ def test_changed_weights_take_effect_at_the_next_call(change):
     assert operators(module, x) == ["lstm"]
     fastrnn.prepack(module)
     assert operators(module, x) == ["lstm_packed"]
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@torch.no_grad()
+def swap(cell):
+    """For a tensor of the same memory and, after the edit, the same version."""
+    torch.utils.swap_tensors(cell.weight_ih, nn.Parameter(cell.weight_ih.data))
+    cell.weight_ih.mul_(2)
+
+
+@pytest.mark.parametrize("change", [swap, load, torch.nn.Module.double, torch.nn.Module.share_memory])
+@pytest.mark.parametrize("times", [1, 2])
+def test_swapped_tensors_take_effect(change, times, swapping):
+    cell, x = served(4, 8, cls=fastrnn.LSTMCell), torch.randn(2, 4)
+    for _ in range(times):
+        change(cell)
+    x = x.to(cell.weight_ih.dtype)
+    with torch.no_grad(), pytest.warns(UserWarning, match="undone, because the weights have changed"):
+        got = cell(x)
+    assert all(map(torch.equal, got, copy.deepcopy(cell)(x)))
+
+
+def test_a_layer_can_be_converted_with_swapped_tensors(swapping):
+    module, x = served(4, 8, cls=fastrnn.GRU), torch.randn(3, 2, 4)
+    with pytest.warns(UserWarning, match="undone"):
+        assert module.double()(x.double())[0].dtype == torch.float64
 
 
 @pytest.mark.filterwarnings("ignore:fastrnn. prepack")
@@ -262,6 +440,17 @@ def test_training_undoes_it():
     with no_warning():
         assert operators(module, x) == ["lstm"]
     assert module.weight_hh_l0.grad is not None
+
+
+def test_train_computes_no_parametrized_weight():
+    other = served(4, 8)
+    module = nn.utils.parametrizations.spectral_norm(fastrnn.LSTM(4, 8), "weight_hh_l0")
+    estimate = dict(module.named_buffers())["parametrizations.weight_hh_l0.0._u"]
+    before = estimate.clone()
+    module.train()
+    assert torch.equal(estimate, before)
+    other.train()
+    assert operators(other, torch.randn(3, 2, 4)) == ["lstm"]
 
 
 def test_weights_that_change_are_told_of():
@@ -305,7 +494,9 @@ def test_state_pickle_and_copy_know_nothing_of_it():
         assert operators(twin, x) == ["lstm"]
     fastrnn.to_torch(module)
     assert type(module) is nn.LSTM
-    assert _prepack.packs[id(module.weight_hh_l0)].packed is None
+    fastrnn.convert(module)
+    assert operators(module, x) == ["lstm"]
+    assert "prepacked" not in str(fastrnn.explain(module, x))
 
 
 def resident_megabytes():
