@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/problem.h"
@@ -154,6 +155,9 @@ class SequenceLayout {
                     offsets_.back());
     sequence_.T = T, sequence_.B = B, sequence_.b_stride = 1;
     sequence_.offsets = offsets_.data();
+    for (int64_t t = T; t > 0; --t)  // the rows that end with step t - 1, the longest first
+      last_.insert(last_.end(), static_cast<size_t>(size[t - 1]) - last_.size(), t - 1);
+    sequence_.last = last_.data();
   }
 
   void set_lengths(const Tensor& lengths) {
@@ -161,20 +165,25 @@ class SequenceLayout {
     const int64_t* const length = given.const_data_ptr<int64_t>();
     STD_TORCH_CHECK(given.numel() == sequence_.B, "lengths must be [B] = [", sequence_.B, "], got [",
                     given.numel(), "]");
-    counts_.assign(static_cast<size_t>(sequence_.T), 0);
+    counts_.assign(static_cast<size_t>(sequence_.T) + 1, 0);
     for (int64_t b = 0; b < sequence_.B; ++b) {
       STD_TORCH_CHECK(length[b] >= 0 && length[b] <= sequence_.T,
                       "lengths must be between 0 and T = ", sequence_.T, ", got ", length[b], " at ", b);
-      for (int64_t t = 0; t < length[b]; ++t) ++counts_[static_cast<size_t>(t)];
+      ++counts_[static_cast<size_t>(length[b])];
       order_.push_back(b);
     }
     std::stable_sort(order_.begin(), order_.end(),
                      [&](int64_t a, int64_t b) { return length[a] > length[b]; });
+    // From the rows that have each length to those that take part in each step: they are longer.
+    for (int64_t t = sequence_.T, longer = 0; t >= 0; --t)
+      longer += std::exchange(counts_[static_cast<size_t>(t)], longer);
+    for (const int64_t b : order_) last_.push_back(length[b] - 1);
+    sequence_.last = last_.data();
     sequence_.counts = counts_.data();
     sequence_.order = order_.data();
   }
 
-  std::vector<int64_t> offsets_, counts_, order_;
+  std::vector<int64_t> offsets_, counts_, order_, last_;
   MaybeTensor reset_;
   Sequence sequence_{};
 };

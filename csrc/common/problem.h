@@ -23,6 +23,7 @@ struct Sequence {
   const int64_t* offsets;      // [T + 1], packed: first row of each step; else null
   const int64_t* counts;       // [T], dense with lengths: rows of each step; else null
   const int64_t* order;        // [B], dense with lengths: batch index of each row; else null
+  const int64_t* last;         // [B], packed or with lengths: last step of each row, or -1; else null. CPU only
   const bool* reset;           // [N] the state is zeroed before this row; or null
 
   FASTRNN_INLINE int64_t rows(int64_t t) const {
@@ -37,12 +38,7 @@ struct Sequence {
     return reset && t >= 0 && t < T && b < rows(t) && resets(t, b);
   }
   /// The last step that row b takes part in, or -1.
-  FASTRNN_INLINE int64_t last_step(int64_t b) const {
-    if (!offsets && !counts) return T - 1;
-    int64_t t = T - 1;
-    while (t >= 0 && rows(t) <= b) --t;
-    return t;
-  }
+  FASTRNN_INLINE int64_t last_step(int64_t b) const { return last ? last[b] : T - 1; }
 };
 
 /// A matrix of rows, the units of one row side by side.

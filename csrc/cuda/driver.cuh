@@ -34,6 +34,7 @@ class DeviceSequence {
     sequence_.offsets = copied(host.offsets, host.T + 1);
     sequence_.counts = copied(host.counts, host.T);
     sequence_.order = copied(host.order, host.B);
+    sequence_.last = nullptr;
   }
   const Sequence& get() const { return sequence_; }
 

@@ -51,7 +51,7 @@ struct Step {
 
   const Shape s;
   const int64_t N = s.T * s.B;
-  const Sequence sequence{s.T, s.B, s.B, 1, nullptr, nullptr, nullptr, nullptr};
+  const Sequence sequence{s.T, s.B, s.B, 1, nullptr, nullptr, nullptr, nullptr, nullptr};
   const Parallel parallel{s.threads, run_threads};
   const std::vector<S> x = filled<S>(1, N* s.I, 1), h0 = filled<S>(2, s.B* s.P, 1),
                        c0 = filled<S>(3, s.B* s.H, 1), w_ih = filled<S>(4, G* s.H* s.I, 0.3),
