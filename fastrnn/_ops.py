@@ -32,6 +32,9 @@ class Sequence(NamedTuple):
         return Layout(N, B, *self)
 
 
+# What a scan writes beside y and the last states (csrc/common/schemas.h).
+SAVE_NOTHING, SAVE_FOR_BACKWARD, SAVE_EVERY_C = range(3)
+
 # ---- Fake kernels: the shapes of the results ---------------------------------------------------------
 
 
@@ -45,7 +48,7 @@ def _register_fakes(name: str) -> None:
             h0.new_empty(N, D * P),
             h0.new_empty(D, B, P),
             h0.new_empty(D, B, H) if cell.has_c else h0.new_empty(0),
-            h0.new_empty(D, N, cell.saved * H) if save else h0.new_empty(0),
+            h0.new_empty(D, N, cell.saved * H) if save == SAVE_FOR_BACKWARD else h0.new_empty(0),
             h0.new_empty(D, N, H) if save and cell.has_c else h0.new_empty(0),
         )
 
@@ -233,7 +236,7 @@ class Scan(torch.autograd.Function):
     def forward(name, batch_first, bias, projected, batch_sizes, lengths, reset, x, h0, c0, *weights):
         lists = Form(name, batch_first, bias, projected).split(weights, h0.shape[0])
         y, h_n, c_n, saved, all_c = _FORWARD[name](
-            x, h0, c0, *lists, batch_sizes, lengths, reset, batch_first, True
+            x, h0, c0, *lists, batch_sizes, lengths, reset, batch_first, SAVE_FOR_BACKWARD
         )
         return y, h_n, c_n, all_c, saved
 
@@ -716,6 +719,7 @@ def scan(
     tensors = (x, h0, c0, *(t for part in weights for t in part))
     options = (sequence.batch_sizes, sequence.lengths, sequence.reset)
     needed = _is_dual() or _needs_function(tensors)
+    save = SAVE_EVERY_C if all_c and c0 is not None else SAVE_NOTHING
     packed = _prepack.find(weights, needed) if _prepack.packs and not _is_traced() else None
     if needed:
         y, h_n, c_n, c, _ = _scan_function().apply(
@@ -724,9 +728,9 @@ def scan(
         if listener is not None and y.grad_fn is not None:
             y.grad_fn.listener = listener  # the ctx of Scan.backward
     elif packed is not None:
-        y, h_n, c_n, _, c = _PACKED[name](x, h0, c0, packed, *options, sequence.batch_first, all_c)
+        y, h_n, c_n, _, c = _PACKED[name](x, h0, c0, packed, *options, sequence.batch_first, save)
     else:
-        y, h_n, c_n, _, c = _FORWARD[name](x, h0, c0, *weights, *options, sequence.batch_first, all_c)
+        y, h_n, c_n, _, c = _FORWARD[name](x, h0, c0, *weights, *options, sequence.batch_first, save)
     return y, h_n, c_n, c
 
 

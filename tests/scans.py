@@ -59,10 +59,10 @@ class Scan:
     def rows(self) -> tuple:
         return (self.batch_sizes, self.lengths, self.reset, self.batch_first)
 
-    def arguments(self, save: bool = True) -> tuple:
+    def arguments(self, save: int = 1) -> tuple:
         return (self.x, self.h0, self.c0, *self.weights, *self.rows, save)
 
-    def kernel(self, save: bool = True) -> tuple[Tensor, ...]:
+    def kernel(self, save: int = 1) -> tuple[Tensor, ...]:
         return getattr(torch.ops.fastrnn, self.name)(*self.arguments(save))
 
     def reference(self) -> tuple[Tensor, ...]:

@@ -457,7 +457,7 @@ def test_operators_project(numbers, form):
 @pytest.mark.parametrize("cell", CELL_NAMES)
 def test_operators_without_bias_and_with_few_gradients(cell):
     for H in (20, 200):
-        kernels.run(REAL, "f32", make_scan(cell, 4, 3, H, bias=False), wanted="y", save=False)
+        kernels.run(REAL, "f32", make_scan(cell, 4, 3, H, bias=False), wanted="y", save=0)
         kernels.run(REAL, "f32", make_scan(cell, 4, 3, H), wanted="h")
 
 

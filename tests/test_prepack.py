@@ -56,7 +56,7 @@ def served(*args, cls=fastrnn.LSTM, **options):
 def test_packed_weights_give_the_same_bits_in_every_form(name, form, dtype):
     scan = make_scan(name, 30, 7, 50, D=2, dtype=dtype, **FORMS[form])  # rows enough to pack in each call
     packed = getattr(torch.ops.fastrnn, f"{name}_pack")(*scan.weights, False)
-    for save in (False, True):
+    for save in (0, 1, 2):
         arguments = (scan.x, scan.h0, scan.c0, packed, *scan.rows, save)
         got = getattr(torch.ops.fastrnn, f"{name}_packed")(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(got, scan.kernel(save), strict=True))
@@ -67,7 +67,7 @@ def test_packed_weights_give_the_same_bits_in_every_form(name, form, dtype):
 def test_packed_weights_agree_with_the_reference_with_few_rows_and_many(T, B, P):
     scan = make_scan("lstm", T, B, 45, D=2, P=P, bias=P is None)
     packed = torch.ops.fastrnn.lstm_pack(*scan.weights, False)
-    got = torch.ops.fastrnn.lstm_packed(scan.x, scan.h0, scan.c0, packed, *scan.rows, True)
+    got = torch.ops.fastrnn.lstm_packed(scan.x, scan.h0, scan.c0, packed, *scan.rows, 1)
     for a, b in zip(got, scan.reference(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
@@ -79,7 +79,7 @@ def test_bfloat16_is_the_scan_with_weights_rounded_to_it(name, H, B):
     scan = make_scan(name, 30, B, H, dtype=torch.float32)
     scan.w_hh[0][0, 0] = float("nan")
     packed = getattr(torch.ops.fastrnn, f"{name}_pack")(*scan.weights, True)
-    got = getattr(torch.ops.fastrnn, f"{name}_packed")(scan.x, scan.h0, scan.c0, packed, *scan.rows, False)
+    got = getattr(torch.ops.fastrnn, f"{name}_packed")(scan.x, scan.h0, scan.c0, packed, *scan.rows, 0)
     scan.w_ih, scan.w_hh = ([w.bfloat16().float() for w in part] for part in (scan.w_ih, scan.w_hh))
     for a, b in zip(got, scan.kernel(False), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -90,7 +90,7 @@ def test_the_operators_keep_their_promises_to_torch(name):
     scan = make_scan(name, 3, 2, 5, dtype=torch.float32)
     pack = getattr(torch.ops.fastrnn, f"{name}_pack").default
     torch.library.opcheck(pack, (*scan.weights, True))
-    arguments = (scan.x, scan.h0, scan.c0, pack(*scan.weights, False), *scan.rows, True)
+    arguments = (scan.x, scan.h0, scan.c0, pack(*scan.weights, False), *scan.rows, 1)
     torch.library.opcheck(getattr(torch.ops.fastrnn, f"{name}_packed").default, arguments)
 
 
@@ -99,7 +99,7 @@ def test_what_is_no_pack_for_this_call_is_refused():
     packed = torch.ops.fastrnn.lstm_pack(*scan.weights, False)
 
     def call(packed, scan=scan, operator=torch.ops.fastrnn.lstm_packed):
-        return operator(scan.x, scan.h0, scan.c0, packed, *scan.rows, False)
+        return operator(scan.x, scan.h0, scan.c0, packed, *scan.rows, 0)
 
     call(packed)
     foreign = packed.clone()
@@ -134,7 +134,7 @@ def test_a_pack_with_one_damaged_byte_in_its_header_is_refused(name, P, bfloat16
             damaged = packed.clone()
             damaged[place] ^= flips
             with pytest.raises(RuntimeError, match=r"packed must be the result|must be \["):
-                operator(scan.x, scan.h0, scan.c0, damaged, *scan.rows, False)
+                operator(scan.x, scan.h0, scan.c0, damaged, *scan.rows, 0)
 
 
 @pytest.mark.parametrize("value", [-(2**63), -(2**40), -1, 0, 1, 3, 40, 2**31, 2**40, 2**61, 2**63 - 1])
@@ -149,7 +149,7 @@ def test_a_pack_with_a_damaged_size_is_refused(field, value):
     states = [scan.h0, torch.zeros(value, 2, 1)] if 0 < value <= 40 else [scan.h0]
     for h0 in states if value != before else ():
         with pytest.raises(RuntimeError, match=r"packed must be the result|must be \["):
-            torch.ops.fastrnn.lstm_packed(scan.x, h0, h0.clone(), damaged, *scan.rows, False)
+            torch.ops.fastrnn.lstm_packed(scan.x, h0, h0.clone(), damaged, *scan.rows, 0)
 
 
 def test_a_pack_of_two_sizes_at_once_that_overflow_is_refused():
@@ -158,7 +158,7 @@ def test_a_pack_of_two_sizes_at_once_that_overflow_is_refused():
     sizes = packed[:HEADER].view(torch.int64)
     sizes[(sizes == 5).nonzero().flatten()] = 2**34  # H and P: H * P is 0 in 64 bits but for the padding
     with pytest.raises(RuntimeError, match="packed must be the result"):
-        torch.ops.fastrnn.rnn_tanh_packed(scan.x, scan.h0, None, packed, *scan.rows, False)
+        torch.ops.fastrnn.rnn_tanh_packed(scan.x, scan.h0, None, packed, *scan.rows, 0)
 
 
 def test_a_pack_that_begins_between_two_numbers_is_refused():
@@ -166,7 +166,7 @@ def test_a_pack_that_begins_between_two_numbers_is_refused():
     packed = torch.ops.fastrnn.gru_pack(*scan.weights, False)
     moved = torch.empty(len(packed) + 1, dtype=torch.uint8)[1:].copy_(packed)
     with pytest.raises(RuntimeError, match="packed must be aligned"):
-        torch.ops.fastrnn.gru_packed(scan.x, scan.h0, None, moved, *scan.rows, False)
+        torch.ops.fastrnn.gru_packed(scan.x, scan.h0, None, moved, *scan.rows, 0)
 
 
 # ---- Modules -----------------------------------------------------------------------------------------

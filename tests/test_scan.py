@@ -24,7 +24,14 @@ def assert_same(ours, theirs, names, tolerance=1e-12):
 def assert_scan_is_reference(scan, wanted=("all",)):
     expected = scan.reference()
     assert_same(scan.kernel(), expected, NAMES)
-    assert_same(scan.kernel(save=False)[:3], expected[:3], NAMES[:3])
+    for save in (0, 2):
+        *states, saved, saved_c = scan.kernel(save)
+        assert_same(states, expected[:3], NAMES[:3])
+        assert saved.numel() == 0
+        if save == 2 and scan.c0 is not None:
+            assert_same([saved_c], expected[4:], NAMES[4:])
+        else:
+            assert saved_c.numel() == 0
     for which in wanted:
         gradients = scan.gradients(expected, which)
         for keep in (True, False):

@@ -5,12 +5,27 @@ import warnings
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 
 KINDS = ["LSTM", "GRU", "RNN"]
 T, B, I, H = 6, 4, 5, 7
 LENGTHS = torch.tensor([3, 6, 1, 5])
+
+
+class Results(TorchDispatchMode):
+    """What the fastrnn operators return."""
+
+    def __init__(self):
+        super().__init__()
+        self.all = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        if func.namespace == "fastrnn":
+            self.all.append(results)
+        return results
 
 
 def build(kind, batch_first, **options):
@@ -84,15 +99,28 @@ def test_every_state_continues_the_sequence_and_is_differentiable(kind, batch_fi
     module, x = build(kind, batch_first), sample(batch_first)
     y, s = module(x)
     with torch.no_grad():
-        y_inference, _ = module(x, return_states=True)
+        y_inference, every_inference = module(x, return_states=True)
     y_states, every = module(x, return_states=True)
     torch.testing.assert_close(y_states, y)
     torch.testing.assert_close(y_inference, y)
+    torch.testing.assert_close(every_inference, every)
     torch.testing.assert_close(tuple(e[-1] for e in states(every)), states(s))
     middle = tuple(e[2] for e in states(every))
     hx = middle if kind == "LSTM" else middle[0]
     rest, _ = module(steps(x, batch_first, slice(3, None)), hx)
     torch.testing.assert_close(rest, steps(y, batch_first, slice(3, None)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prepacked", [False, True])
+def test_states_without_gradients_save_no_gates(kind, prepacked):
+    module, x = getattr(fastrnn, kind)(3, 5, bidirectional=True).eval(), torch.randn(4, 2, 3)
+    module = fastrnn.prepack(module) if prepacked else module
+    with torch.no_grad(), Results() as seen:
+        module(x, return_states=True)
+    ((*_, saved, saved_c),) = seen.all
+    assert saved.numel() == 0
+    assert saved_c.shape == ((2, 8, 5) if kind == "LSTM" else (0,))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -89,6 +89,9 @@ inline int64_t rows_in(const Tensor& x, const char* name, const char* letters) {
   return x.size(0);
 }
 
+/// What a forward scan writes beside y and the last states.
+enum Save : int64_t { kNothing, kForBackward, kEveryCellState };
+
 /// fastrnn::<cell>
 template <class Cell>
 struct ForwardCall {
@@ -97,13 +100,13 @@ struct ForwardCall {
   SequenceLayout layout;
   Tensor x, h0;
   Tensors w_ih, w_hh, b_ih, b_hh, w_hr;
-  bool has_c, save;
+  bool has_c, save_gates, save_c;
   Tensor y, h_n, c_n, saved, saved_c;  // results
 
   /// Without weights: these come packed, and all sizes are checked already.
   ForwardCall(const Sizes& sizes_, const Tensor& x_, const Tensor& h0_, const MaybeTensor& c0,
               const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset,
-              bool batch_first, bool save_)
+              bool batch_first, int64_t save)
       : sizes(sizes_),
         N(rows_in(x_, "x", "[N, I]")),
         I(x_.size(1)),
@@ -111,23 +114,25 @@ struct ForwardCall {
         x(with_rows(x_)),
         h0(as_contiguous(h0_)),
         has_c(c0.has_value()),
-        save(save_) {
+        save_gates(save == kForBackward),
+        save_c(has_c && save != kNothing) {
     const auto [D, B, P, H, G] = sizes;
     const Arguments arguments(h0_, D);
     arguments.check(x_, "x", "[N, I]", {N, I});
     if (reset) arguments.check_device(*reset, "reset");
     y = empty({N, D * P}, h0), h_n = empty({D, B, P}, h0);
-    saved = save ? empty({D, N, Cell::kSaved * H}, h0) : empty({0}, h0);
-    saved_c = save && has_c ? empty({D, N, H}, h0) : empty({0}, h0);
+    STD_TORCH_CHECK(save >= kNothing && save <= kEveryCellState, "save must be 0, 1 or 2, got ", save);
+    saved = save_gates ? empty({D, N, Cell::kSaved * H}, h0) : empty({0}, h0);
+    saved_c = save_c ? empty({D, N, H}, h0) : empty({0}, h0);
     c_n = has_c ? torch::stable::clone(as_contiguous(*c0)) : empty({0}, h0);
   }
 
   ForwardCall(const Tensor& x_, const Tensor& h0_, const MaybeTensor& c0, const Tensors& w_ih_,
               const Tensors& w_hh_, const Tensors& b_ih_, const Tensors& b_hh_, const Tensors& w_hr_,
               const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset,
-              bool batch_first, bool save_)
+              bool batch_first, int64_t save)
       : ForwardCall(check_weights<Cell>(h0_, c0, w_hh_, w_hr_), x_, h0_, c0, batch_sizes, lengths, reset,
-                    batch_first, save_) {
+                    batch_first, save) {
     check_inputs<Cell>(Arguments(h0_, sizes.D), sizes, I, w_ih_, b_ih_, b_hh_);
     w_ih = each_with_rows(w_ih_), w_hh = each_with_rows(w_hh_), w_hr = each_with_rows(w_hr_);
     b_ih = each_contiguous(b_ih_), b_hh = each_contiguous(b_hh_);
@@ -141,8 +146,8 @@ struct ForwardCall {
             .y = {static_cast<S*>(y.mutable_data_ptr()) + d * P, D * P},
             .h_n = direction_rows<S>(h_n, d),
             .c = has_c ? direction_rows<S>(c_n, d) : Rows<S>{},
-            .saved = save ? direction_rows<S>(saved, d) : Rows<S>{},
-            .saved_c = save && has_c ? direction_rows<S>(saved_c, d) : Rows<S>{}};
+            .saved = save_gates ? direction_rows<S>(saved, d) : Rows<S>{},
+            .saved_c = save_c ? direction_rows<S>(saved_c, d) : Rows<S>{}};
   }
 
   template <class S>

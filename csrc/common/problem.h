@@ -67,8 +67,8 @@ struct ForwardDirection {
   Rows<S> y;         // [N, P], its columns of the concatenated output
   Rows<S> h_n;       // [B, P]
   Rows<S> c;         // [B, H] in: c0; out: c_n. Only with a cell state
-  Rows<S> saved;     // [N, S*H] activated gates, gate-major; null in inference
-  Rows<S> saved_c;   // [N, H] every c_t; null in inference or without a cell state
+  Rows<S> saved;     // [N, S*H] activated gates, gate-major; null without gradients
+  Rows<S> saved_c;   // [N, H] every c_t; null where not wanted or without a cell state
 };
 
 template <class S>

@@ -6,11 +6,11 @@ namespace fastrnn {
 
 // x [N, I], h0 [D, B, P], c0 [D, B, H], w_ih D x [G*H, I], w_hh D x [G*H, P], b_ih and b_hh D x [G*H] or
 // none, w_hr D x [P, H] or none, batch_sizes int64 [T] (packed) or none, lengths int64 [B] (dense) or none,
-// reset bool [N] or none
+// reset bool [N] or none; save: 0 nothing, 1 what backward wants, 2 every c_t alone
 // -> y [N, D*P], h_n [D, B, P], c_n [D, B, H], saved [D, N, S*H], saved_c [D, N, H]
 constexpr const char* kForward =
     "(Tensor x, Tensor h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
-    "Tensor[] w_hr, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool save) "
+    "Tensor[] w_hr, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, int save) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)";
 
 // -> dgates [D, N, E*H], dh0 [D, B, P], dc0 [D, B, H], dh [D, N, P] (complete dL/dh_t; with w_hr or keep),
@@ -43,6 +43,6 @@ constexpr const char* kPack =
 
 constexpr const char* kPacked =
     "(Tensor x, Tensor h0, Tensor? c0, Tensor packed, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, "
-    "bool batch_first, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)";
+    "bool batch_first, int save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)";
 
 }  // namespace fastrnn

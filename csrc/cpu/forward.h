@@ -255,13 +255,16 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
 
   void finish(int team, int64_t s, int64_t block, int64_t i, int64_t n, const S* product) {
-    if (problem.direction[this->direction_of(team)].saved)
-      cells<true>(team, s, block, i, n, product);
+    const ForwardDirection<S>& dir = problem.direction[this->direction_of(team)];
+    if (dir.saved)
+      cells<true, Cell::kCellState>(team, s, block, i, n, product);
+    else if (dir.saved_c)
+      cells<false, Cell::kCellState>(team, s, block, i, n, product);
     else
-      cells<false>(team, s, block, i, n, product);
+      cells<false, false>(team, s, block, i, n, product);
   }
 
-  template <bool kSave>
+  template <bool kSaveGates, bool kSaveC>
   void cells(int team, int64_t s, int64_t block, int64_t i_begin, int64_t n, const S* product) {
     const int d = this->direction_of(team);
     const ForwardDirection<S>& dir = problem.direction[d];
@@ -281,8 +284,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       S* const y_row = projected ? nullptr : dir.y[row];
       S* const h_row = projected ? m[i] : h_next[i];
       S* const c_row = Cell::kCellState ? dir.c[b] : nullptr;
-      S* const saved_row = kSave ? dir.saved[row] : nullptr;
-      S* const saved_c_row = kSave && Cell::kCellState ? dir.saved_c[row] : nullptr;
+      S* const saved_row = kSaveGates ? dir.saved[row] : nullptr;
+      S* const saved_c_row = kSaveC ? dir.saved_c[row] : nullptr;
       const auto cell = [&](auto io, int64_t u, int64_t offset) FASTRNN_LAMBDA_INLINE {
         V<S> x[G], a[G], saved[Cell::kSaved + 1], h_prev{}, c{};
         for (int g = 0; g < G; ++g) {
@@ -295,10 +298,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         if constexpr (Cell::kDirect) h_prev = io.load(h_now[i] + u);
         if constexpr (Cell::kCellState) c = io.load(c_row + u);
         const V<S> h = Cell::template forward<Math<S>, V<S>>(x, a, h_prev, c, saved);
-        if constexpr (kSave) {
+        if constexpr (kSaveGates)
           for (int j = 0; j < Cell::kSaved; ++j) io.store(saved_row + j * H + u, saved[j]);
-          if constexpr (Cell::kCellState) io.store(saved_c_row + u, c);
-        }
+        if constexpr (kSaveC) io.store(saved_c_row + u, c);
         if constexpr (Cell::kCellState) io.store(c_row + u, forget ? V<S>{} : c);
         if (!projected) io.store(y_row + u, h);
         io.store(h_row + u, forget && !projected ? V<S>{} : h);

@@ -52,7 +52,7 @@ template <class Cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
     Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-    const MaybeTensor& reset, bool batch_first, bool save) {
+    const MaybeTensor& reset, bool batch_first, int64_t save) {
   const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
                                batch_first, save);
   with_type(h0, [&]<class S>(S) {
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_packed(const Tensor& 
                                                                   const MaybeTensor& batch_sizes,
                                                                   const MaybeTensor& lengths,
                                                                   const MaybeTensor& reset, bool batch_first,
-                                                                  bool save) {
+                                                                  int64_t save) {
   STD_TORCH_CHECK(h0.dim() == 3 && x.dim() == 2, "expected x [N, I], h0 [D, B, P]");
   STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1 && packed.is_contiguous() &&
                       packed.scalar_type() == ScalarType::Byte && packed.numel() > kHeaderBytes,

@@ -10,7 +10,7 @@ template <class Cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
     Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-    const MaybeTensor& reset, bool batch_first, bool save) {
+    const MaybeTensor& reset, bool batch_first, int64_t save) {
   CudaDevice device(h0);
   const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
                                batch_first, save);

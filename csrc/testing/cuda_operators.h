@@ -52,7 +52,7 @@ template <class Cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
     Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-    const MaybeTensor& reset, bool batch_first, bool save, bool tf32, int64_t multiprocessors,
+    const MaybeTensor& reset, bool batch_first, int64_t save, bool tf32, int64_t multiprocessors,
     int64_t shared_bytes, bool one_block, int64_t order, int64_t seed) {
   const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
                                batch_first, save);
