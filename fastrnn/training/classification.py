@@ -15,7 +15,7 @@ from torchmetrics.classification import (
 
 from fastrnn.training import plots
 from fastrnn.training.data.batches import SequenceBatch
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_name, check_number
 from fastrnn.training.optim import Optim
 from fastrnn.training.stack import Stack, run_padded
 from fastrnn.training.tasks import SequenceTask
@@ -34,7 +34,13 @@ class SequenceClassifier(SequenceTask):
         dropout: before the linear layer, in training.
         noise: standard deviation of Gaussian noise on the standardised input, in training.
         label_smoothing: of the cross-entropy.
+
+    Raises:
+        InputError: data without classes, an unknown pool, or a number out of its range.
     """
+
+    needs = ("mean", "scale", "classes")
+    fixed = ("pool",)
 
     def __init__(
         self,
@@ -48,8 +54,10 @@ class SequenceClassifier(SequenceTask):
     ) -> None:
         super().__init__(spec, stack, optim)
         self.save_hyperparameters()
-        if pool not in POOLS:
-            raise InputError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        check_name("pool", pool, POOLS)
+        check_number("dropout", dropout, "[0, 1]")
+        check_number("noise", noise, "[0, inf)")
+        check_number("label_smoothing", label_smoothing, "[0, 1]")
         self.pool, self.noise, self.label_smoothing = pool, noise, label_smoothing
         self.classes = [str(c) for c in spec["classes"]]
         if len(self.classes) < 2:

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import check_name, check_number
 
 POLICIES = ("raise", "skip", "ignore")
 
@@ -17,7 +17,11 @@ def clip(parameters: Iterable[nn.Parameter], norm: float | None, value: float | 
 
     The norm's rule: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural
     networks", ICML 2013.
+
+    Raises:
+        InputError: a limit that is not above 0.
     """
+    check_limits(norm, value)
     with_grad = [p for p in parameters if p.grad is not None]
     before = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
     if norm is not None:
@@ -25,6 +29,12 @@ def clip(parameters: Iterable[nn.Parameter], norm: float | None, value: float | 
     if value is not None:
         torch.nn.utils.clip_grad_value_(with_grad, value)
     return before
+
+
+def check_limits(norm: float | None, value: float | None) -> None:
+    for name, limit in (("norm", norm), ("value", value)):
+        if limit is not None:
+            check_number(f"clipping.{name}", limit, "(0, inf)")
 
 
 class GradientClipping(L.Callback):
@@ -36,13 +46,16 @@ class GradientClipping(L.Callback):
         nonfinite: what to do with a NaN or infinite gradient: ``raise`` stops the run with the
             names of the parameters, ``skip`` leaves this step out (and counts it), ``ignore``
             steps with it.
+
+    Raises:
+        InputError: a limit that is not above 0, or an unknown policy.
     """
 
     def __init__(
         self, norm: float | None = None, value: float | None = None, nonfinite: str = "raise"
     ) -> None:
-        if nonfinite not in POLICIES:
-            raise InputError(f"nonfinite must be one of {', '.join(POLICIES)}, got {nonfinite!r}")
+        check_name("clipping.nonfinite", nonfinite, POLICIES)
+        check_limits(norm, value)
         self.norm, self.value, self.nonfinite = norm, value, nonfinite
         self.counts = {"steps": 0, "clipped": 0, "skipped": 0}
 

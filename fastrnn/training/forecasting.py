@@ -11,7 +11,7 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError
 
 from fastrnn.training import plots
 from fastrnn.training.data.batches import SequenceBatch
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_name, check_number
 from fastrnn.training.optim import Optim
 from fastrnn.training.stack import Stack, run_padded
 from fastrnn.training.tasks import SequenceTask
@@ -33,7 +33,14 @@ class Forecaster(SequenceTask):
         centre: measure each window from its last known value, for series whose level drifts.
         one_step: weight of the one-step-ahead errors inside the window, beside those ahead of it.
         dropout: before the linear layer, in training.
+
+    Raises:
+        InputError: data without numbers to forecast, an unknown loss, a bidirectional stack, a number
+            out of its range, or ``one_step`` where the target is not the next step of the input.
     """
+
+    needs = ("mean", "scale", "outputs")
+    fixed = ("centre",)
 
     def __init__(
         self,
@@ -47,8 +54,11 @@ class Forecaster(SequenceTask):
     ) -> None:
         super().__init__(spec, stack, optim)
         self.save_hyperparameters()
-        if loss not in LOSSES:
-            raise InputError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        check_name("loss", loss, LOSSES)
+        check_number("one_step", one_step, "[0, inf)")
+        check_number("dropout", dropout, "[0, 1]")
+        if one_step and "columns" not in spec:
+            raise InputError(f"one_step is for series, whose next step is in the input; got {one_step}")
         if self.stack.bidirectional:
             raise InputError("a forecaster cannot be bidirectional: it would see the future")
         self.error, self.centre, self.one_step = LOSSES[loss], centre, one_step
@@ -100,7 +110,7 @@ class Forecaster(SequenceTask):
         series = "columns" in self.spec
         target = self._scaled(batch.y, batch.x, batch.lengths) if series else batch.y
         loss = end = self.error(ahead, target)
-        if self.one_step:
+        if self.one_step and len(inside) > 1:
             known = self._scaled(batch.x, batch.x, batch.lengths)[1:]
             loss = loss + self.one_step * self.error(inside[:-1], known)
         return loss, end, self._unscaled(ahead, batch.x, batch.lengths)

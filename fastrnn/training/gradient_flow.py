@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastrnn.training import plots
+from fastrnn.training.errors import check_whole
 from fastrnn.training.states import StateGradientNorms
 
 VANISHED = 0.01  # of the norm at the loss
@@ -29,9 +30,13 @@ class GradientFlow(L.Callback):
 
     Args:
         every_n_steps: optimizer steps from one record to the next; 0 switches it off.
+
+    Raises:
+        InputError: every_n_steps is below 0.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
+        check_whole("flow.every_n_steps", every_n_steps, 0)
         self.every_n_steps = every_n_steps
         self.records: list[dict[str, Any]] = []  # step, loss -> quantity -> norms [K], parameters
         self.seconds = 0.0

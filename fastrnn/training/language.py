@@ -13,11 +13,11 @@ from torchmetrics import MeanMetric
 
 from fastrnn.training.data.batches import IGNORE, StreamBatch
 from fastrnn.training.data.text import Vocabulary
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_number, check_whole
 from fastrnn.training.optim import Optim
 from fastrnn.training.stack import Stack
 from fastrnn.training.tasks import SequenceTask
-from fastrnn.training.tbptt import State, StateCarrier, scan
+from fastrnn.training.tbptt import State, StateCarrier, map_state, scan
 
 
 @dataclass
@@ -40,7 +40,12 @@ class LanguageModel(SequenceTask):
         embedding_size: features I of a symbol.
         dropout: on the embedding and on the stack's output, in training.
         sampling: how text is drawn for the report and by ``predict``.
+
+    Raises:
+        InputError: data without symbols, a bidirectional stack, or a number out of its range.
     """
+
+    fixed = ("embedding_size",)
 
     def __init__(
         self,
@@ -54,6 +59,12 @@ class LanguageModel(SequenceTask):
         super().__init__(spec, stack, optim)
         self.sampling = Sampling(**sampling) if isinstance(sampling, dict) else sampling or Sampling()
         self.save_hyperparameters()
+        if not {"vocabulary", "symbols"} & spec.keys():
+            raise InputError(
+                f"LanguageModel needs data with a vocabulary or symbols, not a spec of {', '.join(spec)}"
+            )
+        check_whole("embedding_size", embedding_size)
+        check_number("dropout", dropout, "[0, 1]")
         if self.stack.bidirectional:
             raise InputError("a language model cannot be bidirectional: it would see the future")
         self.vocabulary = Vocabulary(spec["vocabulary"]) if "vocabulary" in spec else None
@@ -161,9 +172,11 @@ class LanguageModel(SequenceTask):
         self._saved_state = checkpoint.get("carried_state")
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         saved, self._saved_state = getattr(self, "_saved_state", None), None
         rank, world = self.global_rank, self.trainer.world_size
-        self.carriers["train"].scatter(self.transfer_batch_to_device(saved, self.device, 0), rank, world)
+        here = map_state(lambda s: s.to(self.head.weight), saved)  # of another precision, perhaps
+        self.carriers["train"].scatter(here, rank, world)
 
 
 def mean_nats(logits: Tensor, y: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_name, check_number, check_whole
 
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop")
 SCHEDULES: dict[str, Callable[[float], float]] = {  # factor at a share in [0, 1] of the run
     "constant": lambda share: 1.0,
     "linear": lambda share: 1.0 - share,
@@ -32,6 +33,9 @@ class Optim:
         schedule: constant, linear, cosine or exponential (to a hundredth), after the warm-up.
         floor: share of lr below which the schedule does not go.
         warmup: steps of linear growth from lr / warmup to lr.
+
+    Raises:
+        InputError: an unknown name, or a number out of its range.
     """
 
     name: str = "adam"
@@ -43,6 +47,16 @@ class Optim:
     schedule: str = "constant"
     floor: float = 0.0
     warmup: int = 0
+
+    def __post_init__(self) -> None:
+        check_name("optim.name", self.name, OPTIMIZERS)
+        check_name("optim.schedule", self.schedule, SCHEDULES)
+        check_number("optim.lr", self.lr, "[0, inf)")
+        check_number("optim.momentum", self.momentum, "[0, 1)")
+        check_number("optim.beta2", self.beta2, "[0, 1)")
+        check_number("optim.weight_decay", self.weight_decay, "[0, inf)")
+        check_number("optim.floor", self.floor, "[0, 1]")
+        check_whole("optim.warmup", self.warmup, 0)
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer over two groups: decayed, and left alone."""
@@ -60,8 +74,6 @@ class Optim:
             "adamw": lambda g: torch.optim.AdamW(g, lr=self.lr, betas=betas),
             "rmsprop": lambda g: torch.optim.RMSprop(g, lr=self.lr, momentum=self.momentum),
         }
-        if self.name not in makers:
-            raise InputError(f"optim.name must be one of {', '.join(makers)}, got {self.name!r}")
         return makers[self.name]([group for group in groups if group["params"]])
 
     def factor(self, step: int, total: float) -> float:
@@ -77,11 +89,8 @@ class Optim:
         """A schedule to be stepped after every optimizer step.
 
         Raises:
-            InputError: an unknown schedule, or one that needs an end in a run that has none.
+            InputError: the schedule needs an end, and the run has none.
         """
-        if self.schedule not in SCHEDULES:
-            known = ", ".join(SCHEDULES)
-            raise InputError(f"optim.schedule must be one of {known}, got {self.schedule!r}")
         if self.schedule != "constant" and not math.isfinite(total):
             raise InputError(f"the schedule {self.schedule} needs max_steps or max_epochs")
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: self.factor(s, total))

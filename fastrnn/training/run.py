@@ -12,8 +12,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
 
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_name, in_short
 
 
 class RunLog(CSVLogger):
@@ -41,7 +42,7 @@ def rows_of(trainer: L.Trainer) -> list[dict[str, float]]:
 
 
 class Resume(L.Callback):
-    """Keeps in the checkpoint what Lightning does not: random generators and the log's rows."""
+    """Keeps in the checkpoint what Lightning does not: random generators, their seed, and the log's rows."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] = {}
@@ -54,18 +55,24 @@ class Resume(L.Callback):
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(states, mine)
         checkpoint["generators"] = states if trainer.world_size > 1 else [mine]
+        checkpoint["seed"] = os.environ.get("PL_GLOBAL_SEED")
         checkpoint["rows"] = rows_of(trainer)
         rewind(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._loaded = {k: checkpoint[k] for k in ("generators", "rows") if k in checkpoint}
+        self._loaded = {k: checkpoint[k] for k in ("generators", "seed", "rows") if k in checkpoint}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         generators = self._loaded.get("generators", [])
         if len(generators) == trainer.world_size:
             restore_generators(generators[trainer.global_rank])
+            if (seed := os.environ.get("PL_GLOBAL_SEED")) != (until_now := self._loaded.get("seed")):
+                rank_zero_info(
+                    f"seed_everything={seed} ({until_now} until now) has no effect: "
+                    "the random generators go on from the checkpoint"
+                )
         if isinstance(trainer.logger, RunLog):
             trainer.logger.replay(self._loaded.get("rows", []))
         self._loaded = {}
@@ -128,12 +135,16 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
-            return super().load_checkpoint(path, *args, **kwargs)
+            found = super().load_checkpoint(path, *args, **kwargs)
         except FileNotFoundError:
             raise InputError(f"no checkpoint at {path}") from None
         except Exception as error:  # a damaged file fails in many ways
-            first = str(error).partition("\n")[0]
-            raise InputError(f"{path} is not a readable checkpoint: {first}") from error
+            raise InputError(f"{path} is not a readable checkpoint: {in_short(error)}") from error
+        keys = list(found) if isinstance(found, dict) else []
+        if "state_dict" not in keys or "pytorch-lightning_version" not in keys:
+            what = f"a dictionary of {', '.join(map(str, keys[:3]))}" if keys else f"a {type(found).__name__}"
+            raise InputError(f"{path} is not a checkpoint of a run but {what}")
+        return found
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -141,6 +152,12 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
         super().__init__(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse an unknown metric before training; of the others than validation's nothing is known yet."""
+        known = [name for name in trainer.callback_metrics if name.startswith("val/")]
+        if known and str(self.monitor).startswith("val/"):
+            check_name("best.monitor", self.monitor, known)
 
 
 class LastCheckpoint(ModelCheckpoint):

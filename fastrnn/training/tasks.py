@@ -5,6 +5,8 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from fastrnn.training.optim import Optim
 from fastrnn.training.stack import Stack
 
 FREE = {"backend", "dropout", "forget_bias"}  # of a stack: may differ between a checkpoint and its reader
+ITS_STATE = ("optim.name", "optim.decay_all")  # decide what the optimizer's state in a checkpoint means
 
 
 class SequenceTask(L.LightningModule):
@@ -26,7 +29,16 @@ class SequenceTask(L.LightningModule):
 
     Between ``training_step`` and its back-propagation, ``end_loss`` gives the part of the loss that
     stands at the last time step alone, or is None if all of it does, or none of it can.
+
+    Training that goes on from a checkpoint uses the settings given now, and says which of them differ.
+
+    Raises:
+        InputError: ``spec`` lacks what the task needs; or, on loading, the checkpoint is of another
+            structure, or of another optimizer while training is to go on.
     """
+
+    needs: tuple[str, ...] = ()  # keys of spec
+    fixed: tuple[str, ...] = ()  # hyper-parameters without which the trained weights mean nothing
 
     end_loss: Callable[[], Tensor] | None = None
 
@@ -35,6 +47,12 @@ class SequenceTask(L.LightningModule):
         self.spec = spec
         self.stack = Stack(**stack) if isinstance(stack, dict) else stack or Stack()
         self.optim = Optim(**optim) if isinstance(optim, dict) else optim or Optim()
+        self._resumed: dict[str, tuple[Any, Any]] | None = None  # setting -> (in the checkpoint, here)
+        if not set(self.needs) <= spec.keys():
+            raise InputError(
+                f"{type(self).__name__} needs data with {', '.join(self.needs)}; "
+                f"this data's spec has {', '.join(spec) or 'nothing'}"
+            )
 
     def loss_of(self, batch: Any) -> Tensor:
         """The training loss of a batch; nothing is changed by it."""
@@ -62,22 +80,70 @@ class SequenceTask(L.LightningModule):
         return {
             "task": type(self).__name__,
             **stack,
+            **{k: self.hparams.get(k) for k in self.fixed},
             **{f"data.{k}": v for k, v in self.spec.items()},
         }
 
+    def settings(self) -> dict[str, Any]:
+        """The hyper-parameters, by their names on the command line, and the precision."""
+        own = plain({k: v for k, v in self.hparams.items() if k not in ("spec", "stack", "optim")})
+        for name, group in (("stack", self.stack), ("optim", self.optim)):
+            own |= {f"{name}.{k}": v for k, v in asdict(group).items()}
+        return own | {"precision": self.trainer.precision}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["structure"] = self.structure()
-        checkpoint["hyper_parameters"] = {
-            k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v
-            for k, v in checkpoint.get("hyper_parameters", {}).items()
-        }
+        checkpoint["settings"] = self.settings()
+        checkpoint["hyper_parameters"] = plain(checkpoint.get("hyper_parameters", {}))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved, here = checkpoint.get("structure", {}), self.structure()
+        if "structure" not in checkpoint:
+            raise InputError("the checkpoint is not of one of fastrnn.training's tasks")
+        saved, here = checkpoint["structure"], self.structure()
         differing = [k for k in here if saved.get(k) != here[k]]
         if differing:
             each = "; ".join(f"{k} is {short(saved.get(k))} there, {short(here[k])} here" for k in differing)
             raise InputError(f"the checkpoint is of another configuration: {each}")
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._compare_settings(checkpoint)
+
+    def _compare_settings(self, checkpoint: dict[str, Any]) -> None:
+        if not checkpoint.get("optimizer_states"):
+            raise InputError("training cannot go on from this checkpoint: it holds no state of an optimizer")
+        saved = checkpoint.get("settings", {})
+        self._resumed = {k: (saved[k], v) for k, v in self.settings().items() if k in saved and saved[k] != v}
+        if other := [k for k in ITS_STATE if k in self._resumed]:
+            each = "; ".join(f"{k} is {self._resumed[k][0]} there, {self._resumed[k][1]} here" for k in other)
+            raise InputError(f"the checkpoint's optimizer is another one: {each}")
+
+    def on_train_start(self) -> None:
+        if self._resumed is None:
+            return
+        if type(self).configure_optimizers is SequenceTask.configure_optimizers:
+            self._renew_optimizer()
+        changed = {k: f"{k}={now} ({before} until now)" for k, (before, now) in self._resumed.items()}
+        if idle := changed.pop("stack.forget_bias", None):
+            rank_zero_info(f"{idle} has no effect: the biases are the checkpoint's")
+        if changed:
+            step = self.trainer.global_step
+            rank_zero_info(f"going on from step {step} with {', '.join(changed.values())}")
+        self._resumed = None
+
+    def _renew_optimizer(self) -> None:
+        """Give the optimizer this configuration's numbers, where its state came with the checkpoint's."""
+        (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        given = self.optim.optimizer(self.parameters()).param_groups
+        factor = self.optim.factor(schedule.scheduler.last_epoch, self.trainer.estimated_stepping_batches)
+        for group, new in zip(optimizer.param_groups, given, strict=True):
+            group.update({k: v for k, v in new.items() if k != "params"})
+            group.update(initial_lr=self.optim.lr, lr=self.optim.lr * factor)
+        schedule.scheduler.base_lrs = [self.optim.lr] * len(given)
+        schedule.scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Values of which the dataclasses are dictionaries, as checkpoints keep them."""
+    return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
 
 
 def short(value: Any) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrnn.training.data.batches import IGNORE, Batches, StreamBatch
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_whole
 
 State = Any  # h [L*D, B, P], or (h, c [L*D, B, H])
 
@@ -38,6 +38,9 @@ class StreamChunks(Batches):
         rows: parallel streams B, over all processes; each process gets its own rows.
         k1: steps between updates.
         k2: steps that a gradient goes back; k1 when left out.
+
+    Raises:
+        InputError: rows or k1 below 1, k2 below k1, or documents too short for so many rows.
     """
 
     def __init__(
@@ -50,9 +53,10 @@ class StreamChunks(Batches):
         world: int = 1,
     ) -> None:
         super().__init__(rank, world)
-        self.k1, self.k2 = k1, k2 or k1
-        if not 1 <= self.k1 <= self.k2:
-            raise InputError(f"k1 must be from 1 to k2, got k1={self.k1}, k2={self.k2}")
+        self.rows, self.k1, self.k2 = rows, k1, k1 if k2 is None else k2
+        check_whole("rows", rows)
+        check_whole("k1", k1)
+        check_whole("k2", self.k2, k1)
         if rows % world:
             raise InputError(f"rows must be divisible by the {world} processes, got {rows}")
         documents = [d for d in documents if len(d) > 1]
@@ -64,12 +68,16 @@ class StreamChunks(Batches):
         y = torch.cat([torch.cat([d[1:], d.new_full((1,), IGNORE)]) for d in documents])
         reset = torch.cat([torch.arange(len(d)) == 0 for d in documents])
         mine = slice(rank * rows // world, (rank + 1) * rows // world)
-        self.x, self.y, self.reset = (self._rows(v, rows)[:, mine] for v in (x, y, reset))
+        self.symbols = len(x)
+        self.x, self.y, self.reset = (self._rows(v)[:, mine] for v in (x, y, reset))
         self.reset[0] = True
-        self.targets = (self._rows(y, rows) != IGNORE).sum(1)  # [length], over all processes
+        self.targets = (self._rows(y) != IGNORE).sum(1)  # [length], over all processes
 
-    def _rows(self, stream: Tensor, rows: int) -> Tensor:  # [length, rows]
-        return stream[: self.length * rows].view(rows, self.length).t().contiguous()
+    def decisive(self) -> dict[str, Any]:
+        return {"rows": self.rows, "k1": self.k1, "symbols": self.symbols}
+
+    def _rows(self, stream: Tensor) -> Tensor:  # [length, rows]
+        return stream[: self.length * self.rows].view(self.rows, self.length).t().contiguous()
 
     def __len__(self) -> int:
         return 1 + max(0, -(-(self.length - self.k2) // self.k1))

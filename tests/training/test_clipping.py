@@ -66,6 +66,15 @@ def test_a_nan_gradient_is_ignored_when_asked(text: TextData, tmp_path: Path) ->
     assert any(v.isnan().any() for v in after.values())
 
 
+@pytest.mark.parametrize("limits", [{"norm": 0.0}, {"norm": -1.0}, {"value": float("nan")}, {"value": 0}])
+def test_limits_that_are_not_above_0_are_refused(limits: dict[str, float]) -> None:
+    words = rf"clipping.{next(iter(limits))} must be a number in \(0, inf\)"
+    with pytest.raises(InputError, match=words):
+        GradientClipping(**limits)
+    with pytest.raises(InputError, match=words):
+        clip([], **{"norm": None, "value": None, **limits})
+
+
 def test_unknown_policy_is_refused() -> None:
     with pytest.raises(InputError, match="raise, skip, ignore"):
         GradientClipping(nonfinite="hope")

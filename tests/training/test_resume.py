@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,23 +107,27 @@ def test_kill_9_and_resume_end_with_the_same_weights(config: Path) -> None:
         assert torch.equal(value, resumed[name]), name
 
 
+def checkpoint_of(size: int) -> dict[str, Any]:
+    return {"state_dict": {"w": torch.ones(size)}, "pytorch-lightning_version": "2.6"}
+
+
 def test_full_disk_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    AtomicCheckpoints().save_checkpoint({"weights": torch.ones(10)}, path)
+    AtomicCheckpoints().save_checkpoint(checkpoint_of(10), path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
         with pytest.raises(InputError, match=r"cannot write .*last\.ckpt.* are intact"):
-            AtomicCheckpoints().save_checkpoint({"weights": torch.ones(10**6)}, path)
+            AtomicCheckpoints().save_checkpoint(checkpoint_of(10**6), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert AtomicCheckpoints().load_checkpoint(path)["weights"].sum() == 10
+    assert AtomicCheckpoints().load_checkpoint(path)["state_dict"]["w"].sum() == 10
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_damaged_and_absent_checkpoints_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "half.ckpt"
-    AtomicCheckpoints().save_checkpoint({"weights": torch.ones(1000)}, path)
+    AtomicCheckpoints().save_checkpoint(checkpoint_of(1000), path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(InputError, match=r"half\.ckpt is not a readable checkpoint"):
         AtomicCheckpoints().load_checkpoint(path)

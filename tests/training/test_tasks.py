@@ -126,8 +126,11 @@ def test_seasonal_naive_forecast_is_the_value_one_season_before() -> None:
     assert torch.equal(model._naive(batch), batch.y)
 
 
+SERIES = {"mean": [0.0], "scale": [1.0], "outputs": 1, "columns": ["a"], "season": None}
+
+
 def test_models_that_would_see_the_future_are_refused(text: TextData) -> None:
-    for make in (lambda s: LanguageModel(text.spec, s), lambda s: Forecaster({}, s)):
+    for make in (lambda s: LanguageModel(text.spec, s), lambda s: Forecaster(SERIES, s)):
         with pytest.raises(InputError, match="bidirectional"):
             make(Stack(bidirectional=True))
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fastrnn.training.errors import InputError, check_whole
+
 IGNORE = -100  # a target that carries no loss, as in F.cross_entropy
+MOST_SEED = 2**32 - 1  # Lightning's limit too
 
 
 class StreamBatch(NamedTuple):
@@ -43,6 +46,9 @@ class Batches(ABC):
 
     A checkpoint keeps (epoch, position) through ``state_dict``; after ``load_state_dict`` the next
     iteration goes on with the batch that had not been given out yet. Lightning calls both.
+
+    Raises:
+        InputError: on loading, a place among other batches.
     """
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
@@ -52,6 +58,10 @@ class Batches(ABC):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides, with (epoch, position), what a batch holds, by the names of the data's settings."""
+        return {}
 
     @abstractmethod
     def batch(self, epoch: int, index: int) -> Any:
@@ -65,10 +75,14 @@ class Batches(ABC):
             self.position += 1  # counted before it is used: a checkpoint in its step includes it
             yield self.batch(self.epoch, self.position - 1)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "decisive": self.decisive()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        saved, here = state.get("decisive", {}), self.decisive()
+        if differing := [name for name in here if name in saved and saved[name] != here[name]]:
+            each = "; ".join(f"{name} is {saved[name]} there, {here[name]} here" for name in differing)
+            raise InputError(f"the checkpoint's place is among other batches: {each}")
         self.epoch, self.position = state["epoch"], state["position"]
         self._resumed = True
 
@@ -81,6 +95,9 @@ class ShuffledBatches(Batches):
         targets: [N, ...], one for each sequence.
         size: sequences a batch, over all processes.
         seed: of the order; None keeps the given order.
+
+    Raises:
+        InputError: a size below 1.
     """
 
     def __init__(
@@ -93,11 +110,15 @@ class ShuffledBatches(Batches):
         world: int = 1,
     ) -> None:
         super().__init__(rank, world)
+        check_whole("batch_size", size)
         self.sequences, self.targets, self.size, self.seed = sequences, targets, size, seed
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.sequences), self.size)
         return whole + (rest >= self.world)  # a rest that cannot give each process one is left out
+
+    def decisive(self) -> dict[str, Any]:
+        return {"batch_size": self.size, "seed": self.seed, "sequences": len(self.sequences)}
 
     def batch(self, epoch: int, index: int) -> SequenceBatch:
         order = torch.arange(len(self.sequences))

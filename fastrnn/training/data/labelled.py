@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastrnn.training.data import shipped
-from fastrnn.training.data.batches import ShuffledBatches
+from fastrnn.training.data.batches import MOST_SEED, ShuffledBatches
 from fastrnn.training.data.module import SequenceData
-from fastrnn.training.errors import InputError, listing
+from fastrnn.training.errors import InputError, check_whole, listing
 
 Labelled = tuple[list[Tensor], list[str]]  # sequences [T_i, I] and their class names
 
@@ -33,8 +33,8 @@ class LabelledData(SequenceData):
         seed: of the order in training.
 
     Raises:
-        InputError: no sequences, an empty one, other features, no numbers, missing values or labels,
-            one class only, or a class in val or test that is absent from train.
+        InputError: a batch_size below 1, no sequences, an empty one, other features, no numbers, missing
+            values or labels, one class only, or a class in val or test that is absent from train.
     """
 
     def __init__(
@@ -46,6 +46,8 @@ class LabelledData(SequenceData):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_whole("batch_size", batch_size)
+        check_whole("seed", seed, 0, MOST_SEED)
         self.parts = {"train": train, "val": val, "test": test}
         self.batch_size, self.seed = batch_size, seed
 
@@ -174,9 +176,13 @@ class JapaneseVowels(LabelledData):
         held_out: of the 30 training utterances of each speaker, the last so many are for
             validation.
         seed: of the order in training.
+
+    Raises:
+        InputError: a batch_size below 1, or a held_out that leaves nothing to train on or to validate with.
     """
 
     def __init__(self, batch_size: int = 32, held_out: int = 5, seed: int = 0) -> None:
+        check_whole("held_out", held_out, 1, 29)
         texts = json.loads(shipped.read("japanese_vowels.json"))
         series, labels = parse_ts(texts["train"])
         super().__init__(

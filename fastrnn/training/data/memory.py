@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fastrnn.training.data.batches import IGNORE, Batches, SequenceBatch, StreamBatch
+from fastrnn.training.data.batches import IGNORE, MOST_SEED, Batches, SequenceBatch, StreamBatch
 from fastrnn.training.data.module import SequenceData
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_name, check_whole
 
 COPIED = 10  # symbols to remember
 ALPHABET = 8  # symbols; then blank (8) and the signal to recall (9)
@@ -28,6 +28,9 @@ class MemoryData(SequenceData):
         epoch: training batches that make an epoch.
         evaluation: batches of val, and of test.
         seed: of all sequences.
+
+    Raises:
+        InputError: an unknown problem, or a size below 1.
     """
 
     def __init__(
@@ -40,10 +43,11 @@ class MemoryData(SequenceData):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if problem not in PROBLEMS:
-            raise InputError(f"problem must be one of {', '.join(PROBLEMS)}, got {problem!r}")
-        if length < 2:
-            raise InputError(f"length must be at least 2, got {length}")
+        check_name("problem", problem, PROBLEMS)
+        check_whole("length", length, 2)
+        for name, size in (("batch_size", batch_size), ("epoch", epoch), ("evaluation", evaluation)):
+            check_whole(name, size)
+        check_whole("seed", seed, 0, MOST_SEED)
         self.problem, self.length, self.batch_size = problem, length, batch_size
         self.sizes = {"train": epoch, "val": evaluation, "test": evaluation}
         self.seed = seed
@@ -72,6 +76,10 @@ class MadeUpBatches(Batches):
 
     def __len__(self) -> int:
         return self.data.sizes[self.part]
+
+    def decisive(self) -> dict[str, Any]:
+        settings = {name: getattr(self.data, name) for name in ("length", "batch_size", "seed")}
+        return settings | {"epoch": len(self)}
 
     def batch(self, epoch: int, index: int) -> Any:
         data = self.data

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from fastrnn.training.data import shipped
-from fastrnn.training.data.batches import ShuffledBatches
+from fastrnn.training.data.batches import MOST_SEED, ShuffledBatches
 from fastrnn.training.data.module import SequenceData
 from fastrnn.training.data.text import read_text
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_held_out, check_name, check_once, check_whole
 
 SHIPPED = {"co2": ["co2"], "sunspots": ["sunspots"]}
 
@@ -31,6 +31,10 @@ class SeriesData(SequenceData):
         missing: ``raise`` or ``interpolate`` (linearly between known neighbours).
         batch_size: windows a batch, over all processes.
         seed: of the order in training.
+
+    Raises:
+        InputError: a size below 1, shares of 1 or more together, a column named twice; and, once the
+            file is read, whatever in it does not fit.
     """
 
     def __init__(
@@ -46,8 +50,14 @@ class SeriesData(SequenceData):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if missing not in ("raise", "interpolate"):
-            raise InputError(f"missing must be raise or interpolate, got {missing!r}")
+        check_name("missing", missing, ("raise", "interpolate"))
+        for name, size in (("window", window), ("horizon", horizon), ("batch_size", batch_size)):
+            check_whole(name, size)
+        if season is not None:
+            check_whole("season", season, 1, window)
+        check_whole("seed", seed, 0, MOST_SEED)
+        check_held_out(held_out)
+        check_once("columns", columns or ())
         self.source, self.columns = source, columns or SHIPPED.get(source)
         self.window, self.horizon, self.season = window, horizon, season
         self.held_out, self.missing = held_out, missing
@@ -56,8 +66,6 @@ class SeriesData(SequenceData):
     @cached_property
     def table(self) -> torch.Tensor:
         """All values [N, I]."""
-        if self.season is not None and not 1 <= self.season <= self.window:
-            raise InputError(f"season must be from 1 to window = {self.window}, got {self.season}")
         known = self.source in SHIPPED
         text = shipped.read(f"{self.source}.csv") if known else read_text(Path(self.source))
         values = read_csv(text, self.columns, self.source)

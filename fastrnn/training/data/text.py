@@ -1,6 +1,7 @@
 """Text as streams of characters: the shipped plays of Shakespeare, or files of one's own."""
 
 import json
+import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fastrnn.training.data import shipped
 from fastrnn.training.data.module import SequenceData
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_held_out, check_once, check_whole
 from fastrnn.training.tbptt import StreamChunks
 
 
@@ -56,6 +57,10 @@ class TextData(SequenceData):
         held_out: shares of the characters, from the end, for validation and for test.
         limit: characters that are used, from the start; all when left out.
         prompts: texts that ``predict`` continues.
+
+    Raises:
+        InputError: a size below 1, k2 below k1, shares of 1 or more together, a file named twice; and,
+            once the files are read, whatever in them does not fit.
     """
 
     def __init__(
@@ -69,6 +74,16 @@ class TextData(SequenceData):
         prompts: tuple[str, ...] = ("\n",),
     ) -> None:
         super().__init__()
+        check_whole("rows", rows)
+        check_whole("k1", k1)
+        if k2 is not None:
+            check_whole("k2", k2, k1)
+        if limit is not None:
+            check_whole("limit", limit)
+        check_held_out(held_out)
+        check_once("paths", map(os.path.realpath, paths or ()))
+        if paths is not None and not paths:
+            raise InputError("paths must name a file, or be left out for the shipped plays")
         self.paths, self.rows, self.k1, self.k2 = paths, rows, k1, k2
         self.held_out, self.limit, self.prompts = held_out, limit, prompts
 
@@ -97,9 +112,10 @@ class TextData(SequenceData):
         }
 
     def batches(self, part: str, rank: int, world: int) -> StreamChunks:
-        size = sum(map(len, self.parts[part]))
-        if size < 2 * self.rows:
-            raise InputError(f"{part} has {size} characters: too short for {self.rows} parallel rows")
+        for name in (part, "test") if part == "train" else (part,):  # a test comes after training: too late
+            size = sum(map(len, self.parts[name]))
+            if size < 2 * self.rows:
+                raise InputError(f"{name} has {size} characters: too short for {self.rows} parallel rows")
         k2 = self.k2 if part == "train" else None
         return StreamChunks(self.parts[part], self.rows, self.k1, k2, rank, world)
 
