@@ -2,20 +2,25 @@
 
 import json
 import logging
+import os
+import re
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from fastrnn.training import compare, sweep
+from fastrnn.training.arguments import Parser, refused
 from fastrnn.training.clipping import GradientClipping
 from fastrnn.training.data.module import SequenceData
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, check_number
 from fastrnn.training.gradient_flow import GradientFlow
 from fastrnn.training.report import Report
 from fastrnn.training.run import AtomicCheckpoints, BestCheckpoint, LastCheckpoint, Resume, RunLog
@@ -23,6 +28,20 @@ from fastrnn.training.speed import Throughput
 from fastrnn.training.tasks import SequenceTask
 
 CONFIGS = Path(__file__).parent / "configs"
+UNCHECKED = {  # the trainer's settings that Lightning takes as they are, and divides by
+    "val_check_interval": "(0, inf)",
+    "check_val_every_n_epoch": "(0, inf)",
+    "accumulate_grad_batches": "(0, inf)",
+    "num_nodes": "(0, inf)",
+    "gradient_clip_val": "[0, inf)",
+    "log_every_n_steps": "[0, inf)",
+    "num_sanity_val_steps": "[-1, inf)",
+}
+
+
+def as_list(value: Any) -> list[Any]:
+    """One or several values of a setting, or none."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 class Lines(ProgressBar):
@@ -56,7 +75,16 @@ class SequenceCLI(LightningCLI):
         """The configuration decides, not the checkpoint; a task refuses one that differs."""
 
     def before_instantiate_classes(self) -> None:
-        if self._get(self.config, "trainer").enable_progress_bar is not False:
+        checkpoint = self._get(self.config, "ckpt_path")
+        if checkpoint is not None and "://" not in checkpoint and not os.path.exists(checkpoint):
+            raise InputError(f"no checkpoint at {checkpoint}")
+        trainer = self._get(self.config, "trainer")
+        for name, interval in UNCHECKED.items():
+            if isinstance(trainer[name], (int, float)):  # val_check_interval takes spans of time too
+                check_number(f"trainer.{name}", trainer[name], interval)
+        if trainer.barebones:  # Lightning refuses these defaults of this command line
+            trainer.log_every_n_steps = trainer.enable_model_summary = None
+        elif trainer.enable_progress_bar is not False:
             bar = RichProgressBar() if sys.stdout.isatty() else Lines()
             self.trainer_defaults["callbacks"].append(bar)
 
@@ -80,12 +108,43 @@ class SequenceCLI(LightningCLI):
         loggers: list[Any] = [log]
         if self._get(self.config, "tensorboard"):
             loggers.append(TensorBoardLogger(log.log_dir, name="", version="tensorboard"))
-        return super().instantiate_trainer(logger=loggers, plugins=[AtomicCheckpoints()], **kwargs)
+        given = self._get(self.config_init, "trainer")
+        loggers += [logger for logger in as_list(given.logger) if not isinstance(logger, bool)]
+        plugins = as_list(given.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpoints())
+        settings: dict[str, Any] = {"logger": loggers, "plugins": plugins}
+        if given.logger is False or given.barebones:
+            settings |= {"logger": False, "default_root_dir": given.default_root_dir or log.log_dir}
+        return super().instantiate_trainer(**settings, **kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
+        """The trainer, without those callbacks of this command line that its settings have no use for."""
+        unused: list[type[L.Callback]] = []
+        if not config["logger"]:
+            unused.append(LearningRateMonitor)
+        if config["enable_checkpointing"] is False or config["barebones"]:
+            unused += [BestCheckpoint, LastCheckpoint]
+        if config["barebones"]:
+            unused += [GradientFlow, Report, Throughput]
+            self.save_config_callback = None
+        every, idle = self.trainer_defaults["callbacks"], tuple(unused)
+        self.trainer_defaults["callbacks"] = [c for c in every if not isinstance(c, idle)]
+        return super()._instantiate_trainer(config, [c for c in callbacks if not isinstance(c, idle)])
+
+    @property
+    def best(self) -> BestCheckpoint | None:
+        """What chose the checkpoint to test; None without checkpoints."""
+        found = (c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint))
+        return next(found, None)
 
     def after_fit(self) -> None:
-        if not self.trainer.fast_dev_run and self.trainer.checkpoint_callback.best_model_path:
-            best = self.trainer.checkpoint_callback.best_model_path
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best)
+        """A test of the best checkpoint, or of the last weights where no checkpoint was chosen."""
+        if not self.trainer.fast_dev_run and self.trainer.global_step:
+            best = self.best.best_model_path if self.best else ""
+            if not best:
+                rank_zero_info("no checkpoint was chosen by validation: the last weights are tested")
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None)
         self.after_test()
 
     def after_test(self) -> None:
@@ -108,10 +167,28 @@ class SequenceCLI(LightningCLI):
         print(f"predictions: {path.resolve()}")
 
 
+class Parsed(SequenceCLI):
+    """The settings of a command alone: nothing is made or run."""
+
+    def before_instantiate_classes(self) -> None: ...
+
+    def instantiate_classes(self) -> None: ...
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
 def with_shipped_configs(argv: list[str]) -> list[str]:
     """The arguments, with the bare names of shipped configurations replaced by their paths."""
-    configs = {i + 1 for i, argument in enumerate(argv) if argument in ("-c", "--config")}
-    return [shipped_config(a) if i in configs else a for i, a in enumerate(argv)]
+    found: list[str] = []
+    for argument in argv:
+        joined = re.fullmatch(r"(--config=|-c=?)(.*)", argument, re.DOTALL)
+        if found and found[-1] in ("-c", "--config"):
+            found.append(shipped_config(argument))
+        elif joined and argument != "-c":
+            found.append(f"--config={shipped_config(joined[2])}")
+        else:
+            found.append(argument)
+    return found
 
 
 def shipped_names() -> str:
@@ -143,19 +220,12 @@ def main(argv: list[str]) -> int:
             return compare.main(argv[1:])
         run(with_shipped_configs(argv))
     except Exception as error:
-        cause = input_error(error)
-        if cause is None:
+        reason = refused(error)
+        if reason is None:
             raise
-        print(f"fastrnn train: {cause}", file=sys.stderr)
+        print(f"fastrnn train: {reason}", file=sys.stderr)
         return 2
     return 0
-
-
-def input_error(error: BaseException | None) -> InputError | None:
-    """The bad input behind an error: the parser wraps what a class says of its arguments."""
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def is_news(record: logging.LogRecord) -> bool:
@@ -163,19 +233,20 @@ def is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(("💡", "`weights_only`", "TPU"))
 
 
-def run(argv: list[str]) -> SequenceCLI:
+def run(argv: list[str], kind: type[SequenceCLI] = SequenceCLI) -> SequenceCLI:
     """One command, in this process; the trainer and the task are attributes of what comes back."""
     for noise in ("LightningCLI's args parameter", ".*LeafSpec", ".*num_workers"):
         warnings.filterwarnings("ignore", message=noise)
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(is_news)
-    return SequenceCLI(
+    return kind(
         SequenceTask,
         SequenceData,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
+        parser_class=Parser,
         seed_everything_default=0,
         parser_kwargs={"prog": "python -m fastrnn train", "description": help_text()},
         save_config_kwargs={"overwrite": True},

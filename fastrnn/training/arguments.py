@@ -1,0 +1,75 @@
+"""The parser of the command line, and what the errors of bad settings come to: one line each."""
+
+import re
+from typing import Any, NoReturn
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser
+
+from fastrnn.training.errors import InputError
+
+LONGEST = 800  # characters of an error's line; some quote a whole file
+REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError)
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, whose errors are ``InputError`` in place of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # of a parser inside the parser, which catches jsonargparse's own errors
+            super().error(message, ex)
+        raise InputError(innermost(message)) from ex
+
+
+def innermost(message: str) -> str:
+    """Of jsonargparse's tree of what each type of a setting expected: the setting, and the deepest lines."""
+    key = ".".join(re.findall(r'Parser key "(.+?)"', message))
+    if not key:
+        return message
+    lines = [
+        line for line in message.splitlines() if re.match(r" +(- )?(Expected a|Option|Unable|Import)", line)
+    ]
+    depths = [len(line) - len(line.lstrip(" -")) for line in lines]
+    reasons = [line.strip(" -") for line, depth in zip(lines, depths, strict=True) if depth == max(depths)]
+    reasons = [r for r in reasons if "NoneType" not in r] or [message.split(":", 1)[1]]
+    given = re.findall(r"Given value: (.+)", message)
+    if given and given[0] not in reasons[-1] and "NestedArg" not in given[0]:
+        reasons.append(f"got {given[0]}")
+    return re.sub(r"<class '([\w.]+)'>", r"\1", f"{key}: {'; '.join(reasons)}")
+
+
+def refused(error: BaseException) -> str | None:
+    """One line for an error that bad input explains; None for any other.
+
+    Explained are ``InputError``, also where a library has wrapped it; what Lightning and the parser say of a
+    setting, a ``MisconfigurationException`` or one of ``REFUSALS`` that their own code raised; and one of
+    ``REFUSALS`` of a class that the parser was making.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__ or cause.__context__
+    first = root(error)
+    theirs = raised_in(error).startswith(("lightning.", "jsonargparse."))
+    if cause is None and (
+        isinstance(first, MisconfigurationException) or (theirs and isinstance(first, REFUSALS))
+    ):
+        cause = first
+    if cause is None:
+        return None
+    line = " ".join(str(cause).split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+
+
+def root(error: BaseException) -> BaseException:
+    """What an error was raised from, and that one in turn."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def raised_in(error: BaseException) -> str:
+    """The module whose line raised an error."""
+    trace: Any = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")) if trace else ""
