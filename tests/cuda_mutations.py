@@ -2,11 +2,12 @@
 
     python tests/cuda_mutations.py [WORDS]        only mutants with these words in their names
 
-Ends non-zero if a mutant survives. A change of the kernels that takes away a mutant's text is an error: the
-list is to follow the kernels.
+Ends non-zero if a mutant survives. Each stands beside the code that it breaks, which a comment marks with its
+name: code that moves takes its mutants along. A marker without a mutant, or the reverse, is an error.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,11 +34,12 @@ class Tests:
 
 @dataclass(frozen=True)
 class Mutant:
+    """A fault in the line that the sources mark with ``// mutant: name``, or in the one below such a line."""
+
     name: str
-    file: str  # under csrc
-    text: str  # occurs once
-    replacement: str
     tests: Tests
+    text: str = ""  # occurs once in that line; without it the whole line goes
+    replacement: str = ""
 
 
 def self_test(name: str, sanitizer: str = "plain") -> Tests:
@@ -48,17 +50,12 @@ def kernels(cell: str, words: str, sanitizer: str = "plain") -> Tests:
     return Tests(("tests/test_cuda_kernels.py", "-k", words), sanitizer, (cell,))
 
 
-RELAY = self_test("meet_at_every_step")
-RELAY_RACES = self_test("meet_at_every_step and fifo", "thread")
-ARRIVE = "  __syncthreads();\n  if (threadIdx.x == 0) {\n    dev::add_release(counter, 1);"
-PRIMITIVES = "testing/primitives.cuh"
-
 # What the runner is tried on: a kernel of the machine's own tests.
 SAMPLE = [
-    Mutant("sample: no barrier before the count", PRIMITIVES, ARRIVE, ARRIVE[19:], RELAY),
-    Mutant("sample: no barrier before the count, race", PRIMITIVES, ARRIVE, ARRIVE[19:], RELAY_RACES),
-    Mutant("sample: words of a tile exchanged", PRIMITIVES, "v % 2 * 16 + v / 2 % 2 * 8 + v / 4 * 128",
-           "v % 2 * 16 + v / 4 * 8 + v / 2 % 2 * 128", self_test("mma and fifo")),
+    Mutant("relay-without-barrier", self_test("meet_at_every_step")),
+    Mutant("relay-without-barrier-is-a-race", self_test("meet_at_every_step and fifo", "thread")),
+    Mutant("tile-words-exchanged", self_test("mma and fifo"), "v / 2 % 2 * 8 + v / 4 * 128",
+           "v / 4 * 8 + v / 2 % 2 * 128"),
 ]  # fmt: skip
 
 LSTM = kernels("lstm", "(lstm or projection) and not schedule")
@@ -68,124 +65,114 @@ SPILLED = kernels("lstm", "shared_memory")
 RACES = kernels("lstm", "lstm and bf16 and (one_block or many_blocks)", "thread")
 BOUNDS = kernels("lstm", "lstm and (form or reference)", "address")
 
-TILES, MULTIPLY, GEOMETRY = "cuda/tiles.cuh", "cuda/multiply.cuh", "cuda/geometry.h"
-STEPS = "cuda/steps.cuh"
-FORWARD, BACKWARD = "cuda/persistent_forward.cuh", "cuda/persistent_backward.cuh"
-STEP, STEP_BACKWARD, DRIVER = "cuda/step.cuh", "cuda/backward_step.cuh", "cuda/driver.cuh"
-BARRIER = "    __syncthreads();\n"
-AFTER = "return exchange.load(q); });\n"  # the product
-
 KERNELS = [
     # the blocks meet
-    Mutant("arrive: no barrier before the count", TILES, BARRIER + "    if (!kOneBlock &&",
-           "    if (!kOneBlock &&", ORDERS),
-    Mutant("arrive: counts by a plain add", TILES, "dev::add_release(arrived_, 1)", "*arrived_ += 1", LSTM),
-    Mutant("wait: one step early", TILES, "uint32_t(step + 1) *", "uint32_t(step) *", ORDERS),
-    Mutant("wait: for one block too few", TILES, "uint32_t(g_.blocks), step", "uint32_t(g_.blocks - 1), step",
-           ORDERS),
-    Mutant("wait: by one thread alone, race", TILES, "step);\n" + BARRIER, "step);\n", RACES),
-    Mutant("exchange: one buffer", TILES, "(step & 1)", "(step & 0)", ORDERS),
-    Mutant("exchange: all replicas in one place", TILES, "place.direction * g.replicas + place.replica) * 2",
-           "place.direction * g.replicas) * 2", GRU),
-    Mutant("forward: no barrier after the product", FORWARD, AFTER + BARRIER, AFTER, ORDERS),
-    Mutant("backward: no barrier after the product", BACKWARD, AFTER + BARRIER, AFTER, ORDERS),
-    Mutant("backward: no barrier before the first step", BACKWARD, "  __syncthreads();\n\n", "", LSTM),
+    Mutant("arrive-without-barrier", ORDERS),
+    Mutant("arrive-by-plain-add", LSTM, "dev::add_release(arrived_, 1)", "*arrived_ += 1"),
+    Mutant("wait-one-step-early", ORDERS, "step + 1", "step"),
+    Mutant("wait-for-one-block-too-few", ORDERS, "g_.blocks", "g_.blocks - 1"),
+    Mutant("wait-by-one-thread", RACES),
+    Mutant("exchange-one-buffer", ORDERS, "& 1", "& 0"),
+    Mutant("exchange-of-all-replicas-in-one-place", GRU, " + place.replica", ""),
+    Mutant("forward-without-barrier-after-product", ORDERS),
+    Mutant("backward-without-barrier-after-product", ORDERS),
+    Mutant("backward-without-barrier-before-steps", LSTM),
     # which part of the whole
-    Mutant("place: units beyond H, overread", STEPS, "smaller(units_of_a_block, H - first_unit)",
-           "units_of_a_block", BOUNDS),
-    Mutant("place: replicas as far apart as whole tiles", STEPS, "replica * g.rows", "replica * g.batch",
-           LSTM),
-    Mutant("load: spilled tiles of a chunk in one place", TILES,
-           "- kShape.resident) * kShape.row_tiles + m)", "- kShape.resident) * kShape.row_tiles)", SPILLED),
-    Mutant("multiply: the next columns are those of now", TILES, "fetch(next, after,", "fetch(next, at,",
-           LSTM),
-    Mutant("multiply: one stage for all warps", TILES, "stage_(stage + warp_ *", "stage_(stage + 0 *", LSTM),
-    Mutant("total: one depth warp missed", TILES, "int k = 0; k < depth_warps",
-           "int k = 1; k < depth_warps", LSTM),
-    Mutant("put: rows and columns exchanged", TILES,
+    Mutant("units-beyond-H", BOUNDS, "smaller(units_of_a_block, H - first_unit)", "units_of_a_block"),
+    Mutant("replicas-as-far-apart-as-tiles", LSTM, "g.rows", "g.batch"),
+    Mutant("spilled-tiles-in-one-place", SPILLED, " + m", ""),
+    Mutant("next-columns-are-those-of-now", LSTM, "after", "at"),
+    Mutant("one-stage-for-all-warps", LSTM, "warp_", "0"),
+    Mutant("total-misses-a-depth-warp", LSTM, "k = 0", "k = 1"),
+    Mutant("sums-transposed", LSTM,
            "M::sum_column(lane_, i) * stride + m * kTileRows + M::sum_row(lane_, i)",
-           "M::sum_row(lane_, i) * stride + m * kTileRows + M::sum_column(lane_, i)", LSTM),
+           "M::sum_row(lane_, i) * stride + m * kTileRows + M::sum_column(lane_, i)"),
     # the product
-    Mutant("multiply: words of a lane in another order", MULTIPLY, "i / 4 * 2 + (i / 2 & 1)",
-           "i / 4 + (i / 2 & 1) * 2", LSTM),
-    Mutant("multiply: halves of a sum do not meet", MULTIPLY, "s, 16)", "s, 8)", LSTM),
-    Mutant("multiply: the first number of a word twice", MULTIPLY, "element(number(1)).bits) << 16",
-           "element(number(0)).bits) << 16", LSTM),
+    Mutant("lane-words-in-another-order", LSTM, "i / 4 * 2 + (i / 2 & 1)", "i / 4 + (i / 2 & 1) * 2"),
+    Mutant("halves-of-a-sum-do-not-meet", LSTM, "16", "8"),
+    Mutant("first-number-of-a-word-twice", LSTM, "number(1)", "number(0)"),
     # shared memory and the exchange
-    Mutant("geometry: sums run into what comes after", GEOMETRY, "g.depth_warps * g.batch * g.partial",
-           "g.depth_warps * (g.batch - 4) * g.partial", LSTM),
-    Mutant("geometry: too little shared memory", GEOMETRY, "2 * g.exchange_bytes() : 0",
-           "2 * g.exchange_bytes() - 128 : 0", LSTM),
-    Mutant("geometry: rows of the exchange overlap", GEOMETRY,
-           "round_up(depth_warps * per_warp * 64, 128) + 64", "chunks * 64 - 64", LSTM),
+    Mutant("sums-run-into-what-follows", LSTM, "g.batch", "(g.batch - 4)"),
+    Mutant("too-little-shared-memory", LSTM, " : 0", " - 128 : 0"),
+    Mutant("rows-of-the-exchange-overlap", LSTM, "round_up(depth_warps * per_warp * 64, 128) + 64",
+           "chunks * 64 - 64"),
     # forward
-    Mutant("forward: the exchange is not cleared", FORWARD, "(here)[i] = 0", "(here)[i] |= 0", LSTM),
-    Mutant("forward: no barrier after the exchange is cleared, race", FORWARD,
-           "(here)[i] = 0;\n" + BARRIER, "(here)[i] = 0;\n", RACES),
-    Mutant("forward: a reset does not reach the product", FORWARD,
-           "steps.resets_if_any(step, b, offset[i]) ? 0.f : h[i]", "h[i]", LSTM),
-    Mutant("forward: a reset of no row, overread", STEPS, "b < rows.active && sequence_", "sequence_",
-           BOUNDS),
-    Mutant("forward: a reset does not reach c", FORWARD, "h[i] = c[i] = 0;", "h[i] = 0;", LSTM),
-    Mutant("forward: a reset does not reach h", FORWARD, "h[i] = c[i] = 0;", "c[i] = 0;", GRU),
-    Mutant("forward: rows that have ended go on", FORWARD, "if (b < active) {", "if (b < place.rows) {",
-           LSTM),
-    Mutant("forward: rows that have ended are stored", FORWARD, "if (kOneBlock && b < active) keep",
-           "if (kOneBlock) keep", LSTM),
-    Mutant("forward: replicas count rows from 0", STEPS, "rows(t)) - first_row_", "rows(t))", GRU),
-    Mutant("forward: no bias", FORWARD, ", a[gate] += bias[gate];", ";", LSTM),
-    Mutant("forward: the input of another gate", FORWARD, "from[gate * H]", "from[(G - 1 - gate) * H]", LSTM),
-    Mutant("forward: h0 in another order", FORWARD, "d.h0[batch]",
-           "d.h0[place.first_row + mine.row(i)]", LSTM),
+    Mutant("forward-exchange-not-cleared", LSTM, "= 0", "|= 0"),
+    Mutant("forward-without-barrier-after-clearing", RACES),
+    Mutant("reset-does-not-reach-the-product", LSTM, "steps.resets_if_any(step, b, offset[i]) ? 0.f : ", ""),
+    Mutant("reset-of-no-row", BOUNDS, "b < rows.active && ", ""),
+    Mutant("reset-does-not-reach-c", LSTM, "c[i] = ", ""),
+    Mutant("reset-does-not-reach-h", GRU, "h[i] = ", ""),
+    Mutant("ended-rows-go-on", LSTM, "active", "place.rows"),
+    Mutant("ended-rows-are-stored", LSTM, " && b < active", ""),
+    Mutant("replicas-count-rows-from-0", GRU, " - first_row_", ""),
+    Mutant("no-bias", LSTM, ", a[gate] += bias[gate]", ""),
+    Mutant("input-of-another-gate", LSTM, "from[gate", "from[(G - 1 - gate)"),
+    Mutant("h0-in-another-order", LSTM, "batch", "place.first_row + mine.row(i)"),
     # backward
-    Mutant("backward: gates side by side, not in whole chunks", BACKWARD, "g.chunks / G * M::kInChunk;", "H;",
-           LSTM),
-    Mutant("backward: no direct gradient", BACKWARD, "sum[0] + direct[i]", "sum[0]", GRU),
-    Mutant("backward: gradients of other gates", BACKWARD, "Cell::recurrent(gate)", "gate", GRU),
-    Mutant("backward: the last product missed", BACKWARD,
-           "if (steps.T > 0) recur(steps.T - 1, active_after);", "", LSTM),
-    Mutant("backward: a reset does not stop the product", BACKWARD, "zero ? 0.f : dgates", "dgates", LSTM),
-    Mutant("backward: rows that are yet to begin", BACKWARD,
-           "if (mine.row(i) >= active) break;\n      float sum", "float sum", LSTM),
+    Mutant("gates-not-in-whole-chunks", LSTM, "g.chunks / G * M::kInChunk", "H"),
+    Mutant("no-direct-gradient", GRU, " + direct[i]", ""),
+    Mutant("gradients-of-other-gates", GRU, "Cell::recurrent(gate)", "gate"),
+    Mutant("last-product-missed", LSTM),
+    Mutant("back-reset-does-not-stop-the-product", LSTM, "zero ? 0.f : ", ""),
+    Mutant("rows-yet-to-begin", LSTM),
     # a step
-    Mutant("step back: a reset does not stop dh and dc", STEP_BACKWARD, "if (begins) dh_prev = dc_prev = 0;",
-           "", LSTM),
-    Mutant("step back: a reset does not reach h", STEP_BACKWARD, "kDirect) before = begins ? A{} : ",
-           "kDirect) before = ", GRU),
-    Mutant("step back: a reset does not reach c", STEP_BACKWARD, "c_before = begins ? A{} : ", "c_before = ",
-           LSTM),
-    Mutant("step back: further gradients of another gate", STEP_BACKWARD, "d.dsaved[row])[s * H]",
-           "d.dsaved[row])[0]", LSTM),
-    Mutant("step back: dc of the step before", STEP_BACKWARD, "store<S>(dc);", "store<S>(dc_prev);", LSTM),
-    Mutant("backward: rows begin a step late", BACKWARD, "b < before.active", "b <= before.active", LSTM),
-    Mutant("backward: c0 in another order", BACKWARD, "steps.batch(b), H", "place.first_row + b, H", LSTM),
-    Mutant("single steps: rows begin a step late", STEP, "rows(before) <= b", "rows(before) < b", LSTM),
-    Mutant("single steps: a reset does not reach the product", STEP, "zero ? Acc<S>{} : p.states.h[",
-           "p.states.h[", LSTM),
-    Mutant("single steps: rows yet to begin are not reset", DRIVER, "one_thread_each(B * H)",
-           "one_thread_each(n * H)", LSTM),
-    Mutant("driver: one direction for both", DRIVER, "d == 0 ? host.T - 1 - step : step", "host.T - 1 - step",
-           LSTM),
-    Mutant("driver: rows of no step are not cleared", DRIVER, "clear({call.y, call.saved, call.saved_c})",
-           "void()", LSTM),
-    Mutant("driver: the exchange is not cleared", DRIVER, "device.clear(exchange, bytes);", "", LSTM),
+    Mutant("back-reset-does-not-stop-dh-and-dc", LSTM),
+    Mutant("back-reset-does-not-reach-h", GRU, "begins ? A{} : ", ""),
+    Mutant("back-reset-does-not-reach-c", LSTM, "begins ? A{} : ", ""),
+    Mutant("further-gradients-of-another-gate", LSTM, "s * H", "0"),
+    Mutant("dc-of-the-step-before", LSTM, "(dc)", "(dc_prev)"),
+    Mutant("rows-begin-a-step-late", LSTM, "b < before.active", "b <= before.active"),
+    Mutant("c0-in-another-order", LSTM, "steps.batch(b)", "place.first_row + b"),
+    Mutant("single-steps-rows-begin-a-step-late", LSTM, "<= b", "< b"),
+    Mutant("single-steps-reset-does-not-reach-the-product", LSTM, "zero ? Acc<S>{} : ", ""),
+    Mutant("single-steps-rows-yet-to-begin-not-reset", LSTM, "(B * H)", "(n * H)"),
+    Mutant("one-direction-for-both", LSTM, "d == 0 ? host.T - 1 - step : step", "host.T - 1 - step"),
+    Mutant("rows-of-no-step-not-cleared", LSTM),
+    Mutant("driver-exchange-not-cleared", LSTM),
 ]  # fmt: skip
 MUTANTS = SAMPLE + KERNELS
 
 
-def mutated(mutant: Mutant, work: Path) -> Path:
+MARKER = re.compile(r"// mutant: (.+)$")
+
+
+def marked_lines() -> dict[str, tuple[Path, int]]:
+    """The file under csrc, and the line counted from 0, of each mutant that the sources name."""
+    places: dict[str, tuple[Path, int]] = {}
+    for path in sorted(path for path in CSRC.rglob("*") if path.is_file()):
+        for number, line in enumerate(path.read_text().splitlines()):
+            if marker := MARKER.search(line):
+                place = path.relative_to(CSRC), number + line.lstrip().startswith("//")
+                for name in marker[1].split(", "):
+                    if name in places:
+                        raise ValueError(f"{name} is marked twice: {places[name]} and {place}")
+                    places[name] = place
+    if unlike := places.keys() ^ {m.name for m in MUTANTS}:
+        raise ValueError(f"only in the sources or only in the list: {', '.join(sorted(unlike))}")
+    return places
+
+
+def changed(mutant: Mutant, line: str) -> str:
+    if not mutant.text:
+        return ""
+    code, comment, marker = line.partition("  // mutant: ")
+    if code.count(mutant.text) != 1:
+        raise ValueError(f"{mutant.name}: not once {mutant.text!r} in {line!r}")
+    return code.replace(mutant.text, mutant.replacement) + comment + marker
+
+
+def mutated(mutant: Mutant, place: tuple[Path, int], work: Path) -> Path:
     """The module of a copy of the sources; objects that do not contain the change are the original's."""
     tree, out = work / "csrc", work / "build"
     shutil.copytree(CSRC, tree)
-    source = (tree / mutant.file).read_text()
-    if source.count(mutant.text) != 1:
-        raise ValueError(
-            f"{mutant.name}: {mutant.file} has {source.count(mutant.text)} times {mutant.text!r}"
-        )
-    (tree / mutant.file).write_text(source.replace(mutant.text, mutant.replacement))
+    file, number = place
+    lines = (tree / file).read_text().split("\n")
+    lines[number] = changed(mutant, lines[number])
+    (tree / file).write_text("\n".join(lines))
     out.mkdir()
     for rule in BUILD.glob("*.d"):
-        if str(CSRC / mutant.file) not in rule.read_text().split():
+        if str(CSRC / file) not in rule.read_text().split():
             for original in (rule, rule.with_suffix(".o")):
                 (out / original.name).symlink_to(original)
     return build(mutant.tests.sanitizer, tree, out, OPTIMIZE, mutant.tests.cells)
@@ -212,22 +199,26 @@ def test(tests: Tests, module: Path) -> str:
     )
 
 
-def judge(mutant: Mutant) -> tuple[str, float]:
+def judge(mutant: Mutant, place: tuple[Path, int]) -> tuple[str, float]:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
-        complaint = test(mutant.tests, mutated(mutant, Path(work)))
+        complaint = test(mutant.tests, mutated(mutant, place, Path(work)))
         return complaint.replace(f"{work}/", ""), time.monotonic() - start
 
 
 def main(*words: str) -> int:
     mutants = [m for m in MUTANTS if all(word in m.name for word in words)]
+    marked = marked_lines()
+    places = [marked[m.name] for m in mutants]
+    for mutant, (file, number) in zip(mutants, places, strict=True):
+        changed(mutant, (CSRC / file).read_text().split("\n")[number])  # before anything is compiled
     for tests in dict.fromkeys(m.tests for m in mutants):
         if complaint := test(tests, build(tests.sanitizer, optimize=OPTIMIZE, cells=tests.cells)):
             print(f"the kernels do not pass {tests}: {complaint}")
             return 1
     survivors = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, (complaint, seconds) in zip(mutants, pool.map(judge, mutants), strict=True):
+        for mutant, (complaint, seconds) in zip(mutants, pool.map(judge, mutants, places), strict=True):
             survivors += not complaint
             print(
                 f"{mutant.name:45} {mutant.tests.sanitizer:8} {seconds:4.0f} s  {complaint or 'SURVIVES'}",

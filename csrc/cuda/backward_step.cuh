@@ -66,18 +66,20 @@ struct StepInputs {
     for (int s = 0; s < Cell::kSaved; ++s) activations[s] = load(saved[s]);
     if (d.dsaved)
 #pragma unroll
+      // mutant: further-gradients-of-another-gate
       for (int s = 0; s < Cell::kSaved; ++s) further[s] = load((&d.dsaved[row])[s * H]);
     dh += load(dy);
     if (d.dsaved_c) dc += load(d.dsaved_c[row]);
     if (d.dh_rows) d.dh_rows[row] = store<S>(dh);
     A y_t{}, before{}, c_t{}, c_before{};
     if constexpr (Cell::kSaved == 0) y_t = load(y);
-    if constexpr (Cell::kDirect) before = begins ? A{} : load(h_prev);
+    if constexpr (Cell::kDirect) before = begins ? A{} : load(h_prev);  // mutant: back-reset-does-not-reach-h
+    // mutant: back-reset-does-not-reach-c
     if constexpr (Cell::kCellState) c_t = load(c), c_before = begins ? A{} : load(c_prev);
     Cell::template backward<MathOf<S>>(activations, further, y_t, before, c_t, c_before, dh, dc, dgates,
                                        dh_prev, dc_prev);
-    if (Cell::kCellState && d.dc_rows) d.dc_rows[row] = store<S>(dc);
-    if (begins) dh_prev = dc_prev = 0;
+    if (Cell::kCellState && d.dc_rows) d.dc_rows[row] = store<S>(dc);  // mutant: dc-of-the-step-before
+    if (begins) dh_prev = dc_prev = 0;  // mutant: back-reset-does-not-stop-dh-and-dc
   }
 };
 

@@ -87,7 +87,7 @@ struct ExchangeMemory {
     const int64_t bytes = groups * 2 * g.exchange_bytes() + round_up(int(groups) * 4, 16);
     memory = empty({bytes / int64_t(like.element_size())}, like);
     exchange = static_cast<char*>(memory.mutable_data_ptr());
-    device.clear(exchange, bytes);
+    device.clear(exchange, bytes);  // mutant: driver-exchange-not-cleared
     arrived = reinterpret_cast<uint32_t*>(exchange + groups * 2 * g.exchange_bytes());
   }
 };
@@ -99,6 +99,7 @@ class Driver {
 
   void forward(const ForwardCall<Cell>& call) {
     if (call.N == 0) return copy_states(call);
+    // mutant: rows-of-no-step-not-cleared
     if (call.layout.get().counts) clear({call.y, call.saved, call.saved_c});
     const DeviceSequence<Device> sequence(device_, call.layout.get());
     with_storage(call.h0, [&]<class S>(S) {
@@ -237,6 +238,7 @@ class Driver {
         Tensor out = first_rows(gates_h, n);
         device_.multiply(out, first_rows(h_in, n), w_hh);
       }
+      // mutant: single-steps-rows-yet-to-begin-not-reset
       device_.launch(forward_step<Cell, S>, one_thread_each(B * H), p);
       if constexpr (Cell::kCellState)  // only an LSTM has a projection
         if (projects) {
@@ -277,7 +279,7 @@ class Driver {
     const Grid states = one_thread_each(B * larger(int(P), int(H)));
     device_.launch(begin_backward<S>, states, p);
     for (int64_t step = 0; step < host.T; ++step) {
-      p.t = d == 0 ? host.T - 1 - step : step;
+      p.t = d == 0 ? host.T - 1 - step : step;  // mutant: one-direction-for-both
       const int64_t n = host.rows(p.t);
       if (n == 0) continue;
       if constexpr (Cell::kCellState)

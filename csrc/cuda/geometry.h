@@ -77,6 +77,7 @@ struct Geometry {
   FASTRNN_PLAIN bool exists() const { return blocks > 0; }
   FASTRNN_PLAIN int grid(int directions) const { return blocks * replicas * directions; }
   /// Row stride, in bytes, of the right operand [batch, K] in shared memory: free of bank conflicts.
+  // mutant: rows-of-the-exchange-overlap
   FASTRNN_PLAIN int stride() const { return round_up(depth_warps * per_warp * 64, 128) + 64; }
   FASTRNN_PLAIN int exchange_bytes() const { return batch * stride(); }
   /// Column stride, in numbers, of the partial sums: free of bank conflicts too.
@@ -95,8 +96,10 @@ struct SharedMemory {
 FASTRNN_PLAIN SharedMemory shared_memory(Form form, const Shape& shape, const Geometry& g) {
   SharedMemory m{};
   m.partial = g.row_warps * g.depth_warps * g.spilled * shape.row_tiles * 1024;
+  // mutant: sums-run-into-what-follows
   m.stage = m.partial + g.depth_warps * g.batch * g.partial_stride(shape) * 4;
   m.exchange = m.stage + (shape.staged ? shape.warps * 512 : 0);
+  // mutant: too-little-shared-memory
   m.bytes = m.exchange + (form == Form::kOneBlock ? 2 * g.exchange_bytes() : 0);
   return m;
 }

@@ -28,6 +28,7 @@ struct Numbers {
     if constexpr (kInWord == 1)
       return dev::bits(Derived::element(number(0)));
     else
+      // mutant: first-number-of-a-word-twice
       return Derived::element(number(0)).bits | uint32_t(Derived::element(number(1)).bits) << 16;
   }
 };
@@ -51,6 +52,7 @@ struct TensorCore : Numbers<TensorCore<S>, S> {
 
   // Row and 32-bit word of the chunk that are the lane's word i of a tile.
   __device__ static int row(int lane, int i) { return lane / 4 + 8 * (i & 1); }
+  // mutant: lane-words-in-another-order
   __device__ static int word(int lane, int i) { return lane % 4 * 4 + i / 4 * 2 + (i / 2 & 1); }
 
   // Row and column of the tile that are the lane's accumulator i; every lane has all of its own.
@@ -98,7 +100,7 @@ struct Ffma : Numbers<Ffma, float> {
   __device__ static int sum_column(int, int i) { return i; }
   __device__ static bool has_sums(int lane) { return lane < 16; }
   __device__ static void finish(float (&sum)[kAccumulators]) {
-    for (float& s : sum) s += __shfl_xor_sync(~0u, s, 16);
+    for (float& s : sum) s += __shfl_xor_sync(~0u, s, 16);  // mutant: halves-of-a-sum-do-not-meet
   }
 
   template <int kTiles>

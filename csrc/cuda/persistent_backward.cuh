@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
   const int j = place.first_unit + mine.unit;
   const BackwardDirection<S>& d = p.problem.direction[place.direction];
   const BackwardColumns<S> columns(d, j);
+  // mutant: gates-not-in-whole-chunks
   const int gate_numbers = g.chunks / G * M::kInChunk;  // H, in whole chunks
 
   const SharedMemory offsets = shared_memory(kForm, kShape, g);
@@ -65,19 +66,19 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     dh[i] = load(d.dh[batch][j]);
     dc[i] = Cell::kCellState ? load(d.dc[batch][j]) : 0.f;
   }
-  __syncthreads();
+  __syncthreads();  // mutant: backward-without-barrier-before-steps
 
   // dL/dh before a step, of the rows that take part in it, from the gate gradients of all blocks.
   const auto recur = [&](int step, int active) {
     exchange.wait(step);
     tiles.multiply(exchange.columns(step), partial, [&](const uint4* q) { return exchange.load(q); });
-    __syncthreads();
+    __syncthreads();  // mutant: backward-without-barrier-after-product
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
-      if (mine.row(i) >= active) break;
+      if (mine.row(i) >= active) break;  // mutant: rows-yet-to-begin
       float sum[1];
       total<kShape, kOneBlock>(sum, g, partial, mine.unit, mine.row(i));
-      dh[i] = sum[0] + direct[i];
+      dh[i] = sum[0] + direct[i];  // mutant: no-direct-gradient
     }
   };
 
@@ -92,8 +93,9 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     for (int i = 0; i < kShape.pairs; ++i) {
       const int b = mine.row(i);
       if (b >= active) break;
+      // mutant: rows-begin-a-step-late
       inputs[i].fetch(columns, start + offset[i], b < before.active ? before.start + offset[i] : -1,
-                      steps.batch(b), H);
+                      steps.batch(b), H);  // mutant: c0-in-another-order
     }
     if (step > 0) recur(step - 1, active_after);
 
@@ -114,6 +116,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
       Elem* const to = reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride()) + j;
 #pragma unroll
       for (int gate = 0; gate < G; ++gate)
+        // mutant: gradients-of-other-gates, back-reset-does-not-stop-the-product
         to[gate * gate_numbers] = M::element(zero ? 0.f : dgates[i][Cell::recurrent(gate)]);
       if constexpr (kOneBlock) keep(i);
     }
@@ -127,7 +130,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     active_after = active, rows = before;
   }
 
-  if (steps.T > 0) recur(steps.T - 1, active_after);
+  if (steps.T > 0) recur(steps.T - 1, active_after);  // mutant: last-product-missed
 #pragma unroll
   for (int i = 0; i < kShape.pairs; ++i) {
     if (mine.row(i) >= place.rows) break;

@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
 
   if (kOneBlock) {
     for (int i = int(threadIdx.x); i < 2 * g.exchange_bytes() / 4; i += kShape.threads())
-      reinterpret_cast<uint32_t*>(here)[i] = 0;
-    __syncthreads();
+      reinterpret_cast<uint32_t*>(here)[i] = 0;  // mutant: forward-exchange-not-cleared
+    __syncthreads();  // mutant: forward-without-barrier-after-clearing
   }
   WarpTiles<M, kShape, kOneBlock> tiles(g, dev::shared<char>(offsets.weights),
                                         dev::shared<char>(offsets.stage));
@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
   const auto publish = [&](int step, int i) {
     const int b = mine.row(i);
     reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride())[j] =
+        // mutant: reset-does-not-reach-the-product
         M::element(steps.resets_if_any(step, b, offset[i]) ? 0.f : h[i]);
   };
 #pragma unroll
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
     if (mine.row(i) >= place.rows) break;
     const int batch = steps.batch(mine.row(i));
     offset[i] = steps.offset(mine.row(i));
-    h[i] = load(d.h0[batch][j]);
+    h[i] = load(d.h0[batch][j]);  // mutant: h0-in-another-order
     c[i] = Cell::kCellState ? load(d.c[batch][j]) : 0.f;
     publish(0, i);
   }
@@ -87,11 +88,11 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
       if (mine.row(i) >= active) break;
       const S* const from = &gates_x[start + offset[i]];
 #pragma unroll
-      for (int gate = 0; gate < G; ++gate) input[i][gate] = from[gate * H];
+      for (int gate = 0; gate < G; ++gate) input[i][gate] = from[gate * H];  // mutant: input-of-another-gate
     }
     exchange.wait(step);
     tiles.multiply(exchange.columns(step), partial, [&](const uint4* q) { return exchange.load(q); });
-    __syncthreads();
+    __syncthreads();  // mutant: forward-without-barrier-after-product
 
     float saved[kShape.pairs][larger(Cell::kSaved, 1)];
     // Signal the other blocks first; none of them reads y or saved, so these stores may come after.
@@ -109,16 +110,18 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
     for (int i = 0; i < kShape.pairs; ++i) {
       const int b = mine.row(i);
       if (b >= place.rows) break;
-      if (b < active) {
+      if (b < active) {  // mutant: ended-rows-go-on
         float x[G], a[G];
         total<kShape, kOneBlock>(a, g, partial, mine.unit, b);
 #pragma unroll
+        // mutant: no-bias
         for (int gate = 0; gate < G; ++gate) x[gate] = load(input[i][gate]), a[gate] += bias[gate];
+        // mutant: reset-does-not-reach-c, reset-does-not-reach-h
         if (steps.resets(start + offset[i])) h[i] = c[i] = 0;
         h[i] = Cell::template forward<Math>(x, a, h[i], c[i], saved[i]);
       }
       publish(step + 1, i);
-      if (kOneBlock && b < active) keep(i);
+      if (kOneBlock && b < active) keep(i);  // mutant: ended-rows-are-stored
     }
     exchange.arrive();
     if constexpr (!kOneBlock)

@@ -31,6 +31,7 @@ struct ForwardStep {
 template <class S>
 __device__ void publish(const ForwardStep<S>& p, int64_t b, int64_t j) {
   const bool zero = p.sequence.resets_if_any(p.t_next, b);
+  // mutant: single-steps-reset-does-not-reach-the-product
   p.states.h_in[b * p.P + j] = store<S>(zero ? Acc<S>{} : p.states.h[b * p.P + j]);
 }
 
@@ -149,6 +150,7 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
   if (p.dh_hidden) direction.dy = {}, direction.dh_rows = {};  // already in dh_complete
   const BackwardColumns<S> d(direction, j);
   const int64_t before = p.reverse ? p.t + 1 : p.t - 1;
+  // mutant: single-steps-rows-begin-a-step-late
   const bool begins = before < 0 || before >= p.sequence.T || p.sequence.rows(before) <= b;
   StepInputs<Cell, S> inputs;
   inputs.fetch(d, row, begins ? -1 : p.sequence.row(before, b), p.sequence.batch(b), int(p.H));

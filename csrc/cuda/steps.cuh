@@ -35,8 +35,8 @@ struct Place {
       : direction(int(blockIdx.x) / (g.blocks * g.replicas)),
         replica(int(blockIdx.x) / g.blocks % g.replicas),
         first_unit(int(blockIdx.x) % g.blocks * units_of_a_block),
-        units(smaller(units_of_a_block, H - first_unit)),
-        first_row(replica * g.rows),
+        units(smaller(units_of_a_block, H - first_unit)),  // mutant: units-beyond-H
+        first_row(replica * g.rows),  // mutant: replicas-as-far-apart-as-tiles
         rows(smaller(g.rows, B - first_row)) {}
 };
 
@@ -88,13 +88,14 @@ class Steps {
   __device__ bool resets_if_any(int step, int b, int offset) const {
     if (!sequence_.reset) return false;
     const Rows rows = at(step);
-    return b < rows.active && sequence_.reset[rows.start + offset];
+    return b < rows.active && sequence_.reset[rows.start + offset];  // mutant: reset-of-no-row
   }
 
  private:
   __device__ Rows ragged(int step) const {
     if (step >= T) return {0, 0};
     const int t = from_the_end_ ? T - 1 - step : step;
+    // mutant: replicas-count-rows-from-0
     return {int(sequence_.start(t)), smaller(int(sequence_.rows(t)) - first_row_, rows_)};
   }
 

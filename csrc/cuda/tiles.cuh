@@ -18,6 +18,7 @@ class WarpTiles {
         first_(kOneBlock ? warp_ / g.row_warps : warp_),
         first_row_(kOneBlock ? warp_ % g.row_warps * kShape.row_tiles * kTileRows : 0),
         spilled_(reinterpret_cast<uint4*>(spilled) + warp_ * g.spilled * kShape.row_tiles * 64 + lane_),
+        // mutant: one-stage-for-all-warps
         stage_(stage + warp_ * kShape.staged * kTileColumns * kChunkBytes) {}
 
   /// word(row, chunk, i): 32 bits of W, numbers 4 * i bytes into the chunk.
@@ -52,7 +53,7 @@ class WarpTiles {
         if (first < g_.per_warp)
           fetch(next, at, first, load);
         else if (left > kTileColumns)
-          fetch(next, after, 0, load);
+          fetch(next, after, 0, load);  // mutant: next-columns-are-those-of-now
       };
       Sums sums[kChains] = {};
 #pragma unroll
@@ -87,6 +88,7 @@ class WarpTiles {
   __device__ bool idle() const { return kOneBlock && first_ >= g_.depth_warps; }
   __device__ int depth_warps() const { return kOneBlock ? g_.depth_warps : kShape.warps; }
   __device__ uint4* spilled_tile(int c, int m) const {
+    // mutant: spilled-tiles-in-one-place
     return spilled_ + ((c - kShape.resident) * kShape.row_tiles + m) * 64;
   }
 
@@ -141,6 +143,7 @@ class WarpTiles {
       if (!M::has_sums(lane_)) continue;
 #pragma unroll
       for (int i = 0; i < M::kAccumulators; ++i)
+        // mutant: sums-transposed
         to[M::sum_column(lane_, i) * stride + m * kTileRows + M::sum_row(lane_, i)] = sums[0][m][i];
     }
   }
@@ -162,7 +165,7 @@ __device__ __forceinline__ void total(float (&sums)[kRows], const Geometry& g, c
 #pragma unroll
   for (int i = 0; i < kRows; ++i) sums[i] = 0;
 #pragma unroll(kOneBlock ? 1 : kShape.warps)
-  for (int k = 0; k < depth_warps; ++k) {
+  for (int k = 0; k < depth_warps; ++k) {  // mutant: total-misses-a-depth-warp
     const float* const found = from + k * g.batch * stride;
     if constexpr (kRows == 4) {
       const uint4 four = *reinterpret_cast<const uint4*>(found);
@@ -185,24 +188,27 @@ class Exchange {
   __device__ Exchange(const Geometry& g, const Place& place, char* global, char* shared, uint32_t* arrived)
       : g_(g),
         buffers_(kOneBlock ? shared
+                           // mutant: exchange-of-all-replicas-in-one-place
                            : global + size_t(place.direction * g.replicas + place.replica) * 2 *
                                           g.exchange_bytes()),
         arrived_(arrived + place.direction * g.replicas + place.replica) {}
 
   /// Columns of a step: rows of g.stride() bytes.
+  // mutant: exchange-one-buffer
   __device__ char* columns(int step) const { return buffers_ + (step & 1) * g_.exchange_bytes(); }
 
   /// The columns of this step are written, by every thread of the block.
   __device__ void arrive() const {
-    __syncthreads();
-    if (!kOneBlock && threadIdx.x == 0) dev::add_release(arrived_, 1);
+    __syncthreads();  // mutant: arrive-without-barrier
+    if (!kOneBlock && threadIdx.x == 0) dev::add_release(arrived_, 1);  // mutant: arrive-by-plain-add
   }
   /// Waits until every block has written its columns of this step. One thread polls for its block: polling
   /// loads of more threads delay the arrivals of the others (benchmarks/NOTES.md).
   __device__ void wait(int step) const {
     if (kOneBlock) return;
+    // mutant: wait-one-step-early, wait-for-one-block-too-few
     if (threadIdx.x == 0) dev::wait_until(arrived_, uint32_t(step + 1) * uint32_t(g_.blocks), step);
-    __syncthreads();
+    __syncthreads();  // mutant: wait-by-one-thread
   }
   __device__ static uint4 load(const uint4* p) {
     if constexpr (kOneBlock)

@@ -37,6 +37,7 @@ __global__ void multiply_tile(const float* a, const float* b, float* d) {
     dev::mma_tf32(sums, a_words, b_words);
   } else {
     for (int v = 0; v < 8; ++v) {
+      // mutant: tile-words-exchanged
       const float element = a[q * 32 + g + v % 2 * 16 + v / 2 % 2 * 8 + v / 4 * 128];
       a_words[v / 2] |= uint32_t{dev::from_float<T>(element).bits} << 16 * (v % 2);
     }
@@ -65,7 +66,7 @@ __global__ void round_numbers(const float* x, float* y, int count) {
 
 /// Comes back when all blocks have come for the n-th time, n from 1 on.
 static __device__ __forceinline__ void meet_grid(uint32_t* counter, int n) {
-  __syncthreads();
+  __syncthreads();  // mutant: relay-without-barrier, relay-without-barrier-is-a-race
   if (threadIdx.x == 0) {
     dev::add_release(counter, 1);
     dev::wait_until(counter, static_cast<uint32_t>(n) * gridDim.x, n);
