@@ -31,6 +31,18 @@ extern "C" PyMODINIT_FUNC PyInit__C() {
 namespace fastrnn {
 namespace {
 
+// {G, E, states, S, reuses_saved} of a cell, as CellInfo has them.
+std::vector<int64_t> cell_info(std::string name) {
+  std::vector<int64_t> numbers;
+  AllCells::each([&]<class Cell>() {
+    constexpr CellInfo info = Cell::kInfo;
+    if (name == info.name)
+      numbers = {info.gates, info.gradients(), info.states, info.saved, info.reuses_saved};
+  });
+  STD_TORCH_CHECK(!numbers.empty(), "fastrnn has no cell ", name);
+  return numbers;
+}
+
 std::string cpu_isa() { return instruction_set().name; }
 
 // {teams of rows, parts of units} of a direction, for a product of B rows with [units, K] in each of T steps.
@@ -61,6 +73,7 @@ auto cuda_answer(bool forward, std::string numbers, int64_t gates, int64_t T, in
 }  // namespace fastrnn
 
 STABLE_TORCH_LIBRARY(fastrnn, m) {
+  m.def("cell_info(str cell) -> int[]");
   m.def("cpu_isa() -> str");
   m.def("cpu_plan(int T, int B, int units, int K, int gates, int directions, int element_bytes) -> int[]");
   const std::string cuda_scan =
@@ -69,17 +82,19 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(("cuda_plan" + cuda_scan + "str").c_str());
   m.def(("cuda_geometry" + cuda_scan + "int[]").c_str());
   fastrnn::AllCells::each([&]<class Cell>() {
-    m.def((std::string(Cell::kName) + fastrnn::kForward).c_str());
-    m.def((std::string(Cell::kName) + "_backward" + fastrnn::kBackward).c_str());
-    if constexpr (fastrnn::kInPlace<Cell>)
-      m.def((std::string(Cell::kName) + "_backward_in_place" + fastrnn::backward_in_place()).c_str());
-    m.def((std::string(Cell::kName) + "_products" + fastrnn::kProducts).c_str());
-    m.def((std::string(Cell::kName) + "_pack" + fastrnn::kPack).c_str());
-    m.def((std::string(Cell::kName) + "_packed" + fastrnn::kPacked).c_str());
+    const std::string name = Cell::kInfo.name;
+    m.def((name + fastrnn::kForward).c_str());
+    m.def((name + "_backward" + fastrnn::kBackward).c_str());
+    if constexpr (Cell::kInfo.reuses_saved)
+      m.def((name + "_backward_in_place" + fastrnn::backward_in_place()).c_str());
+    m.def((name + "_products" + fastrnn::kProducts).c_str());
+    m.def((name + "_pack" + fastrnn::kPack).c_str());
+    m.def((name + "_packed" + fastrnn::kPacked).c_str());
   });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("cell_info", TORCH_BOX(&fastrnn::cell_info));
   m.impl("cpu_isa", TORCH_BOX(&fastrnn::cpu_isa));
   m.impl("cpu_plan", TORCH_BOX(&fastrnn::cpu_plan));
   m.impl("cuda_plan", TORCH_BOX(&fastrnn::cuda_answer<fastrnn::describe_cuda>));

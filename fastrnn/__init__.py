@@ -9,7 +9,7 @@ try:
     from .convert import convert, to_torch
     from .functional import FallbackWarning, set_strict
     from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-except (ImportError, RuntimeError) as error:  # RuntimeError: a build that is older than the sources
+except (ImportError, AttributeError, RuntimeError) as error:  # the last two: a build older than the sources
     # The doctor explains what is wrong here, so it alone gets past it.
     if sys.argv[:2] != ["-m", "doctor"]:
         raise ImportError(f"{error}; 'python -m fastrnn doctor' says what to do") from error

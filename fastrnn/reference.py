@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import _C  # noqa: F401  (registers cell_info)
+
 __all__ = ["CELLS", "Cell", "Layout", "forward", "steps"]
 
 # ---- The cells. A step maps (x [G], a [G], h, c) to (h, c); x is the input's part of each gate, a the
@@ -51,26 +53,27 @@ def lstm_hidden(saved, c):
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table of cells; ``csrc/cells`` has the same numbers."""
+    """One row of the table of cells: its formulas, and the numbers that csrc/cells says of it."""
 
     step: Callable
+    hidden: Callable | None  # for cells that can be projected
     gates: int  # G
-    saved: int  # S: numbers of a unit that the kernels save for the way back
     gradients: int  # E: gate gradients of a unit that the way back gives
     has_c: bool
-    hidden: Callable | None = None  # for cells that can be projected
+    saved: int  # S: numbers of a unit that the kernels save for the way back
+    in_place: bool  # whether the gate gradients may be written over the saved numbers
 
-    @property
-    def in_place(self) -> bool:
-        """Whether the gate gradients fit where the saved activations lie."""
-        return self.saved == self.gradients
+    @classmethod
+    def of(cls, name: str, step: Callable, hidden: Callable | None = None) -> "Cell":
+        gates, gradients, states, saved, reuses_saved = torch.ops.fastrnn.cell_info(name)
+        return cls(step, hidden, gates, gradients, states > 1, saved, bool(reuses_saved))
 
 
 CELLS = {
-    "lstm": Cell(lstm_step, gates=4, saved=4, gradients=4, has_c=True, hidden=lstm_hidden),
-    "gru": Cell(gru_step, gates=3, saved=4, gradients=4, has_c=False),
-    "rnn_tanh": Cell(rnn_tanh_step, gates=1, saved=0, gradients=1, has_c=False),
-    "rnn_relu": Cell(rnn_relu_step, gates=1, saved=0, gradients=1, has_c=False),
+    "lstm": Cell.of("lstm", lstm_step, lstm_hidden),
+    "gru": Cell.of("gru", gru_step),
+    "rnn_tanh": Cell.of("rnn_tanh", rnn_tanh_step),
+    "rnn_relu": Cell.of("rnn_relu", rnn_relu_step),
 }
 
 

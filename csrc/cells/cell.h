@@ -3,42 +3,91 @@
 // width, a scalar on a GPU) and a policy M that supplies M::sigmoid and M::tanh for V.
 //
 //   struct Cell {
-//     static constexpr const char* kName;      // its name in torch.ops.fastrnn
-//     static constexpr int kGates;             // G: blocks of H rows in W_ih and W_hh
-//     static constexpr int kSaved;             // S: activations per unit that the backward step wants
-//     static constexpr int kGradients;         // E: gate gradients per unit that the backward step gives
-//     static constexpr bool kCellState;        // has a second state c beside h
-//     static constexpr bool kDirect;           // h_prev also reaches h without passing W_hh
-//     static constexpr int kApart;             // so many last gates need the products of input and state
-//     apart
-//
-//     forward<M>(x, a, h_prev, c, saved) -> h
-//       x [G]      W_ih x_t + b_ih, in torch's gate order
-//       a [G]      W_hh h_{t-1} + b_hh
-//                  Of gates that are not kept apart only the sum x + a may be used.
-//       c          in: c_{t-1}; out: c_t (only with kCellState)
-//       saved [S]  what backward wants
-//
-//     backward<M>(saved, dsaved, h, h_prev, c, c_prev, dh, dc, dgates, dh_prev, dc_prev)
-//       dsaved [S] further gradient with respect to the saved activations (second derivatives)
-//       dh         dL/dh_t, complete; dc in: dL/dc_t from step t+1, out: complete
-//       dgates [E] dL/d(gate before activation). The last G are those of x; those of a are
-//                  dgates[recurrent(g)] for gate g of a
-//       dh_prev    dL/dh_{t-1} by the direct way alone (only with kDirect)
-//       dc_prev    dL/dc_{t-1} (only with kCellState)
+//     static constexpr CellInfo kInfo{.name = "cell", .gates = 3, ...};
+//     template <class M, class V> FASTRNN_INLINE static void forward(ForwardUnit<Cell, V>& s);
+//     template <class M, class V> FASTRNN_INLINE static void backward(BackwardUnit<Cell, V>& s);
 //   };
 #pragma once
-
-#if defined(__CUDACC__)
-#define FASTRNN_CELL __host__ __device__ __forceinline__ static
-#else
-#define FASTRNN_CELL __attribute__((always_inline)) static inline
-#endif
+#include "common/inline.h"
 
 namespace fastrnn {
 
-/// Whether the gate gradients of a cell fit where its saved activations lie.
-template <class Cell>
-constexpr bool kInPlace = Cell::kSaved == Cell::kGradients;
+/// The states of a cell: h, which W_hh multiplies, and c beside it.
+enum State { kH, kC };
+
+/// A set of states, as CellInfo has it.
+constexpr unsigned only(State state) { return 1u << state; }
+
+/// The numbers of a cell. Drivers, operators and Python read them here and infer nothing from one another.
+struct CellInfo {
+  const char* name;           // in torch.ops.fastrnn
+  int gates;                  // G: blocks of H rows in W_ih and W_hh
+  int split = 0;              // how many of the last gates take the products with x and with h apart
+  int states = 1;             // h alone, or h and c
+  unsigned reads_before = 0;  // states of step t-1 that the step reads, besides the product with W_hh
+  unsigned reads_after = 0;   // states of step t that backward reads
+  int saved = 0;              // S: numbers of a unit that backward reads, besides the states
+  bool reuses_saved = false;  // backward may write the gate gradients over the saved numbers
+  bool projects = false;      // takes a W_hr, which projects h
+
+  FASTRNN_INLINE constexpr bool has_c() const { return states > kC; }
+  FASTRNN_INLINE constexpr bool before(State state) const { return reads_before >> state & 1; }
+  FASTRNN_INLINE constexpr bool after(State state) const { return reads_after >> state & 1; }
+
+  /// E: gate gradients of a unit. Those of the recurrent parts of the split gates come first, then one for
+  /// each gate, which of a split gate is its input part's: so the G of x lie side by side, and the G of the
+  /// recurrent product do, too.
+  FASTRNN_INLINE constexpr int gradients() const { return gates + split; }
+  FASTRNN_INLINE constexpr int gradient_of_input(int gate) const { return split + gate; }
+  FASTRNN_INLINE constexpr int gradient_of_recurrent(int gate) const {
+    return gate < gates - split ? split + gate : gate - (gates - split);
+  }
+};
+
+/// The length of an array of `count` numbers, since C++ has none of length 0.
+FASTRNN_INLINE constexpr int array_length(int count) { return count > 0 ? count : 1; }
+
+/// The forward step of one unit of one row.
+template <class Cell, class V>
+struct ForwardUnit {
+  static constexpr CellInfo kInfo = Cell::kInfo;
+  V a[kInfo.gates];  // W_ih x + b_ih + W_hh h + b_hh in torch's gate order; of a split gate W_hh h + b_hh
+                     // alone
+  V x[array_length(kInfo.split)];      // W_ih x + b_ih of the split gates
+  V before[kInfo.states];              // states of step t-1, those that are read
+  V after[kInfo.states];               // out: states of step t
+  V saved[array_length(kInfo.saved)];  // out: what backward reads
+
+  /// x: W_ih x + b_ih of a gate; h: W_hh h + b_hh.
+  FASTRNN_INLINE void set_gate(int gate, V of_x, V of_h) {
+    const int split = gate - (kInfo.gates - kInfo.split);
+    a[gate] = split < 0 ? of_x + of_h : of_h;
+    if (split >= 0) x[split] = of_x;
+  }
+};
+
+/// The backward step of one unit of one row.
+template <class Cell, class V>
+struct BackwardUnit {
+  static constexpr CellInfo kInfo = Cell::kInfo;
+  V saved[array_length(kInfo.saved)];
+  V dsaved[array_length(kInfo.saved)];  // further gradient with respect to saved
+  V before[kInfo.states];               // states of step t-1, those that are read
+  V after[kInfo.states];                // states of step t, those that are read
+  V dafter[kInfo.states];  // dL/dh_t, complete; in: dL/dc_t by way of step t+1 and the outputs, out: complete
+  V dbefore[kInfo.states];  // out: dL/d(before) of the states that are read, without the product with W_hh
+  V dgates[kInfo.gradients()];  // out: dL/d(gate before its activation), in CellInfo's order
+};
+
+/// Whether the drivers can run a cell with these numbers.
+constexpr bool is_valid(const CellInfo& cell) {
+  return cell.gates > 0 && cell.split >= 0 && cell.split <= cell.gates &&  //
+         (cell.states == 1 || cell.states == 2) &&
+         (cell.reads_before | cell.reads_after) < only(static_cast<State>(cell.states)) &&
+         (cell.has_c() == cell.before(kC)) &&  // its gradient passes through the cell alone
+         (!cell.projects ||
+          !(cell.before(kH) || cell.after(kH))) &&  // h is then not the cell's, but projected
+         (!cell.reuses_saved || cell.saved == cell.gradients());
+}
 
 }  // namespace fastrnn

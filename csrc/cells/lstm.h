@@ -7,37 +7,41 @@ namespace fastrnn {
 
 struct Lstm {
   enum Gate { kInput, kForget, kCandidate, kOutput };
-  static constexpr const char* kName = "lstm";
-  static constexpr int kGates = 4, kSaved = 4, kGradients = 4, kApart = 0;
-  static constexpr bool kCellState = true, kDirect = false;
-
-  FASTRNN_CELL constexpr int recurrent(int gate) { return gate; }
+  static constexpr CellInfo kInfo{.name = "lstm",
+                                  .gates = 4,
+                                  .states = 2,
+                                  .reads_before = only(kC),
+                                  .reads_after = only(kC),
+                                  .saved = 4,
+                                  .reuses_saved = true,
+                                  .projects = true};
 
   template <class M, class V>
-  FASTRNN_CELL V forward(const V* x, const V* a, V /*h_prev*/, V& c, V* saved) {
-    const V i = M::sigmoid(x[kInput] + a[kInput]);
-    const V f = M::sigmoid(x[kForget] + a[kForget]);
-    const V g = M::tanh(x[kCandidate] + a[kCandidate]);
-    const V o = M::sigmoid(x[kOutput] + a[kOutput]);
-    c = f * c + i * g;
-    saved[kInput] = i;
-    saved[kForget] = f;
-    saved[kCandidate] = g;
-    saved[kOutput] = o;
-    return o * M::tanh(c);
+  FASTRNN_INLINE static void forward(ForwardUnit<Lstm, V>& s) {
+    const V i = M::sigmoid(s.a[kInput]);
+    const V f = M::sigmoid(s.a[kForget]);
+    const V g = M::tanh(s.a[kCandidate]);
+    const V o = M::sigmoid(s.a[kOutput]);
+    const V c = f * s.before[kC] + i * g;
+    s.after[kC] = c;
+    s.after[kH] = o * M::tanh(c);
+    s.saved[kInput] = i;
+    s.saved[kForget] = f;
+    s.saved[kCandidate] = g;
+    s.saved[kOutput] = o;
   }
 
   template <class M, class V>
-  FASTRNN_CELL void backward(const V* saved, const V* dsaved, V /*h*/, V /*h_prev*/, V c, V c_prev, V dh,
-                             V& dc, V* dgates, V& /*dh_prev*/, V& dc_prev) {
-    const V i = saved[kInput], f = saved[kForget], g = saved[kCandidate], o = saved[kOutput];
-    const V tanh_c = M::tanh(c);
-    dc = dc + dh * o * (1 - tanh_c * tanh_c);
-    dgates[kInput] = (dc * g + dsaved[kInput]) * i * (1 - i);
-    dgates[kForget] = (dc * c_prev + dsaved[kForget]) * f * (1 - f);
-    dgates[kCandidate] = (dc * i + dsaved[kCandidate]) * (1 - g * g);
-    dgates[kOutput] = (dh * tanh_c + dsaved[kOutput]) * o * (1 - o);
-    dc_prev = dc * f;
+  FASTRNN_INLINE static void backward(BackwardUnit<Lstm, V>& s) {
+    const V i = s.saved[kInput], f = s.saved[kForget], g = s.saved[kCandidate], o = s.saved[kOutput];
+    const V tanh_c = M::tanh(s.after[kC]), dh = s.dafter[kH];
+    const V dc = s.dafter[kC] + dh * o * (1 - tanh_c * tanh_c);
+    s.dgates[kInput] = (dc * g + s.dsaved[kInput]) * i * (1 - i);
+    s.dgates[kForget] = (dc * s.before[kC] + s.dsaved[kForget]) * f * (1 - f);
+    s.dgates[kCandidate] = (dc * i + s.dsaved[kCandidate]) * (1 - g * g);
+    s.dgates[kOutput] = (dh * tanh_c + s.dsaved[kOutput]) * o * (1 - o);
+    s.dafter[kC] = dc;
+    s.dbefore[kC] = dc * f;
   }
 };
 

@@ -10,6 +10,7 @@ namespace fastrnn {
 
 template <class... Cells>
 struct CellList {
+  static_assert((is_valid(Cells::kInfo) && ...));
   static constexpr int kCount = sizeof...(Cells);
   template <class F>
   static void each(F f) {

@@ -7,32 +7,27 @@ namespace fastrnn {
 
 template <class Activation>
 struct Rnn {
-  static constexpr const char* kName = Activation::kName;
-  static constexpr int kGates = 1, kSaved = 0, kGradients = 1, kApart = 0;
-  static constexpr bool kCellState = false, kDirect = false;
-
-  FASTRNN_CELL constexpr int recurrent(int gate) { return gate; }
+  static constexpr CellInfo kInfo{.name = Activation::kName, .gates = 1, .reads_after = only(kH)};
 
   template <class M, class V>
-  FASTRNN_CELL V forward(const V* x, const V* a, V /*h_prev*/, V& /*c*/, V* /*saved*/) {
-    return Activation::template value<M>(x[0] + a[0]);
+  FASTRNN_INLINE static void forward(ForwardUnit<Rnn, V>& s) {
+    s.after[kH] = Activation::template value<M>(s.a[0]);
   }
 
   template <class M, class V>
-  FASTRNN_CELL void backward(const V* /*saved*/, const V* /*dsaved*/, V h, V /*h_prev*/, V /*c*/,
-                             V /*c_prev*/, V dh, V& /*dc*/, V* dgates, V& /*dh_prev*/, V& /*dc_prev*/) {
-    dgates[0] = Activation::gradient(h, dh);
+  FASTRNN_INLINE static void backward(BackwardUnit<Rnn, V>& s) {
+    s.dgates[0] = Activation::gradient(s.after[kH], s.dafter[kH]);
   }
 };
 
 struct Tanh {
   static constexpr const char* kName = "rnn_tanh";
   template <class M, class V>
-  FASTRNN_CELL V value(V x) {
+  FASTRNN_INLINE static V value(V x) {
     return M::tanh(x);
   }
   template <class V>
-  FASTRNN_CELL V gradient(V h, V dh) {
+  FASTRNN_INLINE static V gradient(V h, V dh) {
     return dh * (1 - h * h);
   }
 };
@@ -40,11 +35,11 @@ struct Tanh {
 struct Relu {
   static constexpr const char* kName = "rnn_relu";
   template <class M, class V>
-  FASTRNN_CELL V value(V x) {
+  FASTRNN_INLINE static V value(V x) {
     return x < 0 ? V{} : x;  // in this order a NaN stays one
   }
   template <class V>
-  FASTRNN_CELL V gradient(V h, V dh) {
+  FASTRNN_INLINE static V gradient(V h, V dh) {
     return h <= 0 ? V{} : dh;  // torch: zero at h = 0, and dh where h is NaN
   }
 };

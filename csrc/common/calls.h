@@ -3,6 +3,7 @@
 #pragma once
 #include <tuple>
 
+#include "cells/cell.h"
 #include "common/arguments.h"
 
 namespace fastrnn {
@@ -48,35 +49,32 @@ struct Sizes {
   int64_t D, B, P, H, G;
 };
 
-template <class Cell>
-void check_c0(const Arguments& arguments, const MaybeTensor& c0, const Sizes& sizes) {
-  STD_TORCH_CHECK(c0.has_value() == Cell::kCellState, Cell::kName, " takes ",
-                  Cell::kCellState ? "a c0" : "no c0");
+inline void check_c0(const CellInfo& cell, const Arguments& arguments, const MaybeTensor& c0,
+                     const Sizes& sizes) {
+  STD_TORCH_CHECK(c0.has_value() == cell.has_c(), cell.name, " takes ", cell.has_c() ? "a c0" : "no c0");
   if (c0) arguments.check(*c0, "c0", "[D, B, H]", {sizes.D, sizes.B, sizes.H});
 }
 
-template <class Cell>
-Sizes check_weights(const Tensor& h0, const MaybeTensor& c0, const Tensors& w_hh, const Tensors& w_hr) {
+inline Sizes check_weights(const CellInfo& cell, const Tensor& h0, const MaybeTensor& c0, const Tensors& w_hh,
+                           const Tensors& w_hr) {
   STD_TORCH_CHECK(h0.dim() == 3, "h0 must be [D, B, P]");
-  constexpr int64_t G = Cell::kGates;
-  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2);
+  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), G = cell.gates;
   STD_TORCH_CHECK(D >= 1 && D <= kMaxDirections, "h0 must have 1 or 2 directions, got ", D);
   STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must be matrices [G*H, P]");
   const int64_t H = w_hh[0].size(0) / G;
   STD_TORCH_CHECK(H > 0 && P > 0, "H and P must be positive, got ", H, " and ", P);
   const Arguments arguments(h0, D);
   arguments.check_each(w_hh, "w_hh", "[G*H, P]", {G * H, P});
-  STD_TORCH_CHECK(w_hr.empty() ? H == P : Cell::kCellState,
-                  w_hr.empty() ? "h0 must be as wide as the hidden size" : "only an LSTM has a projection");
+  STD_TORCH_CHECK(w_hr.empty() || cell.projects, cell.name, " has no projection");
+  STD_TORCH_CHECK(!w_hr.empty() || H == P, "h0 must be as wide as the hidden size");
   if (!w_hr.empty()) arguments.check_each(w_hr, "w_hr", "[P, H]", {P, H});
   const Sizes sizes{D, B, P, H, G};
-  check_c0<Cell>(arguments, c0, sizes);
+  check_c0(cell, arguments, c0, sizes);
   return sizes;
 }
 
-template <class Cell>
-void check_inputs(const Arguments& arguments, const Sizes& sizes, int64_t I, const Tensors& w_ih,
-                  const Tensors& b_ih, const Tensors& b_hh) {
+inline void check_inputs(const Arguments& arguments, const Sizes& sizes, int64_t I, const Tensors& w_ih,
+                         const Tensors& b_ih, const Tensors& b_hh) {
   const int64_t GH = sizes.G * sizes.H;
   arguments.check_each(w_ih, "w_ih", "[G*H, I]", {GH, I});
   STD_TORCH_CHECK(b_ih.empty() == b_hh.empty(), "b_ih and b_hh come together or not at all");
@@ -93,8 +91,8 @@ inline int64_t rows_in(const Tensor& x, const char* name, const char* letters) {
 enum Save : int64_t { kNothing, kForBackward, kEveryCellState };
 
 /// fastrnn::<cell>
-template <class Cell>
 struct ForwardCall {
+  const CellInfo& cell;
   Sizes sizes;
   int64_t N, I;
   SequenceLayout layout;
@@ -103,11 +101,12 @@ struct ForwardCall {
   bool has_c, save_gates, save_c;
   Tensor y, h_n, c_n, saved, saved_c;  // results
 
-  /// Without weights: these come packed, and all sizes are checked already.
-  ForwardCall(const Sizes& sizes_, const Tensor& x_, const Tensor& h0_, const MaybeTensor& c0,
-              const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset,
-              bool batch_first, int64_t save)
-      : sizes(sizes_),
+  /// With packed weights, whose sizes are checked already.
+  ForwardCall(const CellInfo& cell_, const Sizes& sizes_, const Tensor& x_, const Tensor& h0_,
+              const MaybeTensor& c0, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+              const MaybeTensor& reset, bool batch_first, int64_t save)
+      : cell(cell_),
+        sizes(sizes_),
         N(rows_in(x_, "x", "[N, I]")),
         I(x_.size(1)),
         layout(N, sizes.B, batch_sizes, lengths, reset, batch_first),
@@ -122,18 +121,18 @@ struct ForwardCall {
     if (reset) arguments.check_device(*reset, "reset");
     y = empty({N, D * P}, h0), h_n = empty({D, B, P}, h0);
     STD_TORCH_CHECK(save >= kNothing && save <= kEveryCellState, "save must be 0, 1 or 2, got ", save);
-    saved = save_gates ? empty({D, N, Cell::kSaved * H}, h0) : empty({0}, h0);
+    saved = save_gates ? empty({D, N, cell.saved * H}, h0) : empty({0}, h0);
     saved_c = save_c ? empty({D, N, H}, h0) : empty({0}, h0);
     c_n = has_c ? torch::stable::clone(as_contiguous(*c0)) : empty({0}, h0);
   }
 
-  ForwardCall(const Tensor& x_, const Tensor& h0_, const MaybeTensor& c0, const Tensors& w_ih_,
-              const Tensors& w_hh_, const Tensors& b_ih_, const Tensors& b_hh_, const Tensors& w_hr_,
-              const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset,
-              bool batch_first, int64_t save)
-      : ForwardCall(check_weights<Cell>(h0_, c0, w_hh_, w_hr_), x_, h0_, c0, batch_sizes, lengths, reset,
-                    batch_first, save) {
-    check_inputs<Cell>(Arguments(h0_, sizes.D), sizes, I, w_ih_, b_ih_, b_hh_);
+  ForwardCall(const CellInfo& cell_, const Tensor& x_, const Tensor& h0_, const MaybeTensor& c0,
+              const Tensors& w_ih_, const Tensors& w_hh_, const Tensors& b_ih_, const Tensors& b_hh_,
+              const Tensors& w_hr_, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+              const MaybeTensor& reset, bool batch_first, int64_t save)
+      : ForwardCall(cell_, check_weights(cell_, h0_, c0, w_hh_, w_hr_), x_, h0_, c0, batch_sizes, lengths,
+                    reset, batch_first, save) {
+    check_inputs(Arguments(h0_, sizes.D), sizes, I, w_ih_, b_ih_, b_hh_);
     w_ih = each_with_rows(w_ih_), w_hh = each_with_rows(w_hh_), w_hr = each_with_rows(w_hr_);
     b_ih = each_contiguous(b_ih_), b_hh = each_contiguous(b_hh_);
   }
@@ -166,8 +165,8 @@ struct ForwardCall {
 };
 
 /// fastrnn::<cell>_backward, and <cell>_backward_in_place
-template <class Cell>
 struct BackwardCall {
+  const CellInfo& cell;
   Sizes sizes;
   int64_t N;
   SequenceLayout layout;
@@ -177,13 +176,14 @@ struct BackwardCall {
   bool with_dh, with_dc, in_place;
   Tensor dgates, dh0, dc0, dh, dc;  // results
 
-  BackwardCall(const MaybeTensor& dy_, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
-               const MaybeTensor& dsaved_, const MaybeTensor& dsaved_c_, const Tensor& saved_,
-               const Tensor& saved_c_, const Tensor& y_, const Tensor& h0_, const MaybeTensor& c0_,
-               const Tensors& w_hh_, const Tensors& w_hr_, const MaybeTensor& batch_sizes,
-               const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep,
-               bool in_place_)
-      : sizes(check_weights<Cell>(h0_, c0_, w_hh_, w_hr_)),
+  BackwardCall(const CellInfo& cell_, const MaybeTensor& dy_, const MaybeTensor& dh_n,
+               const MaybeTensor& dc_n, const MaybeTensor& dsaved_, const MaybeTensor& dsaved_c_,
+               const Tensor& saved_, const Tensor& saved_c_, const Tensor& y_, const Tensor& h0_,
+               const MaybeTensor& c0_, const Tensors& w_hh_, const Tensors& w_hr_,
+               const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset,
+               bool batch_first, bool keep, bool in_place_)
+      : cell(cell_),
+        sizes(check_weights(cell_, h0_, c0_, w_hh_, w_hr_)),
         N(rows_in(y_, "y", "[N, D*P]")),
         layout(N, sizes.B, batch_sizes, lengths, reset, batch_first),
         saved(as_contiguous(saved_)),
@@ -207,19 +207,19 @@ struct BackwardCall {
     };
     arguments.check(y_, "y", "[N, D*P]", {N, D * P});
     if (reset) arguments.check_device(*reset, "reset");
-    arguments.check(saved_, "saved", "[D, N, S*H]", {D, N, Cell::kSaved * H});
+    arguments.check(saved_, "saved", "[D, N, S*H]", {D, N, cell.saved * H});
     if (c0_) arguments.check(saved_c_, "saved_c", "[D, N, H]", {D, N, H});
     check(dy_, "dy", "[N, D*P]", {N, D * P});
     check(dh_n, "dh_n", "[D, B, P]", {D, B, P});
     check(dc_n, "dc_n", "[D, B, H]", {D, B, H});
-    check(dsaved_, "dsaved", "[D, N, S*H]", {D, N, Cell::kSaved * H});
+    check(dsaved_, "dsaved", "[D, N, S*H]", {D, N, cell.saved * H});
     check(dsaved_c_, "dsaved_c", "[D, N, H]", {D, N, H});
     const auto initial = [&](const MaybeTensor& given, int64_t width) {
       return given ? torch::stable::clone(as_contiguous(*given))
                    : torch::stable::new_zeros(h0, {D, B, width});
     };
     STD_TORCH_CHECK(!in_place || saved_.is_contiguous(), "saved must be contiguous to be written over");
-    dgates = in_place ? saved : empty({D, N, Cell::kGradients * H}, h0);
+    dgates = in_place ? saved : empty({D, N, cell.gradients() * H}, h0);
     dh0 = initial(dh_n, P);
     dc0 = c0 ? initial(dc_n, H) : empty({0}, h0);
     dh = with_dh ? empty({D, N, P}, h0) : empty({0}, h0);

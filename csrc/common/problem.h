@@ -1,16 +1,10 @@
-// The problem structs: everything a kernel is told, built and checked once at the boundary (ops.cpp) and
+// The problem structs: everything a kernel is told, built and checked once at the boundary (calls.h) and
 // trusted inside. T time, B batch, H hidden size, P width of h (the projection, or H), G gates, S saved
 // activations, E gate gradients, D directions, N rows of the whole sequence.
 #pragma once
 #include <cstdint>
 
-// Helpers of headers that are compiled once per instruction set must never become symbols that the
-// linker could share between them.
-#ifdef __CUDACC__
-#define FASTRNN_INLINE __host__ __device__ __forceinline__
-#else
-#define FASTRNN_INLINE __attribute__((always_inline)) inline
-#endif
+#include "common/inline.h"
 
 namespace fastrnn {
 
@@ -23,8 +17,8 @@ struct Sequence {
   const int64_t* offsets;      // [T + 1], packed: first row of each step; else null
   const int64_t* counts;       // [T], dense with lengths: rows of each step; else null
   const int64_t* order;        // [B], dense with lengths: batch index of each row; else null
-  const int64_t* last;         // [B], packed or with lengths: last step of each row, or -1; else null. CPU only
-  const bool* reset;           // [N] the state is zeroed before this row; or null
+  const int64_t* last;  // [B], packed or with lengths: last step of each row, or -1; else null. CPU only
+  const bool* reset;  // [N] the state is zeroed before this row; or null
 
   FASTRNN_INLINE int64_t rows(int64_t t) const {
     return offsets ? offsets[t + 1] - offsets[t] : counts ? counts[t] : B;
@@ -33,7 +27,7 @@ struct Sequence {
   FASTRNN_INLINE int64_t start(int64_t t) const { return offsets ? offsets[t] : t * t_stride; }
   FASTRNN_INLINE int64_t row(int64_t t, int64_t b) const { return start(t) + batch(b) * b_stride; }
   FASTRNN_INLINE bool resets(int64_t t, int64_t b) const { return reset && reset[row(t, b)]; }
-  /// The same of any t and b: false where there is no such row.
+  /// resets(t, b) for any t and b: false where step t has no row b, or there is no step t.
   FASTRNN_INLINE bool resets_if_any(int64_t t, int64_t b) const {
     return reset && t >= 0 && t < T && b < rows(t) && resets(t, b);
   }
@@ -54,38 +48,38 @@ struct Rows {
 /// The weights of one direction.
 template <class S>
 struct Weights {
-  Rows<const S> w_ih;        // [G*H, I]; null in the backward problem
-  Rows<const S> w_hh;        // [G*H, P]
-  const S *b_ih, *b_hh;      // [G*H] or null
-  Rows<const S> w_hr;        // [P, H], or null without projection
+  Rows<const S> w_ih;  // [G*H, I]; null in the backward problem
+  Rows<const S> w_hh;  // [G*H, P]
+  const S *b_ih, *b_hh;  // [G*H] or null
+  Rows<const S> w_hr;  // [P, H], or null without projection
 };
 
 template <class S>
 struct ForwardDirection {
   Weights<S> weights;
   Rows<const S> h0;  // [B, P]
-  Rows<S> y;         // [N, P], its columns of the concatenated output
-  Rows<S> h_n;       // [B, P]
-  Rows<S> c;         // [B, H] in: c0; out: c_n. Only with a cell state
-  Rows<S> saved;     // [N, S*H] activated gates, gate-major; null without gradients
-  Rows<S> saved_c;   // [N, H] every c_t; null where not wanted or without a cell state
+  Rows<S> y;  // [N, P], its columns of the concatenated output
+  Rows<S> h_n;  // [B, P]
+  Rows<S> c;  // [B, H] in: c0; out: c_n. Only with a cell state
+  Rows<S> saved;  // [N, S*H] activated gates, gate-major; null without gradients
+  Rows<S> saved_c;  // [N, H] every c_t; null where not wanted or without a cell state
 };
 
 template <class S>
 struct BackwardDirection {
   Weights<S> weights;
-  Rows<const S> dy;        // [N, P] or null
-  Rows<const S> dsaved;    // [N, S*H] further gradient of the saved activations, or null
+  Rows<const S> dy;  // [N, P] or null
+  Rows<const S> dsaved;  // [N, S*H] further gradient of the saved activations, or null
   Rows<const S> dsaved_c;  // [N, H] further gradient of every c_t, or null
-  Rows<const S> saved;     // [N, S*H]
-  Rows<const S> saved_c;   // [N, H]
-  Rows<const S> y;         // [N, P]
-  Rows<const S> h0, c0;    // [B, P], [B, H]
-  Rows<S> dgates;          // [N, E*H] out
-  Rows<S> dh;              // [B, P] in: dL/dh_n; out: dL/dh_0
-  Rows<S> dc;              // [B, H] in: dL/dc_n; out: dL/dc_0
-  Rows<S> dh_rows;         // [N, P] out: complete dL/dh_t; with projection or where kept, else null
-  Rows<S> dc_rows;         // [N, H] out: complete dL/dc_t; where kept, else null
+  Rows<const S> saved;  // [N, S*H]
+  Rows<const S> saved_c;  // [N, H]
+  Rows<const S> y;  // [N, P]
+  Rows<const S> h0, c0;  // [B, P], [B, H]
+  Rows<S> dgates;  // [N, E*H] out
+  Rows<S> dh;  // [B, P] in: dL/dh_n; out: dL/dh_0
+  Rows<S> dc;  // [B, H] in: dL/dc_n; out: dL/dc_0
+  Rows<S> dh_rows;  // [N, P] out: complete dL/dh_t; with projection or where kept, else null
+  Rows<S> dc_rows;  // [N, H] out: complete dL/dc_t; where kept, else null
 };
 
 /// The products over all steps at once that follow the backward scan.
@@ -93,11 +87,11 @@ template <class S>
 struct ProductsDirection {
   Weights<S> weights;
   Rows<const S> dgates;  // [N, E*H]
-  Rows<const S> y;       // [N, P]
-  Rows<const S> h0;      // [B, P]
-  Rows<S> dw_ih;         // [G*H, I] out
-  Rows<S> dw_hh;         // [G*H, P] out
-  S *db_ih, *db_hh;      // [G*H] out: sums of the gate gradients
+  Rows<const S> y;  // [N, P]
+  Rows<const S> h0;  // [B, P]
+  Rows<S> dw_ih;  // [G*H, I] out
+  Rows<S> dw_hh;  // [G*H, P] out
+  S *db_ih, *db_hh;  // [G*H] out: sums of the gate gradients
 };
 
 constexpr int kMaxDirections = 2;
@@ -131,7 +125,7 @@ struct ForwardProblem : Problem<ForwardDirection<S>> {
   int64_t I;
   bool projected;
   const char* packed;  // what a PackProblem made of the weights, which are then null; or null
-  bool pairs;          // packed holds bfloat16
+  bool pairs;  // packed holds bfloat16
 };
 /// The weights of all directions in the form that the kernels stream.
 template <class S>
@@ -147,7 +141,7 @@ using BackwardProblem = Problem<BackwardDirection<S>>;
 template <class S>
 struct ProductsProblem : Problem<ProductsDirection<S>> {
   Rows<const S> x;  // [N, I]
-  Rows<S> dx;       // [N, I] out, or null
+  Rows<S> dx;  // [N, I] out, or null
   int64_t I;
   bool weights;  // whether those of weights and biases are wanted
 };

@@ -21,8 +21,8 @@ constexpr const char* kBackward =
     "Tensor? lengths, Tensor? reset, bool batch_first, bool keep) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh, Tensor dc)";
 
-// The same, of a cell that saves as much as it gives: dgates is written over saved, and is [0] among the
-// results. Of rows beyond the lengths saved must be zero, as the forward scan leaves it.
+// The same for a cell that reuses_saved: dgates is written over saved, and is [0] among the results. Rows of
+// saved beyond the lengths must be zero, as the forward scan leaves them.
 inline std::string backward_in_place() {
   std::string schema = kBackward;
   return schema.replace(schema.find("Tensor saved,"), 6, "Tensor(a!)");

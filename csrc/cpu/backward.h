@@ -13,7 +13,8 @@ template <class Cell, class S>
 class Backward : public Scan<S, BackwardProblem<S>> {
   using Base = Scan<S, BackwardProblem<S>>;
   using Base::outputs, Base::plan, Base::problem, Base::sequence, Base::units;
-  static constexpr int G = Cell::kGates;
+  static constexpr CellInfo kInfo = Cell::kInfo;
+  static constexpr int G = kInfo.gates;
   static constexpr int64_t kChunk = 48;  // rows whose dL/dm of one block is kept at a time
 
  public:
@@ -150,8 +151,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     cells(team, s, first, units.in_block(block), i, n, {dm, kBlock<S>});
   }
 
-  /// The units first .. first + count. dh is what comes from the step after; without projection dL/dy is
-  /// still to be added.
+  /// The backward step of the units first .. first + count. dh_rows hold dL/dh_t by way of step t+1, to which
+  /// dL/dy_t is added here; with a projection they hold the complete dL/dm_t.
   void cells(int team, int64_t s, int64_t first, int64_t count, int64_t i_begin, int64_t n, Rows<S> dh_rows) {
     const int d = this->direction_of(team);
     const BackwardDirection<S>& dir = problem.direction[d];
@@ -169,32 +170,34 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       const S* const saved_row = dir.saved[row];
       S* const dgates_row = dir.dgates[row];
       const auto cell = [&](auto io, int64_t u, int64_t offset) FASTRNN_LAMBDA_INLINE {
-        V<S> saved[Cell::kSaved + 1], dsaved[Cell::kSaved + 1], dgates[Cell::kGradients];
-        V<S> h{}, h_prev{}, c{}, c_prev{}, dc{}, dh_prev{}, dc_prev{};
-        for (int j = 0; j < Cell::kSaved; ++j) {
-          saved[j] = io.load(saved_row + j * H + u);
-          dsaved[j] = dir.dsaved ? io.load(dir.dsaved[row] + j * H + u) : V<S>{};
+        const auto previous = [&](const auto& initial, const auto& every) FASTRNN_LAMBDA_INLINE {
+          return forgets ? V<S>{} : io.load((begins ? initial[b] : every[row_prev]) + u);
+        };
+        BackwardUnit<Cell, V<S>> s;
+        for (int j = 0; j < kInfo.saved; ++j) {
+          s.saved[j] = io.load(saved_row + j * H + u);
+          s.dsaved[j] = dir.dsaved ? io.load(dir.dsaved[row] + j * H + u) : V<S>{};
         }
-        if constexpr (Cell::kSaved == 0) h = io.load(dir.y[row] + u);
-        if (Cell::kDirect && !forgets) h_prev = io.load((begins ? dir.h0[b] : dir.y[row_prev]) + u);
-        if constexpr (Cell::kCellState) {
-          c = io.load(dir.saved_c[row] + u);
-          if (!forgets) c_prev = io.load((begins ? dir.c0[b] : dir.saved_c[row_prev]) + u);
-          dc = io.load(dir.dc[b] + u);
-          if (dir.dsaved_c) dc += io.load(dir.dsaved_c[row] + u);
+        if constexpr (kInfo.after(kH)) s.after[kH] = io.load(dir.y[row] + u);
+        if constexpr (kInfo.before(kH)) s.before[kH] = previous(dir.h0, dir.y);
+        if constexpr (kInfo.after(kC)) s.after[kC] = io.load(dir.saved_c[row] + u);
+        if constexpr (kInfo.has_c()) {
+          s.before[kC] = previous(dir.c0, dir.saved_c);
+          s.dafter[kC] = io.load(dir.dc[b] + u);
+          if (dir.dsaved_c) s.dafter[kC] += io.load(dir.dsaved_c[row] + u);
         }
-        V<S> dh = io.load(dh_rows[k] + offset);
-        if (add_dy) dh += io.load(dir.dy[row] + u);
-        if (keep_dh) io.store(dir.dh_rows[row] + u, dh);
-        Cell::template backward<Math<S>, V<S>>(saved, dsaved, h, h_prev, c, c_prev, dh, dc, dgates, dh_prev,
-                                               dc_prev);
-        for (int e = 0; e < Cell::kGradients; ++e) io.store(dgates_row + e * H + u, dgates[e]);
-        for (int g = 0; g < G; ++g) io.store(dgates_now[i] + g * H + u, dgates[Cell::recurrent(g)]);
-        if constexpr (Cell::kCellState) {
-          if (dir.dc_rows) io.store(dir.dc_rows[row] + u, dc);
-          io.store(dir.dc[b] + u, forgets ? V<S>{} : dc_prev);
+        s.dafter[kH] = io.load(dh_rows[k] + offset);
+        if (add_dy) s.dafter[kH] += io.load(dir.dy[row] + u);
+        if (keep_dh) io.store(dir.dh_rows[row] + u, s.dafter[kH]);
+        Cell::template backward<Math<S>>(s);
+        for (int e = 0; e < kInfo.gradients(); ++e) io.store(dgates_row + e * H + u, s.dgates[e]);
+        for (int g = 0; g < G; ++g)
+          io.store(dgates_now[i] + g * H + u, s.dgates[kInfo.gradient_of_recurrent(g)]);
+        if constexpr (kInfo.has_c()) {
+          if (dir.dc_rows) io.store(dir.dc_rows[row] + u, s.dafter[kC]);
+          io.store(dir.dc[b] + u, forgets ? V<S>{} : s.dbefore[kC]);
         }
-        if constexpr (Cell::kDirect) io.store(dh_rows[k] + offset, dh_prev);
+        if constexpr (kInfo.before(kH)) io.store(dh_rows[k] + offset, s.dbefore[kH]);
       };
       each_vector<S>(first, count, cell);
     }
@@ -217,11 +220,11 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     if (!few()) {
       for (int64_t block = blocks.begin; block < blocks.end; ++block)
         w_hh_[d].multiply({dgates.data, dgates.stride}, n, block,
-                          dh.data + (block - blocks.begin) * kBlock<S>, dh.stride, Cell::kDirect);
+                          dh.data + (block - blocks.begin) * kBlock<S>, dh.stride, kInfo.before(kH));
       return;
     }
     const Rows<const S>& w = problem.direction[d].weights.w_hh;
-    for (int64_t i = 0; i < n && !Cell::kDirect; ++i) __builtin_memset(dh[i], 0, columns * sizeof(S));
+    for (int64_t i = 0; i < n && !kInfo.before(kH); ++i) __builtin_memset(dh[i], 0, columns * sizeof(S));
     multiply_in_place<S>({dgates.data, dgates.stride}, n, G * problem.H,
                          {w.data + blocks.begin * kBlock<S>, w.stride}, columns, dh);
   }
@@ -235,7 +238,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       copy_row(dir.dh[sequence.batch(position)], dh_buffer(team)[i], problem.P);
       for (int64_t t = sequence.last_step(position) + 1; sequence.counts && t < sequence.T; ++t) {
         const int64_t row = sequence.row(t, position);
-        __builtin_memset(dir.dgates[row], 0, Cell::kGradients * problem.H * sizeof(S));
+        __builtin_memset(dir.dgates[row], 0, kInfo.gradients() * problem.H * sizeof(S));
         if (dir.dh_rows) __builtin_memset(dir.dh_rows[row], 0, problem.P * sizeof(S));
         if (dir.dc_rows) __builtin_memset(dir.dc_rows[row], 0, problem.H * sizeof(S));
       }

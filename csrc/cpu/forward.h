@@ -15,7 +15,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   using Base = Scan<S, ForwardProblem<S>>;
   using Base::outputs, Base::plan, Base::problem, Base::sequence, Base::units;
   using Panels = FASTRNN_ISA::Panels<Cell, S, W>;
-  static constexpr int G = Cell::kGates, kProducts = Panels::kProducts;
+  static constexpr CellInfo kInfo = Cell::kInfo;
+  static constexpr int G = kInfo.gates, kProducts = Panels::kProducts;
   static constexpr int64_t kWidth = G * kBlock<S>, kProductWidth = kProducts * kBlock<S>;
   // Rows whose products for one block are kept at a time: about 24 KB.
   static constexpr int64_t kChunk = 48;
@@ -68,7 +69,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
 
  private:
-  /// Rows of x or of h, [n, K], as they lie, and their transposed panels where the products want these.
+  /// Rows of x or of h, [n, K], and their transposed panels where the products take those.
   struct Operand {
     Rows<const S> rows;
     int64_t K;
@@ -119,7 +120,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   FASTRNN_INLINE Rows<S> m_buffer(int team) const {
     return {m_ + team * this->most_rows() * m_stride_, m_stride_};
   }
-  /// x of the part's rows, close together: of one step, or of steps_at_once_.
+  /// x of the team's rows without gaps, for one part: of one step, or of steps_at_once_.
   FASTRNN_INLINE Rows<S> x_buffer(int team, int part) const {
     return {x_ + (team * plan.parts + part) * steps_at_once_ * this->most_rows() * x_stride_, x_stride_};
   }
@@ -148,7 +149,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         else
           copy_row(h, dir.h0[b], problem.P);
       }
-      if (zero && Cell::kCellState) __builtin_memset(dir.c[b], 0, problem.H * sizeof(S));
+      if (zero && kInfo.has_c()) __builtin_memset(dir.c[b], 0, problem.H * sizeof(S));
     }
   }
 
@@ -190,7 +191,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       }
   }
 
-  /// The products with x of the part's blocks, for step s and as many after it as are made at once.
+  /// The products with x of the part's blocks, for the steps_at_once_ steps from s on.
   void input_products(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
     const int64_t most = this->most_rows(), steps = min(steps_at_once_, sequence.T - s);
@@ -257,9 +258,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void finish(int team, int64_t s, int64_t block, int64_t i, int64_t n, const S* product) {
     const ForwardDirection<S>& dir = problem.direction[this->direction_of(team)];
     if (dir.saved)
-      cells<true, Cell::kCellState>(team, s, block, i, n, product);
+      cells<true, kInfo.has_c()>(team, s, block, i, n, product);
     else if (dir.saved_c)
-      cells<false, Cell::kCellState>(team, s, block, i, n, product);
+      cells<false, kInfo.has_c()>(team, s, block, i, n, product);
     else
       cells<false, false>(team, s, block, i, n, product);
   }
@@ -283,27 +284,26 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       const bool forget = position < rows_after && sequence.resets(this->time(d, s + 1), position);
       S* const y_row = projected ? nullptr : dir.y[row];
       S* const h_row = projected ? m[i] : h_next[i];
-      S* const c_row = Cell::kCellState ? dir.c[b] : nullptr;
+      S* const c_row = kInfo.has_c() ? dir.c[b] : nullptr;
       S* const saved_row = kSaveGates ? dir.saved[row] : nullptr;
       S* const saved_c_row = kSaveC ? dir.saved_c[row] : nullptr;
       const auto cell = [&](auto io, int64_t u, int64_t offset) FASTRNN_LAMBDA_INLINE {
-        V<S> x[G], a[G], saved[Cell::kSaved + 1], h_prev{}, c{};
-        for (int g = 0; g < G; ++g) {
-          a[g] = load(sums + g * width + offset);
-          x[g] = io.load(bias + Panels::input_product(g) * H + u);
-          if (Panels::input_product(g) == g) continue;
-          a[g] += io.load(bias + g * H + u);
-          x[g] += load(sums + Panels::input_product(g) * width + offset);
+        const auto gate = [&](int product) FASTRNN_LAMBDA_INLINE {
+          return io.load(bias + product * H + u) + load(sums + product * width + offset);
+        };
+        ForwardUnit<Cell, V<S>> s;
+        for (int g = 0; g < G; ++g) s.a[g] = gate(g);
+        for (int g = 0; g < kInfo.split; ++g) s.x[g] = gate(G + g);
+        if constexpr (kInfo.before(kH)) s.before[kH] = io.load(h_now[i] + u);
+        if constexpr (kInfo.has_c()) s.before[kC] = io.load(c_row + u);
+        Cell::template forward<Math<S>>(s);
+        for (int j = 0; kSaveGates && j < kInfo.saved; ++j) io.store(saved_row + j * H + u, s.saved[j]);
+        if constexpr (kInfo.has_c()) {
+          if constexpr (kSaveC) io.store(saved_c_row + u, s.after[kC]);
+          io.store(c_row + u, forget ? V<S>{} : s.after[kC]);
         }
-        if constexpr (Cell::kDirect) h_prev = io.load(h_now[i] + u);
-        if constexpr (Cell::kCellState) c = io.load(c_row + u);
-        const V<S> h = Cell::template forward<Math<S>, V<S>>(x, a, h_prev, c, saved);
-        if constexpr (kSaveGates)
-          for (int j = 0; j < Cell::kSaved; ++j) io.store(saved_row + j * H + u, saved[j]);
-        if constexpr (kSaveC) io.store(saved_c_row + u, c);
-        if constexpr (Cell::kCellState) io.store(c_row + u, forget ? V<S>{} : c);
-        if (!projected) io.store(y_row + u, h);
-        io.store(h_row + u, forget && !projected ? V<S>{} : h);
+        if (!projected) io.store(y_row + u, s.after[kH]);
+        io.store(h_row + u, forget && !projected ? V<S>{} : s.after[kH]);
       };
       each_vector<S>(block * kBlock<S>, units.in_block(block), cell);
     }
@@ -338,7 +338,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     }
   }
 
-  /// h_n of a row is its y at the last step that it takes part in; y is zero beyond the lengths.
+  /// h_n of a row is its y at its last step; y is zero beyond the lengths.
   void final_states(int d) const {
     const ForwardDirection<S>& dir = problem.direction[d];
     for (int64_t position = 0; position < sequence.B; ++position) {
@@ -352,7 +352,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
 
   void clear_row(const ForwardDirection<S>& dir, int64_t row) const {
     __builtin_memset(dir.y[row], 0, problem.P * sizeof(S));
-    if (dir.saved) __builtin_memset(dir.saved[row], 0, Cell::kSaved * problem.H * sizeof(S));
+    if (dir.saved) __builtin_memset(dir.saved[row], 0, kInfo.saved * problem.H * sizeof(S));
     if (dir.saved_c) __builtin_memset(dir.saved_c[row], 0, problem.H * sizeof(S));
   }
 

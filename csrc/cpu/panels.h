@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cells/cell.h"
 #include "cpu/gemm.h"
 #include "cpu/scratch.h"
 
@@ -12,18 +13,17 @@ namespace {
 /// W is what a weight is stored as: S itself, or Pair.
 template <class Cell, class S, class W>
 class Panels {
-  static constexpr int G = Cell::kGates;
+  static constexpr int G = Cell::kInfo.gates, kSplit = Cell::kInfo.split;
 
  public:
-  // Products of a unit: one a gate, x and h together, and one more for each gate that keeps them apart.
-  static constexpr int kProducts = G + Cell::kApart;
+  // Products of a unit: product g is that of gate g, with x and h, or of a split gate with h alone; products
+  // G, G + 1, ... are those of the split gates with x.
+  static constexpr int kProducts = G + kSplit;
 
-  /// Which product holds the input's part of a gate; the recurrent part of gate g is product g.
-  static constexpr int input_product(int gate) {
-    return gate < G - Cell::kApart ? gate : gate + Cell::kApart;
-  }
+  /// Which product holds the input's part of a gate.
+  static constexpr int input_product(int gate) { return gate < G - kSplit ? gate : gate + kSplit; }
 
-  /// Takes the arrays from scratch memory or a kept block; those that are not packed stay null.
+  /// Takes the arrays from scratch memory or a kept block; weights that are not packed stay null.
   FASTRNN_INLINE void lay_out(Memory& memory, int64_t I, int64_t P, int64_t H, bool packs_ih, bool packs_hh,
                               bool projected) {
     I_ = I, P_ = P, H_ = H;
@@ -34,7 +34,7 @@ class Panels {
     w_hr = packs_hh && projected ? memory.take<W>(outputs_.count() * H * kPanelWidth<S, W>) : nullptr;
   }
 
-  /// One of several parts of the packing.
+  /// Packs one of `parts` shares of the blocks.
   void pack(const Weights<S>& w, int64_t part, int64_t parts) const {
     if (part == 0) pack_bias(w);
     for (int64_t block = part; block < units_.count(); block += parts)

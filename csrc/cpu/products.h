@@ -9,7 +9,8 @@ namespace {
 
 template <class Cell, class S>
 class Products {
-  static constexpr int G = Cell::kGates, E = Cell::kGradients;
+  static constexpr CellInfo kInfo = Cell::kInfo;
+  static constexpr int G = kInfo.gates;
   static constexpr int64_t kChunk = 48;  // rows of dx at a time
   static constexpr int64_t kRowsDeep = 256;  // rows that one pass over dW adds
   static constexpr int kTall = kTileRows;  // units of a tile of dW
@@ -59,6 +60,13 @@ class Products {
   }
   bool few() const { return all_rows() <= kFewRows; }
 
+  /// Where a row of dgates has the gradient of a gate of unit u: that of x, and that of the recurrent
+  /// product.
+  int64_t of_input(int gate, int64_t u) const { return kInfo.gradient_of_input(gate) * problem.H + u; }
+  int64_t of_recurrent(int gate, int64_t u) const {
+    return kInfo.gradient_of_recurrent(gate) * problem.H + u;
+  }
+
   void lay_out(Memory& s) {
     everyone_ = s.take<Team>(1);
     const int64_t K = G * problem.H;
@@ -86,8 +94,8 @@ class Products {
       __builtin_memset(problem.dx[row] + first, 0, columns * sizeof(S));
     for (int d = 0; d < problem.directions; ++d) {
       const ProductsDirection<S>& dir = problem.direction[d];
-      multiply_in_place<S>({dir.dgates.data + (E - G) * problem.H, dir.dgates.stride}, all_rows(),
-                           G * problem.H, {dir.weights.w_ih.data + first, dir.weights.w_ih.stride}, columns,
+      multiply_in_place<S>({dir.dgates.data + of_input(0, 0), dir.dgates.stride}, all_rows(), G * problem.H,
+                           {dir.weights.w_ih.data + first, dir.weights.w_ih.stride}, columns,
                            {problem.dx.data + first, problem.dx.stride});
     }
   }
@@ -101,7 +109,7 @@ class Products {
       const int64_t n = min(kChunk, N - first);
       for (int d = 0; d < problem.directions; ++d) {
         for (int64_t i = 0; i < n; ++i)
-          copy_row(a[i], problem.direction[d].dgates[first + i] + (E - G) * problem.H, K);
+          copy_row(a[i], problem.direction[d].dgates[first + i] + of_input(0, 0), K);
         for (int64_t block = 0; block < inputs.count(); ++block) {
           w_ih_[d].multiply({a.data, a.stride}, n, block, product, kBlock<S>, false);
           for (int64_t i = 0; i < n; ++i) {
@@ -158,9 +166,8 @@ class Products {
       Walk walk;
       const int64_t n = next_rows(d, walk, sources);
       for (int64_t row = mine.begin; row < mine.end; ++row) {
-        const int64_t gate = row / problem.H, u = row % problem.H;
-        const int64_t of_x = (E - G + gate) * problem.H + u;
-        const int64_t of_h = Cell::recurrent(static_cast<int>(gate)) * problem.H + u;
+        const auto gate = static_cast<int>(row / problem.H);
+        const int64_t of_x = of_input(gate, row % problem.H), of_h = of_recurrent(gate, row % problem.H);
         dir.db_ih[row] =
             outer_row(sources, n, of_x, problem.I, dir.dw_ih[row], [](const Source& s) { return s.x; });
         dir.db_hh[row] =
@@ -230,7 +237,7 @@ class Products {
   void gradient_strip(int d, int gate, int64_t u, int count, int64_t n, const Source* sources, S* packed,
                       const S* x_columns, const S* h_columns, bool accumulate) {
     const ProductsDirection<S>& dir = problem.direction[d];
-    const int64_t of_x = (E - G + gate) * problem.H + u, of_h = Cell::recurrent(gate) * problem.H + u;
+    const int64_t of_x = of_input(gate, u), of_h = of_recurrent(gate, u);
     const int64_t row = gate * problem.H + u;
     pack_units(sources, n, of_x, count, packed, dir.db_ih + row, accumulate);
     add_columns(packed, n, count, inputs, x_columns, {dir.dw_ih[row], dir.dw_ih.stride}, accumulate);

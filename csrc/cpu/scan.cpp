@@ -53,8 +53,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
     Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
     const MaybeTensor& reset, bool batch_first, int64_t save) {
-  const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
-                               batch_first, save);
+  const ForwardCall call(Cell::kInfo, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
+                         batch_first, save);
   with_type(h0, [&]<class S>(S) {
     auto problem = call.template problem<S>(call.layout.get());
     problem.parallel = torch_threads();
@@ -65,11 +65,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 
 // ---- Packed weights, kept by the caller ----------------------------------------------------------------
 
-/// What stands before the panels: the kernels, the number type and the sizes that they are for. Cells with
-/// the same gates have the same panels.
+/// Comes before the panels: the kernels, the number type and the sizes that these are for. Cells with the
+/// same gates have the same panels.
 struct PackHeader {
   char isa[16];
-  int64_t gates, scalar, D, I, H, P, apart, projected, pairs;
+  int64_t gates, scalar, D, I, H, P, split, projected, pairs;
   int64_t unused[5];  // zero
 };
 constexpr int64_t kHeaderBytes = 128;
@@ -78,13 +78,13 @@ static_assert(sizeof(PackHeader) == kHeaderBytes);
 template <class Cell>
 PackHeader header_of(const Tensor& like, const Sizes& sizes, int64_t I, bool projected, bool pairs) {
   PackHeader header{.isa = {},
-                    .gates = Cell::kGates,
+                    .gates = Cell::kInfo.gates,
                     .scalar = static_cast<int64_t>(like.scalar_type()),
                     .D = sizes.D,
                     .I = I,
                     .H = sizes.H,
                     .P = sizes.P,
-                    .apart = Cell::kApart,
+                    .split = Cell::kInfo.split,
                     .projected = projected,
                     .pairs = pairs,
                     .unused = {}};
@@ -122,9 +122,9 @@ Tensor pack(Tensors w_ih, Tensors w_hh, Tensors b_ih, Tensors b_hh, Tensors w_hr
   const int64_t P = like.size(1), I = w_ih[0].size(1);
   const Tensor h0 = empty({D, 0, P}, like);
   const MaybeTensor c0 =
-      Cell::kCellState ? MaybeTensor(empty({D, 0, like.size(0) / Cell::kGates}, like)) : std::nullopt;
-  const Sizes sizes = check_weights<Cell>(h0, c0, w_hh, w_hr);
-  check_inputs<Cell>(Arguments(h0, D), sizes, I, w_ih, b_ih, b_hh);
+      Cell::kInfo.has_c() ? MaybeTensor(empty({D, 0, like.size(0) / Cell::kInfo.gates}, like)) : std::nullopt;
+  const Sizes sizes = check_weights(Cell::kInfo, h0, c0, w_hh, w_hr);
+  check_inputs(Arguments(h0, D), sizes, I, w_ih, b_ih, b_hh);
   w_ih = each_with_rows(w_ih), w_hh = each_with_rows(w_hh), w_hr = each_with_rows(w_hr);
   b_ih = each_contiguous(b_ih), b_hh = each_contiguous(b_hh);
   const PackHeader header = header_of<Cell>(like, sizes, I, !w_hr.empty(), bfloat16);
@@ -141,11 +141,11 @@ Tensor pack(Tensors w_ih, Tensors w_hh, Tensors b_ih, Tensors b_hh, Tensors w_hr
 /// Whether so many bytes can be the pack that their header tells of, for numbers like those of `like`.
 template <class Cell>
 bool is_pack(const PackHeader& header, int64_t bytes, const Tensor& like) {
-  const auto& [isa, gates, scalar, D, I, H, P, apart, projected, pairs, unused] = header;
+  const auto& [isa, gates, scalar, D, I, H, P, split, projected, pairs, unused] = header;
   const PackHeader expected =
-      header_of<Cell>(like, {D, 0, P, H, Cell::kGates}, I, projected != 0, pairs != 0);
+      header_of<Cell>(like, {D, 0, P, H, Cell::kInfo.gates}, I, projected != 0, pairs != 0);
   return !std::memcmp(&header, &expected, sizeof header) && D >= 1 && D <= kMaxDirections && I >= 0 &&
-         H > 0 && P > 0 && (projected ? Cell::kCellState : H == P) &&
+         H > 0 && P > 0 && (projected ? Cell::kInfo.projects : H == P) &&
          (!pairs || like.scalar_type() == ScalarType::Float) &&
          // A weight takes two bytes at least. After this no product of the sizes overflows.
          2.0 * double(H) * (double(I) + double(P)) <= double(bytes) &&
@@ -163,20 +163,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_packed(const Tensor& 
   STD_TORCH_CHECK(h0.dim() == 3 && x.dim() == 2, "expected x [N, I], h0 [D, B, P]");
   STD_TORCH_CHECK(packed.is_cpu() && packed.dim() == 1 && packed.is_contiguous() &&
                       packed.scalar_type() == ScalarType::Byte && packed.numel() > kHeaderBytes,
-                  "packed must be the result of fastrnn::", Cell::kName, "_pack");
+                  "packed must be the result of fastrnn::", Cell::kInfo.name, "_pack");
   const auto* const from = static_cast<const char*>(packed.const_data_ptr());
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(from) % sizeof(double) == 0, "packed must be aligned");
   PackHeader header;
   std::memcpy(&header, from, sizeof header);
   STD_TORCH_CHECK(is_pack<Cell>(header, packed.numel(), h0),
-                  "packed must be the result of fastrnn::", Cell::kName,
+                  "packed must be the result of fastrnn::", Cell::kInfo.name,
                   "_pack, from this process and for the dtype of h0");
-  const Sizes sizes{header.D, h0.size(1), header.P, header.H, Cell::kGates};
+  const Sizes sizes{header.D, h0.size(1), header.P, header.H, Cell::kInfo.gates};
   const Arguments arguments(h0, header.D);
   arguments.check(h0, "h0", "[D, B, P]", {header.D, sizes.B, header.P});
   arguments.check(x, "x", "[N, I]", {x.size(0), header.I});
-  check_c0<Cell>(arguments, c0, sizes);
-  const ForwardCall<Cell> call(sizes, x, h0, c0, batch_sizes, lengths, reset, batch_first, save);
+  check_c0(Cell::kInfo, arguments, c0, sizes);
+  const ForwardCall call(Cell::kInfo, sizes, x, h0, c0, batch_sizes, lengths, reset, batch_first, save);
   with_type(h0, [&]<class S>(S) {
     auto problem = call.template problem<S>(call.layout.get());
     problem.parallel = torch_threads();
@@ -194,8 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
     const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
     const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
-  const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
-                                batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
+  const BackwardCall call(Cell::kInfo, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh,
+                          w_hr, batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
   with_type(h0, [&]<class S>(S) {
     auto problem = call.template problem<S>(call.layout.get());
     problem.parallel = torch_threads();
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> products(const Tensor& dgates
                                                             const MaybeTensor& lengths,
                                                             const MaybeTensor& reset, bool batch_first,
                                                             bool inputs, bool weights) {
-  constexpr int64_t G = Cell::kGates, E = Cell::kGradients;
+  constexpr int64_t G = Cell::kInfo.gates, E = Cell::kInfo.gradients();
   STD_TORCH_CHECK(h0.dim() == 3 && x.dim() == 2 && dgates.dim() == 3,
                   "expected h0 [D, B, P], x [N, I], dgates [D, N, E*H]");
   const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), N = x.size(0), I = x.size(1),
@@ -259,13 +259,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> products(const Tensor& dgates
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   fastrnn::AllCells::each([&]<class Cell>() {
-    m.impl(Cell::kName, TORCH_BOX(&fastrnn::forward<Cell>));
-    m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX((&fastrnn::backward<Cell, false>)));
-    if constexpr (fastrnn::kInPlace<Cell>)
-      m.impl((std::string(Cell::kName) + "_backward_in_place").c_str(),
-             TORCH_BOX((&fastrnn::backward<Cell, true>)));
-    m.impl((std::string(Cell::kName) + "_products").c_str(), TORCH_BOX(&fastrnn::products<Cell>));
-    m.impl((std::string(Cell::kName) + "_pack").c_str(), TORCH_BOX(&fastrnn::pack<Cell>));
-    m.impl((std::string(Cell::kName) + "_packed").c_str(), TORCH_BOX(&fastrnn::forward_packed<Cell>));
+    const std::string name = Cell::kInfo.name;
+    m.impl(name.c_str(), TORCH_BOX(&fastrnn::forward<Cell>));
+    m.impl((name + "_backward").c_str(), TORCH_BOX((&fastrnn::backward<Cell, false>)));
+    if constexpr (Cell::kInfo.reuses_saved)
+      m.impl((name + "_backward_in_place").c_str(), TORCH_BOX((&fastrnn::backward<Cell, true>)));
+    m.impl((name + "_products").c_str(), TORCH_BOX(&fastrnn::products<Cell>));
+    m.impl((name + "_pack").c_str(), TORCH_BOX(&fastrnn::pack<Cell>));
+    m.impl((name + "_packed").c_str(), TORCH_BOX(&fastrnn::forward_packed<Cell>));
   });
 }

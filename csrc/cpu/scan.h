@@ -1,6 +1,7 @@
 // What the forward and the backward scan share: who owns which rows and blocks, and how the vectors of a
 // row are walked.
 #pragma once
+#include "cells/cell.h"
 #include "cpu/gemm.h"
 #include "cpu/plan.h"
 #include "cpu/scratch.h"

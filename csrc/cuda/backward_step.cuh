@@ -1,4 +1,4 @@
-// What the backward step of one unit of one row reads, and the step itself.
+// The backward step of one unit of one row: its addresses, the numbers that it reads, and the step itself.
 #pragma once
 #include "cells/cell.h"
 #include "cuda/math.cuh"
@@ -6,7 +6,7 @@
 
 namespace fastrnn {
 
-/// What the backward steps of unit j read and write.
+/// Everything that the backward steps of unit j read and write.
 template <class S>
 struct BackwardColumns {
   Column<const S> dy, dsaved, dsaved_c, saved, saved_c, y, h0, c0;
@@ -26,60 +26,63 @@ struct BackwardColumns {
         dc_rows(d.dc_rows, j) {}
 };
 
-/// Fetched early, used late: numbers as they are stored.
+/// The stored numbers that a backward step reads. They are fetched before the blocks meet, and used after it.
 template <class Cell, class S>
 struct StepInputs {
-  S saved[Cell::kSaved > 0 ? Cell::kSaved : 1];
-  S dy, y, h_prev, c, c_prev;
+  static constexpr CellInfo kInfo = Cell::kInfo;
+  S saved[array_length(kInfo.saved)];
+  S dy, before[kInfo.states], after[kInfo.states];
 
-  /// before: the row of the step before, or negative where the sequence of this row begins; batch: its place
-  /// in the batch. Row: int, or int64_t where there may be 2^31 rows.
+  /// before_row: the row of the step before, or negative where the sequence of this row begins; batch: its
+  /// place in the batch. Row: int, or int64_t where there may be 2^31 rows.
   template <class Row>
-  __device__ __forceinline__ void fetch(const BackwardColumns<S>& d, Row row, Row before, Row batch, int H) {
+  __device__ __forceinline__ void fetch(const BackwardColumns<S>& d, Row row, Row before_row, Row batch,
+                                        int H) {
     const auto previous = [&](const Column<const S>& values, const Column<const S>& initial) {
-      return before < 0 ? initial[batch] : values[before];
+      return before_row < 0 ? initial[batch] : values[before_row];
     };
-    if constexpr (Cell::kSaved > 0) {
-      const S* const activations = &d.saved[row];
+    if constexpr (kInfo.saved > 0) {
+      const S* const from = &d.saved[row];
 #pragma unroll
-      for (int s = 0; s < Cell::kSaved; ++s) saved[s] = activations[s * H];
+      for (int k = 0; k < kInfo.saved; ++k) saved[k] = from[k * H];
     }
     dy = d.dy ? d.dy[row] : S{};
-    if constexpr (Cell::kSaved == 0) y = d.y[row];
-    if constexpr (Cell::kDirect) h_prev = previous(d.y, d.h0);
-    if constexpr (Cell::kCellState) {
-      c = d.saved_c[row];
-      c_prev = previous(d.saved_c, d.c0);
-    }
+    if constexpr (kInfo.after(kH)) after[kH] = d.y[row];
+    if constexpr (kInfo.before(kH)) before[kH] = previous(d.y, d.h0);
+    if constexpr (kInfo.after(kC)) after[kC] = d.saved_c[row];
+    if constexpr (kInfo.before(kC)) before[kC] = previous(d.saved_c, d.c0);
   }
 
-  /// dh, dc: dL/dh_t and dL/dc_t by way of the later steps; dh_prev: dL/dh_{t-1} by the direct way; dc_prev:
-  /// dL/dc_{t-1}. begins: the state before is zero, after a reset.
+  /// dh, dc: dL/dh_t and dL/dc_t by way of the later steps. begins: the state before is zero, after a reset.
   template <class Row>
-  __device__ __forceinline__ void backward(const BackwardColumns<S>& d, Row row, int H, bool begins,
-                                           Acc<S> dh, Acc<S> dc, Acc<S>* dgates, Acc<S>& dh_prev,
-                                           Acc<S>& dc_prev) const {
+  __device__ __forceinline__ BackwardUnit<Cell, Acc<S>> backward(const BackwardColumns<S>& d, Row row, int H,
+                                                                 bool begins, Acc<S> dh, Acc<S> dc) const {
     using A = Acc<S>;
-    A activations[Cell::kSaved > 0 ? Cell::kSaved : 1] = {},
-                                                    further[Cell::kSaved > 0 ? Cell::kSaved : 1] = {};
+    BackwardUnit<Cell, A> s{};
 #pragma unroll
-    for (int s = 0; s < Cell::kSaved; ++s) activations[s] = load(saved[s]);
+    for (int k = 0; k < kInfo.saved; ++k) s.saved[k] = load(saved[k]);
     if (d.dsaved)
 #pragma unroll
       // mutant: further-gradients-of-another-gate
-      for (int s = 0; s < Cell::kSaved; ++s) further[s] = load((&d.dsaved[row])[s * H]);
-    dh += load(dy);
-    if (d.dsaved_c) dc += load(d.dsaved_c[row]);
-    if (d.dh_rows) d.dh_rows[row] = store<S>(dh);
-    A y_t{}, before{}, c_t{}, c_before{};
-    if constexpr (Cell::kSaved == 0) y_t = load(y);
-    if constexpr (Cell::kDirect) before = begins ? A{} : load(h_prev);  // mutant: back-reset-does-not-reach-h
-    // mutant: back-reset-does-not-reach-c
-    if constexpr (Cell::kCellState) c_t = load(c), c_before = begins ? A{} : load(c_prev);
-    Cell::template backward<MathOf<S>>(activations, further, y_t, before, c_t, c_before, dh, dc, dgates,
-                                       dh_prev, dc_prev);
-    if (Cell::kCellState && d.dc_rows) d.dc_rows[row] = store<S>(dc);  // mutant: dc-of-the-step-before
-    if (begins) dh_prev = dc_prev = 0;  // mutant: back-reset-does-not-stop-dh-and-dc
+      for (int k = 0; k < kInfo.saved; ++k) s.dsaved[k] = load((&d.dsaved[row])[k * H]);
+    s.dafter[kH] = dh + load(dy);
+    if (d.dh_rows) d.dh_rows[row] = store<S>(s.dafter[kH]);
+    if constexpr (kInfo.after(kH)) s.after[kH] = load(after[kH]);
+    // mutant: back-reset-does-not-reach-h
+    if constexpr (kInfo.before(kH)) s.before[kH] = begins ? A{} : load(before[kH]);
+    if constexpr (kInfo.after(kC)) s.after[kC] = load(after[kC]);
+    if constexpr (kInfo.has_c()) {
+      s.before[kC] = begins ? A{} : load(before[kC]);  // mutant: back-reset-does-not-reach-c
+      s.dafter[kC] = dc;
+      if (d.dsaved_c) s.dafter[kC] += load(d.dsaved_c[row]);
+    }
+    Cell::template backward<MathOf<S>>(s);
+    if constexpr (kInfo.has_c())
+      if (d.dc_rows) d.dc_rows[row] = store<S>(s.dafter[kC]);  // mutant: dc-of-the-step-before
+#pragma unroll
+    for (int state = 0; state < kInfo.states; ++state)
+      if (begins) s.dbefore[state] = 0;  // mutant: back-reset-does-not-stop-dh-and-dc
+    return s;
   }
 };
 

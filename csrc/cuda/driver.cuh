@@ -97,7 +97,7 @@ class Driver {
  public:
   Driver(Device& device, bool tf32) : device_(device), tf32_(tf32) {}
 
-  void forward(const ForwardCall<Cell>& call) {
+  void forward(const ForwardCall& call) {
     if (call.N == 0) return copy_states(call);
     // mutant: rows-of-no-step-not-cleared
     if (call.layout.get().counts) clear({call.y, call.saved, call.saved_c});
@@ -111,7 +111,7 @@ class Driver {
     });
   }
 
-  void backward(const BackwardCall<Cell>& call) {
+  void backward(const BackwardCall& call) {
     if (call.N == 0) return;
     if (call.layout.get().counts) {
       if (!call.in_place) clear({call.dgates});
@@ -126,12 +126,13 @@ class Driver {
   }
 
  private:
-  static constexpr int64_t G = Cell::kGates;
+  static constexpr CellInfo kInfo = Cell::kInfo;
+  static constexpr int64_t G = kInfo.gates;
 
   static void clear(Tensors tensors) {
     for (Tensor& tensor : tensors) torch::stable::zero_(tensor);
   }
-  static void copy_states(const ForwardCall<Cell>& call) {  // of a batch of none
+  static void copy_states(const ForwardCall& call) {  // of a batch of none
     Tensor h_n = call.h_n;
     torch::stable::copy_(h_n, call.h0);
   }
@@ -140,7 +141,7 @@ class Driver {
   }
 
   /// [N, G*H] = x W_ih^T + b_ih
-  Tensor input_gates(const ForwardCall<Cell>& call, size_t d) {
+  Tensor input_gates(const ForwardCall& call, size_t d) {
     Tensor gates = empty({call.N, G * call.sizes.H}, call.h0);
     const Tensor w = torch::stable::transpose(call.w_ih[d], 0, 1);
     if (call.b_ih.empty())
@@ -165,8 +166,7 @@ class Driver {
   }
 
   template <class S>
-  bool forward_persistent(const ForwardCall<Cell>& call, const ForwardProblem<S>& problem,
-                          const Tensors& gates_x) {
+  bool forward_persistent(const ForwardCall& call, const ForwardProblem<S>& problem, const Tensors& gates_x) {
     bool done = false;
     if constexpr (!std::is_same_v<S, double>)
       with_multiply<S>(tf32_, [&]<class M>(M) {
@@ -186,7 +186,7 @@ class Driver {
   }
 
   template <class S>
-  bool backward_persistent(const BackwardCall<Cell>& call, const BackwardProblem<S>& problem) {
+  bool backward_persistent(const BackwardCall& call, const BackwardProblem<S>& problem) {
     bool done = false;
     if constexpr (!std::is_same_v<S, double>)
       with_multiply<S>(tf32_, [&]<class M>(M) {
@@ -205,13 +205,13 @@ class Driver {
   }
 
   template <class S>
-  void forward_steps(const ForwardCall<Cell>& call, const ForwardProblem<S>& problem, const Tensor& gates_x,
+  void forward_steps(const ForwardCall& call, const ForwardProblem<S>& problem, const Tensor& gates_x,
                      int64_t d) {
     const Sequence& host = call.layout.get();
     const auto [D, B, P, H, gates] = call.sizes;
     const Tensor& like = call.h0;
     const Tensor h = accumulators<S>({B, P}, like);
-    const Tensor c = Cell::kCellState ? accumulators<S>({B, H}, like) : empty({0}, like);
+    const Tensor c = kInfo.has_c() ? accumulators<S>({B, H}, like) : empty({0}, like);
     const Tensor h_in = empty({B, P}, like), gates_h = empty({B, G * H}, like);
     const bool projects = !call.w_hr.empty();
     const Tensor hidden = empty({projects ? B : 0, H}, like), projected = empty({projects ? B : 0, P}, like);
@@ -219,7 +219,7 @@ class Driver {
     ForwardStep<S> p{
         .sequence = problem.sequence,
         .direction = problem.direction[d],
-        .states = {pointer<Acc<S>>(h), Cell::kCellState ? pointer<Acc<S>>(c) : nullptr, pointer<S>(h_in)},
+        .states = {pointer<Acc<S>>(h), kInfo.has_c() ? pointer<Acc<S>>(c) : nullptr, pointer<S>(h_in)},
         .H = H,
         .P = P,
         .t = -1,
@@ -240,7 +240,7 @@ class Driver {
       }
       // mutant: single-steps-rows-yet-to-begin-not-reset
       device_.launch(forward_step<Cell, S>, one_thread_each(B * H), p);
-      if constexpr (Cell::kCellState)  // only an LSTM has a projection
+      if constexpr (kInfo.projects)
         if (projects) {
           if (n > 0) {
             Tensor out = first_rows(projected, n);
@@ -254,14 +254,14 @@ class Driver {
   }
 
   template <class S>
-  void backward_steps(const BackwardCall<Cell>& call, const BackwardProblem<S>& problem, int64_t d) {
+  void backward_steps(const BackwardCall& call, const BackwardProblem<S>& problem, int64_t d) {
     const Sequence& host = call.layout.get();
     const auto [D, B, P, H, gates] = call.sizes;
     const Tensor& like = call.h0;
     const bool projects = !call.w_hr.empty();
     const Tensor dh = empty({B, P}, like), dgates_h = empty({B, G * H}, like);
-    const Tensor dc = Cell::kCellState ? accumulators<S>({B, H}, like) : empty({0}, like);
-    const Tensor direct = empty({Cell::kDirect ? B : 0, H}, like);
+    const Tensor dc = kInfo.has_c() ? accumulators<S>({B, H}, like) : empty({0}, like);
+    const Tensor direct = empty({kInfo.before(kH) ? B : 0, H}, like);
     const Tensor dh_complete = empty({projects ? B : 0, P}, like),
                  dh_hidden = empty({projects ? B : 0, H}, like);
     BackwardStep<S> p{.sequence = problem.sequence,
@@ -271,8 +271,8 @@ class Driver {
                       .P = P,
                       .t = 0,
                       .dh = pointer<S>(dh),
-                      .dc = Cell::kCellState ? pointer<Acc<S>>(dc) : nullptr,
-                      .direct = Cell::kDirect ? pointer<S>(direct) : nullptr,
+                      .dc = kInfo.has_c() ? pointer<Acc<S>>(dc) : nullptr,
+                      .direct = kInfo.before(kH) ? pointer<S>(direct) : nullptr,
                       .dgates_h = pointer<S>(dgates_h),
                       .dh_complete = projects ? pointer<S>(dh_complete) : nullptr,
                       .dh_hidden = projects ? pointer<S>(dh_hidden) : nullptr};
@@ -282,7 +282,7 @@ class Driver {
       p.t = d == 0 ? host.T - 1 - step : step;  // mutant: one-direction-for-both
       const int64_t n = host.rows(p.t);
       if (n == 0) continue;
-      if constexpr (Cell::kCellState)
+      if constexpr (kInfo.projects)
         if (projects) {
           device_.launch(backward_projected<S>, one_thread_each(n * P), p);
           Tensor out = first_rows(dh_hidden, n);
@@ -290,7 +290,7 @@ class Driver {
         }
       device_.launch(backward_step<Cell, S>, one_thread_each(n * H), p);
       Tensor out = first_rows(dh, n);
-      if constexpr (Cell::kDirect)
+      if constexpr (kInfo.before(kH))
         device_.multiply_add(out, first_rows(direct, n), first_rows(dgates_h, n), call.w_hh[size_t(d)]);
       else
         device_.multiply(out, first_rows(dgates_h, n), call.w_hh[size_t(d)]);

@@ -9,24 +9,20 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTRNN_PLAIN __host__ __device__ constexpr
-#else
-#define FASTRNN_PLAIN constexpr
-#endif
+#include "common/inline.h"
 
 namespace fastrnn {
 
-FASTRNN_PLAIN int ceil_div(int a, int b) { return (a + b - 1) / b; }
-FASTRNN_PLAIN int round_up(int a, int multiple) { return ceil_div(a, multiple) * multiple; }
-FASTRNN_PLAIN int smaller(int a, int b) { return a < b ? a : b; }
-FASTRNN_PLAIN int larger(int a, int b) { return a > b ? a : b; }
+FASTRNN_INLINE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+FASTRNN_INLINE constexpr int round_up(int a, int multiple) { return ceil_div(a, multiple) * multiple; }
+FASTRNN_INLINE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+FASTRNN_INLINE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 /// What a persistent kernel multiplies: 16-bit numbers or float32 rounded to tf32 on the tensor cores, or
 /// float32 as it is.
 enum class Arithmetic { kBf16, kF16, kTf32, kF32 };
 
-FASTRNN_PLAIN int element_bytes(Arithmetic a) {
+FASTRNN_INLINE constexpr int element_bytes(Arithmetic a) {
   return a == Arithmetic::kBf16 || a == Arithmetic::kF16 ? 2 : 4;
 }
 
@@ -41,13 +37,13 @@ struct Shape {
   int group;  // chunks whose columns are fetched together
   int pairs;  // (unit, row of the batch) pairs that a thread finishes in a step, at most
   bool staged;  // whether a warp reads the columns through shared memory
-  FASTRNN_PLAIN int threads() const { return 32 * warps; }
+  FASTRNN_INLINE constexpr int threads() const { return 32 * warps; }
 };
 
 // A thread in a block of 8 warps has 255 registers; weights take 96 of them, 128 in the one-block form. More
 // would spill, and spilling a prefetched number waits for its load at once, so the prefetch is lost. Fewer
 // weights in registers are faster (tests/test_cuda_build.py bounds the spills).
-FASTRNN_PLAIN Shape shape_of(Form form, bool forward, Arithmetic a, int gates) {
+FASTRNN_INLINE constexpr Shape shape_of(Form form, bool forward, Arithmetic a, int gates) {
   const bool exact = a == Arithmetic::kF32;  // needs more accumulators
   if (form == Form::kOneBlock) return {8, 4, exact ? 2 : 4, 2, 4, exact};
   if (!forward) return {8, 1, exact ? 8 : 12, 4, 4, exact};  // 16 units, deep as all gates
@@ -62,7 +58,7 @@ FASTRNN_PLAIN Shape shape_of(Form form, bool forward, Arithmetic a, int gates) {
 }
 
 /// Hidden units of one of many blocks, whose rows of W fill the tiles of a warp.
-FASTRNN_PLAIN int units_of(const Shape& shape, int rows_per_unit) {
+FASTRNN_INLINE constexpr int units_of(const Shape& shape, int rows_per_unit) {
   return shape.row_tiles * 16 / rows_per_unit;
 }
 
@@ -74,14 +70,16 @@ struct Geometry {
   int per_warp;  // chunks that a warp works on: the last ones may lie beyond K, and are zero
   int spilled;  // of those, in shared memory
 
-  FASTRNN_PLAIN bool exists() const { return blocks > 0; }
-  FASTRNN_PLAIN int grid(int directions) const { return blocks * replicas * directions; }
+  FASTRNN_INLINE constexpr bool exists() const { return blocks > 0; }
+  FASTRNN_INLINE constexpr int grid(int directions) const { return blocks * replicas * directions; }
   /// Row stride, in bytes, of the right operand [batch, K] in shared memory: free of bank conflicts.
   // mutant: rows-of-the-exchange-overlap
-  FASTRNN_PLAIN int stride() const { return round_up(depth_warps * per_warp * 64, 128) + 64; }
-  FASTRNN_PLAIN int exchange_bytes() const { return batch * stride(); }
+  FASTRNN_INLINE constexpr int stride() const { return round_up(depth_warps * per_warp * 64, 128) + 64; }
+  FASTRNN_INLINE constexpr int exchange_bytes() const { return batch * stride(); }
   /// Column stride, in numbers, of the partial sums: free of bank conflicts too.
-  FASTRNN_PLAIN int partial_stride(const Shape& shape) const { return row_warps * shape.row_tiles * 16 + 4; }
+  FASTRNN_INLINE constexpr int partial_stride(const Shape& shape) const {
+    return row_warps * shape.row_tiles * 16 + 4;
+  }
 };
 
 /// Byte offsets of a block's shared memory.
@@ -93,7 +91,7 @@ struct SharedMemory {
   int bytes;
 };
 
-FASTRNN_PLAIN SharedMemory shared_memory(Form form, const Shape& shape, const Geometry& g) {
+FASTRNN_INLINE constexpr SharedMemory shared_memory(Form form, const Shape& shape, const Geometry& g) {
   SharedMemory m{};
   m.partial = g.row_warps * g.depth_warps * g.spilled * shape.row_tiles * 1024;
   // mutant: sums-run-into-what-follows
@@ -119,8 +117,8 @@ struct DeviceLimits {
 constexpr int kMostFmas = 200'000;
 
 /// The layout of a scan in one form; an empty Geometry where the form has no room.
-FASTRNN_PLAIN Geometry fit(Form form, bool forward, Arithmetic arithmetic, int gates, const ScanSizes& s,
-                           const DeviceLimits& device) {
+FASTRNN_INLINE constexpr Geometry fit(Form form, bool forward, Arithmetic arithmetic, int gates,
+                                      const ScanSizes& s, const DeviceLimits& device) {
   const Shape shape = shape_of(form, forward, arithmetic, gates);
   const int rows_per_unit = forward ? gates : 1, depth_per_unit = forward ? 1 : gates;
   Geometry g{};
@@ -145,7 +143,8 @@ FASTRNN_PLAIN Geometry fit(Form form, bool forward, Arithmetic arithmetic, int g
 }
 
 /// Why a call runs one launch a step, whatever its sizes; "" where it need not.
-FASTRNN_PLAIN const char* no_persistent_reason(bool float64, bool projected, int64_t T, int64_t B) {
+FASTRNN_INLINE constexpr const char* no_persistent_reason(bool float64, bool projected, int64_t T,
+                                                          int64_t B) {
   if (float64) return "float64 has no persistent kernels";
   if (projected) return "a projection has no persistent kernels";
   if (T < 2) return "one step does not repay keeping W_hh";
@@ -160,8 +159,8 @@ struct Choice {
 
 /// The one-block form where all units fit into a block and, without tensor cores, its product takes less time
 /// than a barrier between blocks.
-FASTRNN_PLAIN Choice choose(bool forward, Arithmetic a, int gates, const ScanSizes& s,
-                            const DeviceLimits& device) {
+FASTRNN_INLINE constexpr Choice choose(bool forward, Arithmetic a, int gates, const ScanSizes& s,
+                                       const DeviceLimits& device) {
   const Geometry one = fit(Form::kOneBlock, forward, a, gates, s, device);
   const bool slow = a == Arithmetic::kF32 && gates * s.H * s.H * one.rows > kMostFmas;
   if (device.one_block && one.exists() && !slow) return {Form::kOneBlock, one};

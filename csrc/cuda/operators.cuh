@@ -12,8 +12,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
     const MaybeTensor& reset, bool batch_first, int64_t save) {
   CudaDevice device(h0);
-  const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
-                               batch_first, save);
+  const ForwardCall call(Cell::kInfo, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
+                         batch_first, save);
   Driver<CudaDevice, Cell>(device, takes_tf32(h0)).forward(call);
   return call.results();
 }
@@ -25,18 +25,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
     const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
   CudaDevice device(h0);
-  const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
-                                batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
+  const BackwardCall call(Cell::kInfo, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh,
+                          w_hr, batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
   Driver<CudaDevice, Cell>(device, takes_tf32(h0)).backward(call);
   return call.results();
 }
 
 template <class Cell, class Library>
 void register_operators(Library& m) {
-  m.impl(Cell::kName, TORCH_BOX(&forward<Cell>));
-  m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX((&backward<Cell, false>)));
-  if constexpr (kInPlace<Cell>)
-    m.impl((std::string(Cell::kName) + "_backward_in_place").c_str(), TORCH_BOX((&backward<Cell, true>)));
+  const std::string name = Cell::kInfo.name;
+  m.impl(name.c_str(), TORCH_BOX(&forward<Cell>));
+  m.impl((name + "_backward").c_str(), TORCH_BOX((&backward<Cell, false>)));
+  if constexpr (Cell::kInfo.reuses_saved)
+    m.impl((name + "_backward_in_place").c_str(), TORCH_BOX((&backward<Cell, true>)));
 }
 
 }  // namespace fastrnn

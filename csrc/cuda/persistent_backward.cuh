@@ -16,11 +16,12 @@ struct PersistentBackward {
 };
 
 template <class Cell, class M, Form kForm>
-__global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::kGates).threads(), 1)
+__global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::kInfo.gates).threads(), 1)
     persistent_backward(const PersistentBackward<typename M::Storage> p) {
   using S = typename M::Storage;
   using Elem = typename M::Elem;
-  constexpr int G = Cell::kGates;
+  constexpr CellInfo kInfo = Cell::kInfo;
+  constexpr int G = kInfo.gates;
   constexpr Shape kShape = shape_of(kForm, false, M::kArithmetic, G);
   constexpr bool kOneBlock = kForm == Form::kOneBlock;
   const Geometry& g = p.geometry;
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     const int batch = steps.batch(mine.row(i));
     offset[i] = steps.offset(mine.row(i));
     dh[i] = load(d.dh[batch][j]);
-    dc[i] = Cell::kCellState ? load(d.dc[batch][j]) : 0.f;
+    dc[i] = kInfo.has_c() ? load(d.dc[batch][j]) : 0.f;
   }
   __syncthreads();  // mutant: backward-without-barrier-before-steps
 
@@ -99,12 +100,12 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     }
     if (step > 0) recur(step - 1, active_after);
 
-    float dgates[kShape.pairs][Cell::kGradients];
+    float dgates[kShape.pairs][kInfo.gradients()];
     // Signal the other blocks first; none of them reads dgates, so these stores may come after.
     const auto keep = [&](int i) {
       S* const to = &columns.dgates[start + offset[i]];
 #pragma unroll
-      for (int e = 0; e < Cell::kGradients; ++e) to[e * H] = store<S>(dgates[i][e]);
+      for (int e = 0; e < kInfo.gradients(); ++e) to[e * H] = store<S>(dgates[i][e]);
     };
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
@@ -112,12 +113,16 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
       if (b >= active) break;
       const int row = start + offset[i];
       const bool zero = steps.resets(row);
-      inputs[i].backward(columns, row, H, zero, dh[i], dc[i], dgates[i], direct[i], dc[i]);
+      const auto s = inputs[i].backward(columns, row, H, zero, dh[i], dc[i]);
+      if constexpr (kInfo.before(kH)) direct[i] = s.dbefore[kH];
+      if constexpr (kInfo.has_c()) dc[i] = s.dbefore[kC];
+#pragma unroll
+      for (int e = 0; e < kInfo.gradients(); ++e) dgates[i][e] = s.dgates[e];
       Elem* const to = reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride()) + j;
 #pragma unroll
       for (int gate = 0; gate < G; ++gate)
         // mutant: gradients-of-other-gates, back-reset-does-not-stop-the-product
-        to[gate * gate_numbers] = M::element(zero ? 0.f : dgates[i][Cell::recurrent(gate)]);
+        to[gate * gate_numbers] = M::element(zero ? 0.f : s.dgates[kInfo.gradient_of_recurrent(gate)]);
       if constexpr (kOneBlock) keep(i);
     }
     exchange.arrive();
@@ -136,7 +141,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     if (mine.row(i) >= place.rows) break;
     const int batch = steps.batch(mine.row(i));
     d.dh[batch][j] = store<S>(dh[i]);
-    if constexpr (Cell::kCellState) d.dc[batch][j] = store<S>(dc[i]);
+    if constexpr (kInfo.has_c()) d.dc[batch][j] = store<S>(dc[i]);
   }
 }
 

@@ -18,12 +18,13 @@ struct PersistentForward {
 };
 
 template <class Cell, class M, Form kForm>
-__global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kGates).threads(), 1)
+__global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kInfo.gates).threads(), 1)
     persistent_forward(const PersistentForward<typename M::Storage> p) {
   using S = typename M::Storage;
   using Elem = typename M::Elem;
   using Math = MathOf<S>;
-  constexpr int G = Cell::kGates;
+  constexpr CellInfo kInfo = Cell::kInfo;
+  constexpr int G = kInfo.gates;
   constexpr Shape kShape = shape_of(kForm, true, M::kArithmetic, G);
   constexpr bool kOneBlock = kForm == Form::kOneBlock;
   const Geometry& g = p.geometry;
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
     const int batch = steps.batch(mine.row(i));
     offset[i] = steps.offset(mine.row(i));
     h[i] = load(d.h0[batch][j]);  // mutant: h0-in-another-order
-    c[i] = Cell::kCellState ? load(d.c[batch][j]) : 0.f;
+    c[i] = kInfo.has_c() ? load(d.c[batch][j]) : 0.f;
     publish(0, i);
   }
   exchange.arrive();
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
     tiles.multiply(exchange.columns(step), partial, [&](const uint4* q) { return exchange.load(q); });
     __syncthreads();  // mutant: forward-without-barrier-after-product
 
-    float saved[kShape.pairs][larger(Cell::kSaved, 1)];
+    float saved[kShape.pairs][array_length(kInfo.saved)];
     // Signal the other blocks first; none of them reads y or saved, so these stores may come after.
     const auto keep = [&](int i) {
       const int row = start + offset[i];
@@ -102,23 +103,30 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
       if (saved_gates) {
         S* const to = &saved_gates[row];
 #pragma unroll
-        for (int s = 0; s < Cell::kSaved; ++s) to[s * H] = store<S>(saved[i][s]);
+        for (int k = 0; k < kInfo.saved; ++k) to[k * H] = store<S>(saved[i][k]);
       }
-      if (Cell::kCellState && saved_c) saved_c[row] = store<S>(c[i]);
+      if (kInfo.has_c() && saved_c) saved_c[row] = store<S>(c[i]);
     };
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
       const int b = mine.row(i);
       if (b >= place.rows) break;
       if (b < active) {  // mutant: ended-rows-go-on
-        float x[G], a[G];
-        total<kShape, kOneBlock>(a, g, partial, mine.unit, b);
+        float sums[G];
+        total<kShape, kOneBlock>(sums, g, partial, mine.unit, b);
+        ForwardUnit<Cell, float> s{};
 #pragma unroll
         // mutant: no-bias
-        for (int gate = 0; gate < G; ++gate) x[gate] = load(input[i][gate]), a[gate] += bias[gate];
+        for (int gate = 0; gate < G; ++gate) s.set_gate(gate, load(input[i][gate]), sums[gate] + bias[gate]);
         // mutant: reset-does-not-reach-c, reset-does-not-reach-h
         if (steps.resets(start + offset[i])) h[i] = c[i] = 0;
-        h[i] = Cell::template forward<Math>(x, a, h[i], c[i], saved[i]);
+        s.before[kH] = h[i];
+        if constexpr (kInfo.has_c()) s.before[kC] = c[i];
+        Cell::template forward<Math>(s);
+        h[i] = s.after[kH];
+        if constexpr (kInfo.has_c()) c[i] = s.after[kC];
+#pragma unroll
+        for (int k = 0; k < kInfo.saved; ++k) saved[i][k] = s.saved[k];
       }
       publish(step + 1, i);
       if (kOneBlock && b < active) keep(i);  // mutant: ended-rows-are-stored
@@ -137,7 +145,7 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kG
     if (mine.row(i) >= place.rows) break;
     const int batch = steps.batch(mine.row(i));
     d.h_n[batch][j] = store<S>(h[i]);
-    if constexpr (Cell::kCellState) d.c[batch][j] = store<S>(c[i]);
+    if constexpr (kInfo.has_c()) d.c[batch][j] = store<S>(c[i]);
   }
 }
 

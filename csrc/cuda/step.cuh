@@ -51,35 +51,36 @@ __global__ void __launch_bounds__(kStepThreads) begin_forward(const ForwardStep<
 /// One step of every (row, unit) [B, H].
 template <class Cell, class S>
 __global__ void __launch_bounds__(kStepThreads) forward_step(const ForwardStep<S> p) {
-  constexpr int G = Cell::kGates;
+  constexpr CellInfo kInfo = Cell::kInfo;
+  constexpr int G = kInfo.gates;
   const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x, b = i / p.H, j = i % p.H;
   if (b >= p.sequence.B) return;
   if (b < p.sequence.rows(p.t)) {
     const ForwardDirection<S>& d = p.direction;
     const int64_t row = p.sequence.row(p.t, b);
-    Acc<S> x[G], a[G], saved[Cell::kSaved > 0 ? Cell::kSaved : 1], c{};
+    ForwardUnit<Cell, Acc<S>> s{};
 #pragma unroll
     for (int gate = 0; gate < G; ++gate) {
-      x[gate] = load(p.gates_x[(row * G + gate) * p.H + j]);
-      a[gate] = load(p.gates_h[(b * G + gate) * p.H + j]);
-      if (d.weights.b_hh) a[gate] += load(d.weights.b_hh[gate * p.H + j]);
+      Acc<S> a = load(p.gates_h[(b * G + gate) * p.H + j]);
+      if (d.weights.b_hh) a += load(d.weights.b_hh[gate * p.H + j]);
+      s.set_gate(gate, load(p.gates_x[(row * G + gate) * p.H + j]), a);
     }
     const bool zero = p.sequence.resets(p.t, b);
-    if (Cell::kCellState && !zero) c = p.states.c[i];
-    const Acc<S> h_prev = Cell::kDirect && !zero ? p.states.h[i] : Acc<S>{};
-    const Acc<S> h = Cell::template forward<MathOf<S>>(x, a, h_prev, c, saved);
+    if (kInfo.before(kH) && !zero) s.before[kH] = p.states.h[i];
+    if constexpr (kInfo.has_c()) s.before[kC] = zero ? Acc<S>{} : p.states.c[i];
+    Cell::template forward<MathOf<S>>(s);
     if (d.saved)
 #pragma unroll
-      for (int s = 0; s < Cell::kSaved; ++s) d.saved[row][s * p.H + j] = store<S>(saved[s]);
-    if constexpr (Cell::kCellState) {
-      p.states.c[i] = c;
-      if (d.saved_c) d.saved_c[row][j] = store<S>(c);
+      for (int k = 0; k < kInfo.saved; ++k) d.saved[row][k * p.H + j] = store<S>(s.saved[k]);
+    if constexpr (kInfo.has_c()) {
+      p.states.c[i] = s.after[kC];
+      if (d.saved_c) d.saved_c[row][j] = store<S>(s.after[kC]);
     }
     if (p.hidden) {
-      p.hidden[i] = store<S>(h);
+      p.hidden[i] = store<S>(s.after[kH]);
     } else {
-      p.states.h[i] = h;
-      d.y[row][j] = store<S>(h);
+      p.states.h[i] = s.after[kH];
+      d.y[row][j] = store<S>(s.after[kH]);
     }
   }
   if (!p.hidden) publish(p, b, j);
@@ -116,8 +117,8 @@ struct BackwardStep {
   Acc<S>* dc;         // [B, H], or null
   S* direct;          // [B, H] dL/dh_prev beside the product, or null
   S* dgates_h;        // [rows, G*H] gradients of the gates of the product with W_hh
-  S* dh_complete;     // [rows, P] what goes back through the projection, or null
-  const S* dh_hidden; // [rows, H] what comes out of it
+  S* dh_complete;     // [rows, P] with a projection: complete dL/dh_t, or null
+  const S* dh_hidden; // [rows, H] with a projection: dL/d(h before it) = dh_complete W_hr, or null
 };
 
 /// Before the last step: [B, P] gradients from dh_n, [B, H] from dc_n.
@@ -142,29 +143,29 @@ __global__ void __launch_bounds__(kStepThreads) backward_projected(const Backwar
 /// One step of every (row, unit) [rows, H].
 template <class Cell, class S>
 __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep<S> p) {
+  constexpr CellInfo kInfo = Cell::kInfo;
   const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x, b = i / p.H, j = i % p.H;
   if (b >= p.sequence.rows(p.t)) return;
   const int64_t row = p.sequence.row(p.t, b);
   const bool zero = p.sequence.resets(p.t, b);
   BackwardDirection<S> direction = p.direction;
-  if (p.dh_hidden) direction.dy = {}, direction.dh_rows = {};  // already in dh_complete
+  if (p.dh_hidden) direction.dy = {}, direction.dh_rows = {};  // backward_projected has done both
   const BackwardColumns<S> d(direction, j);
   const int64_t before = p.reverse ? p.t + 1 : p.t - 1;
   // mutant: single-steps-rows-begin-a-step-late
   const bool begins = before < 0 || before >= p.sequence.T || p.sequence.rows(before) <= b;
   StepInputs<Cell, S> inputs;
   inputs.fetch(d, row, begins ? -1 : p.sequence.row(before, b), p.sequence.batch(b), int(p.H));
-  Acc<S> dgates[Cell::kGradients], dh_prev{}, dc_prev{};
-  inputs.backward(d, row, int(p.H), zero, load(p.dh_hidden ? p.dh_hidden[i] : p.dh[i]),
-                  Cell::kCellState ? p.dc[i] : Acc<S>{}, dgates, dh_prev, dc_prev);
+  const Acc<S> dh = load(p.dh_hidden ? p.dh_hidden[i] : p.dh[i]);
+  const auto s = inputs.backward(d, row, int(p.H), zero, dh, kInfo.has_c() ? p.dc[i] : Acc<S>{});
 #pragma unroll
-  for (int e = 0; e < Cell::kGradients; ++e) (&d.dgates[row])[e * p.H] = store<S>(dgates[e]);
+  for (int e = 0; e < kInfo.gradients(); ++e) (&d.dgates[row])[e * p.H] = store<S>(s.dgates[e]);
 #pragma unroll
-  for (int gate = 0; gate < Cell::kGates; ++gate)
-    p.dgates_h[(b * Cell::kGates + gate) * p.H + j] =
-        store<S>(zero ? Acc<S>{} : dgates[Cell::recurrent(gate)]);
-  if constexpr (Cell::kDirect) p.direct[i] = store<S>(dh_prev);
-  if constexpr (Cell::kCellState) p.dc[i] = dc_prev;
+  for (int gate = 0; gate < kInfo.gates; ++gate)
+    p.dgates_h[(b * kInfo.gates + gate) * p.H + j] =
+        store<S>(zero ? Acc<S>{} : s.dgates[kInfo.gradient_of_recurrent(gate)]);
+  if constexpr (kInfo.before(kH)) p.direct[i] = store<S>(s.dbefore[kH]);
+  if constexpr (kInfo.has_c()) p.dc[i] = s.dbefore[kC];
 }
 
 /// After the first step: dh0 and dc0.

@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
     const MaybeTensor& reset, bool batch_first, int64_t save, bool tf32, int64_t multiprocessors,
     int64_t shared_bytes, bool one_block, int64_t order, int64_t seed) {
-  const ForwardCall<Cell> call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
-                               batch_first, save);
+  const ForwardCall call(Cell::kInfo, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
+                         batch_first, save);
   HostDevice device = host(multiprocessors, shared_bytes, one_block, order, seed);
   Driver<HostDevice, Cell>(device, tf32).forward(call);
   return call.results();
@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
     const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep, bool tf32,
     int64_t multiprocessors, int64_t shared_bytes, bool one_block, int64_t order, int64_t seed) {
-  const BackwardCall<Cell> call(dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
-                                batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
+  const BackwardCall call(Cell::kInfo, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh,
+                          w_hr, batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
   HostDevice device = host(multiprocessors, shared_bytes, one_block, order, seed);
   Driver<HostDevice, Cell>(device, tf32).backward(call);
   return call.results();
@@ -77,18 +77,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
 template <class Cell, class Library>
 void define_operators(Library& m) {
-  m.def((Cell::kName + with_device(kForward)).c_str());
-  m.def((std::string(Cell::kName) + "_backward" + with_device(kBackward)).c_str());
-  if constexpr (kInPlace<Cell>)
-    m.def((std::string(Cell::kName) + "_backward_in_place" + with_device(backward_in_place())).c_str());
+  const std::string name = Cell::kInfo.name;
+  m.def((name + with_device(kForward)).c_str());
+  m.def((name + "_backward" + with_device(kBackward)).c_str());
+  if constexpr (Cell::kInfo.reuses_saved)
+    m.def((name + "_backward_in_place" + with_device(backward_in_place())).c_str());
 }
 
 template <class Cell, class Library>
 void register_operators(Library& m) {
-  m.impl(Cell::kName, TORCH_BOX(&forward<Cell>));
-  m.impl((std::string(Cell::kName) + "_backward").c_str(), TORCH_BOX((&backward<Cell, false>)));
-  if constexpr (kInPlace<Cell>)
-    m.impl((std::string(Cell::kName) + "_backward_in_place").c_str(), TORCH_BOX((&backward<Cell, true>)));
+  const std::string name = Cell::kInfo.name;
+  m.impl(name.c_str(), TORCH_BOX(&forward<Cell>));
+  m.impl((name + "_backward").c_str(), TORCH_BOX((&backward<Cell, false>)));
+  if constexpr (Cell::kInfo.reuses_saved)
+    m.impl((name + "_backward_in_place").c_str(), TORCH_BOX((&backward<Cell, true>)));
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ struct Shape {
 
 template <class Cell, class S>
 struct Step {
-  static constexpr int64_t G = Cell::kGates, E = Cell::kGradients;
+  static constexpr int64_t G = Cell::kInfo.gates, E = Cell::kInfo.gradients(), K = Cell::kInfo.saved;
 
   explicit Step(const Shape& shape) : s(shape) {}
 
@@ -59,7 +59,7 @@ struct Step {
                        b_hh = filled<S>(7, G* s.H, 1), w_hr = filled<S>(8, s.P* s.H, 0.3),
                        dy = filled<S>(9, N* s.P, 1);
   std::vector<S> y = filled<S>(0, N* s.P, 0), h_n = filled<S>(0, s.B* s.P, 0), c_n = c0,
-                 saved = filled<S>(0, N* Cell::kSaved* s.H, 0), saved_c = filled<S>(0, N* s.H, 0),
+                 saved = filled<S>(0, N * K * s.H, 0), saved_c = filled<S>(0, N* s.H, 0),
                  dgates = filled<S>(0, N * E * s.H, 0), dh0 = filled<S>(0, s.B* s.P, 0),
                  dc0 = filled<S>(0, s.B* s.H, 0), dh = filled<S>(0, N* s.P, 0), dx = filled<S>(0, N* s.I, 0),
                  dw_ih = filled<S>(0, G* s.H* s.I, 0), dw_hh = filled<S>(0, G* s.H* s.P, 0),
@@ -91,7 +91,7 @@ struct Step {
                             .y = {y.data(), s.P},
                             .h_n = {h_n.data(), s.P},
                             .c = {c_n.data(), s.H},
-                            .saved = {saved.data(), Cell::kSaved * s.H},
+                            .saved = {saved.data(), K * s.H},
                             .saved_c = {saved_c.data(), s.H}};
     return pick(kernels.forward_f32, kernels.forward_f64)(problem);
   }
@@ -101,7 +101,7 @@ struct Step {
     problem.sequence = sequence, problem.H = s.H, problem.P = s.P, problem.directions = 1;
     problem.parallel = parallel;
     BackwardDirection<S>& d = problem.direction[0];
-    d.weights = weights(), d.dy = {dy.data(), s.P}, d.saved = {saved.data(), Cell::kSaved * s.H};
+    d.weights = weights(), d.dy = {dy.data(), s.P}, d.saved = {saved.data(), K * s.H};
     d.saved_c = {saved_c.data(), s.H}, d.y = {y.data(), s.P}, d.h0 = {h0.data(), s.P};
     d.c0 = {c0.data(), s.H}, d.dgates = {dgates.data(), E * s.H}, d.dh = {dh0.data(), s.P};
     d.dc = {dc0.data(), s.H};
@@ -162,7 +162,7 @@ int main(int count, char** arguments) {
                              static_cast<int>(number(8))};
   int result = 2;
   fastrnn::AllCells::each([&]<class Cell>() {
-    if (!std::strcmp(arguments[1], Cell::kName))
+    if (!std::strcmp(arguments[1], Cell::kInfo.name))
       result = f64 ? fastrnn::drive<Cell, double>(shape, quiet) : fastrnn::drive<Cell, float>(shape, quiet);
   });
   return result;
