@@ -65,7 +65,7 @@ def _register_fakes(name: str) -> None:
         return w_hh[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
     def scanned_back(
-        in_place, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, batch_sizes,
+        in_place, dy, dh_n, dc_n, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, batch_sizes,
         lengths, reset, batch_first, keep,
     ):  # fmt: skip
         D, B, P = h0.shape
@@ -389,7 +389,7 @@ def _gradients(
     hidden = form.cell.hidden(saved, all_c) if any(wants[4]) else None  # before saved is written over
     operator = (_IN_PLACE if in_place else _BACKWARD)[form.name]
     dgates, dh0, dc0, dh, dc = operator(
-        dy, dh_n, dc_n, None, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, *rows, keep
+        dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, *rows, keep
     )
     if in_place:
         dgates = saved
@@ -423,7 +423,7 @@ def _gradients_of_each(form: Form, V: int, wanted: tuple, args: tuple, dims: tup
     wants = form.split(wanted[3:], D)
     saves = [_fold_saved(t, B, batch_first) for t in (dall_c, saved, all_c)]
     dgates, dh0, dc0, dh, _ = _BACKWARD[form.name](
-        _fold_rows(dy, B, batch_first), _fold_state(dh_n), _fold_state(dc_n), None, *saves,
+        _fold_rows(dy, B, batch_first), _fold_state(dh_n), _fold_state(dc_n), *saves,
         _fold_rows(y, B, batch_first), _fold_state(h0), _fold_state(c0), w_hh, w_hr, None,
         _fold_lengths(lengths), _fold_rows(reset, B, batch_first), batch_first, False,
     )  # fmt: skip

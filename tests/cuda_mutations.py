@@ -120,7 +120,6 @@ KERNELS = [
     Mutant("back-reset-does-not-stop-dh-and-dc", LSTM, "begins", "false"),
     Mutant("back-reset-does-not-reach-h", GRU, "begins ? A{} : ", ""),
     Mutant("back-reset-does-not-reach-c", LSTM, "begins ? A{} : ", ""),
-    Mutant("further-gradients-of-another-gate", LSTM, "k * H", "0"),
     Mutant("dc-of-the-step-before", LSTM, "dafter", "dbefore"),
     Mutant("rows-begin-a-step-late", LSTM, "b < before.active", "b <= before.active"),
     Mutant("c0-in-another-order", LSTM, "steps.batch(b)", "place.first_row + b"),

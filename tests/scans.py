@@ -71,8 +71,9 @@ class Scan:
     def backward_arguments(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple:
         """outputs are those of the forward scan, gradients theirs (None: not wanted)."""
         y, _, _, saved, saved_c = outputs
+        dy, dh_n, dc_n, _, dall_c = gradients
         return (
-            *gradients, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, *self.rows, keep,
+            dy, dh_n, dc_n, dall_c, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, *self.rows, keep,
         )  # fmt: skip
 
     def kernel_backward(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple[Tensor, ...]:
@@ -88,8 +89,8 @@ class Scan:
         return outputs[3], *others
 
     def reference_backward(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple[Tensor, ...]:
-        dy, dh_n, dc_n, _, dall_c, *saved = self.backward_arguments(outputs, gradients)[: -len(self.rows) - 1]
-        return way_back.backward(self.name, self.layout, dy, dh_n, dc_n, dall_c, *saved, keep)
+        arguments = self.backward_arguments(outputs, gradients)[: -len(self.rows) - 1]
+        return way_back.backward(self.name, self.layout, *arguments, keep)
 
     def gradients(self, outputs: tuple, wanted: str = "all", seed: int = 1) -> tuple:
         """Random gradients of y, h_n, c_n and every c (saved has none); ``wanted`` is a key of ``kept``."""

@@ -71,7 +71,6 @@ template <class Cell, class V>
 struct BackwardUnit {
   static constexpr CellInfo kInfo = Cell::kInfo;
   V saved[array_length(kInfo.saved)];
-  V dsaved[array_length(kInfo.saved)];  // further gradient with respect to saved
   V before[kInfo.states];               // states of step t-1, those that are read
   V after[kInfo.states];                // states of step t, those that are read
   V dafter[kInfo.states];  // dL/dh_t, complete; in: dL/dc_t by way of step t+1 and the outputs, out: complete

@@ -31,10 +31,10 @@ struct Gru {
   FASTRNN_INLINE static void backward(BackwardUnit<Gru, V>& s) {
     const V r = s.saved[kSavedReset], z = s.saved[kSavedUpdate], n = s.saved[kSavedNew];
     const V q = s.saved[kSavedProduct], dh = s.dafter[kH];
-    const V dn = (dh * (1 - z) + s.dsaved[kSavedNew]) * (1 - n * n);
-    s.dgates[kGradProduct] = dn * r + s.dsaved[kSavedProduct];
-    s.dgates[kGradReset] = (dn * q + s.dsaved[kSavedReset]) * r * (1 - r);
-    s.dgates[kGradUpdate] = (dh * (s.before[kH] - n) + s.dsaved[kSavedUpdate]) * z * (1 - z);
+    const V dn = dh * (1 - z) * (1 - n * n);
+    s.dgates[kGradProduct] = dn * r;
+    s.dgates[kGradReset] = dn * q * r * (1 - r);
+    s.dgates[kGradUpdate] = dh * (s.before[kH] - n) * z * (1 - z);
     s.dgates[kGradNew] = dn;
     s.dbefore[kH] = dh * z;
   }

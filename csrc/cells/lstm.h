@@ -36,10 +36,10 @@ struct Lstm {
     const V i = s.saved[kInput], f = s.saved[kForget], g = s.saved[kCandidate], o = s.saved[kOutput];
     const V tanh_c = M::tanh(s.after[kC]), dh = s.dafter[kH];
     const V dc = s.dafter[kC] + dh * o * (1 - tanh_c * tanh_c);
-    s.dgates[kInput] = (dc * g + s.dsaved[kInput]) * i * (1 - i);
-    s.dgates[kForget] = (dc * s.before[kC] + s.dsaved[kForget]) * f * (1 - f);
-    s.dgates[kCandidate] = (dc * i + s.dsaved[kCandidate]) * (1 - g * g);
-    s.dgates[kOutput] = (dh * tanh_c + s.dsaved[kOutput]) * o * (1 - o);
+    s.dgates[kInput] = dc * g * i * (1 - i);
+    s.dgates[kForget] = dc * s.before[kC] * f * (1 - f);
+    s.dgates[kCandidate] = dc * i * (1 - g * g);
+    s.dgates[kOutput] = dh * tanh_c * o * (1 - o);
     s.dafter[kC] = dc;
     s.dbefore[kC] = dc * f;
   }

@@ -171,17 +171,17 @@ struct BackwardCall {
   int64_t N;
   SequenceLayout layout;
   Tensor saved, saved_c, y, h0;
-  MaybeTensor dy, dsaved, dsaved_c, c0;
+  MaybeTensor dy, dsaved_c, c0;
   Tensors w_hh, w_hr;
   bool with_dh, with_dc, in_place;
   Tensor dgates, dh0, dc0, dh, dc;  // results
 
   BackwardCall(const CellInfo& cell_, const MaybeTensor& dy_, const MaybeTensor& dh_n,
-               const MaybeTensor& dc_n, const MaybeTensor& dsaved_, const MaybeTensor& dsaved_c_,
-               const Tensor& saved_, const Tensor& saved_c_, const Tensor& y_, const Tensor& h0_,
-               const MaybeTensor& c0_, const Tensors& w_hh_, const Tensors& w_hr_,
-               const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset,
-               bool batch_first, bool keep, bool in_place_)
+               const MaybeTensor& dc_n, const MaybeTensor& dsaved_c_, const Tensor& saved_,
+               const Tensor& saved_c_, const Tensor& y_, const Tensor& h0_, const MaybeTensor& c0_,
+               const Tensors& w_hh_, const Tensors& w_hr_, const MaybeTensor& batch_sizes,
+               const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep,
+               bool in_place_)
       : cell(cell_),
         sizes(check_weights(cell_, h0_, c0_, w_hh_, w_hr_)),
         N(rows_in(y_, "y", "[N, D*P]")),
@@ -191,7 +191,6 @@ struct BackwardCall {
         y(as_contiguous(y_)),
         h0(as_contiguous(h0_)),
         dy(dy_ ? MaybeTensor(with_rows(*dy_)) : std::nullopt),
-        dsaved(contiguous_if(dsaved_)),
         dsaved_c(contiguous_if(dsaved_c_)),
         c0(contiguous_if(c0_)),
         w_hh(each_with_rows(w_hh_)),
@@ -212,7 +211,6 @@ struct BackwardCall {
     check(dy_, "dy", "[N, D*P]", {N, D * P});
     check(dh_n, "dh_n", "[D, B, P]", {D, B, P});
     check(dc_n, "dc_n", "[D, B, H]", {D, B, H});
-    check(dsaved_, "dsaved", "[D, N, S*H]", {D, N, cell.saved * H});
     check(dsaved_c_, "dsaved_c", "[D, N, H]", {D, N, H});
     const auto initial = [&](const MaybeTensor& given, int64_t width) {
       return given ? torch::stable::clone(as_contiguous(*given))
@@ -232,7 +230,6 @@ struct BackwardCall {
     return {.weights = weights_of<S>({}, w_hh, {}, {}, w_hr, d),
             .dy = dy ? Rows<const S>{static_cast<const S*>(dy->const_data_ptr()) + d * P, dy->stride(0)}
                      : Rows<const S>{},
-            .dsaved = optional_rows<S>(dsaved, d),
             .dsaved_c = optional_rows<S>(dsaved_c, d),
             .saved = direction_rows<const S>(saved, d),
             .saved_c = c0 ? direction_rows<const S>(saved_c, d) : Rows<const S>{},

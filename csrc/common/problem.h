@@ -69,8 +69,7 @@ template <class S>
 struct BackwardDirection {
   Weights<S> weights;
   Rows<const S> dy;  // [N, P] or null
-  Rows<const S> dsaved;  // [N, S*H] further gradient of the saved activations, or null
-  Rows<const S> dsaved_c;  // [N, H] further gradient of every c_t, or null
+  Rows<const S> dsaved_c;  // [N, H] dL/dc_t where every c_t is an output, or null
   Rows<const S> saved;  // [N, S*H]
   Rows<const S> saved_c;  // [N, H]
   Rows<const S> y;  // [N, P]

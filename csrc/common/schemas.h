@@ -16,7 +16,7 @@ constexpr const char* kForward =
 // -> dgates [D, N, E*H], dh0 [D, B, P], dc0 [D, B, H], dh [D, N, P] (complete dL/dh_t; with w_hr or keep),
 //    dc [D, N, H] (complete dL/dc_t; with a c and keep)
 constexpr const char* kBackward =
-    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dsaved, Tensor? dsaved_c, Tensor saved, "
+    "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dsaved_c, Tensor saved, "
     "Tensor saved_c, Tensor y, Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? batch_sizes, "
     "Tensor? lengths, Tensor? reset, bool batch_first, bool keep) "
     "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh, Tensor dc)";

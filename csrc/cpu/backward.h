@@ -174,10 +174,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
           return forgets ? V<S>{} : io.load((begins ? initial[b] : every[row_prev]) + u);
         };
         BackwardUnit<Cell, V<S>> s;
-        for (int j = 0; j < kInfo.saved; ++j) {
-          s.saved[j] = io.load(saved_row + j * H + u);
-          s.dsaved[j] = dir.dsaved ? io.load(dir.dsaved[row] + j * H + u) : V<S>{};
-        }
+        for (int j = 0; j < kInfo.saved; ++j) s.saved[j] = io.load(saved_row + j * H + u);
         if constexpr (kInfo.after(kH)) s.after[kH] = io.load(dir.y[row] + u);
         if constexpr (kInfo.before(kH)) s.before[kH] = previous(dir.h0, dir.y);
         if constexpr (kInfo.after(kC)) s.after[kC] = io.load(dir.saved_c[row] + u);

@@ -190,12 +190,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_packed(const Tensor& 
 
 template <class Cell, bool kWriteOver>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved,
-    const MaybeTensor& dsaved_c, const Tensor& saved, const Tensor& saved_c, const Tensor& y,
-    const Tensor& h0, const MaybeTensor& c0, Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes,
-    const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
-  const BackwardCall call(Cell::kInfo, dy, dh_n, dc_n, dsaved, dsaved_c, saved, saved_c, y, h0, c0, w_hh,
-                          w_hr, batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
+    const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved_c,
+    const Tensor& saved, const Tensor& saved_c, const Tensor& y, const Tensor& h0, const MaybeTensor& c0,
+    Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    const MaybeTensor& reset, bool batch_first, bool keep) {
+  const BackwardCall call(Cell::kInfo, dy, dh_n, dc_n, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
+                          batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
   with_type(h0, [&]<class S>(S) {
     auto problem = call.template problem<S>(call.layout.get());
     problem.parallel = torch_threads();

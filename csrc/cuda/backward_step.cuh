@@ -9,12 +9,11 @@ namespace fastrnn {
 /// Everything that the backward steps of unit j read and write.
 template <class S>
 struct BackwardColumns {
-  Column<const S> dy, dsaved, dsaved_c, saved, saved_c, y, h0, c0;
+  Column<const S> dy, dsaved_c, saved, saved_c, y, h0, c0;
   Column<S> dgates, dh_rows, dc_rows;
 
   __device__ BackwardColumns(const BackwardDirection<S>& d, int64_t j)
       : dy(d.dy, j),
-        dsaved(d.dsaved, j),
         dsaved_c(d.dsaved_c, j),
         saved(d.saved, j),
         saved_c(d.saved_c, j),
@@ -55,16 +54,12 @@ struct StepInputs {
 
   /// dh, dc: dL/dh_t and dL/dc_t by way of the later steps. begins: the state before is zero, after a reset.
   template <class Row>
-  __device__ __forceinline__ BackwardUnit<Cell, Acc<S>> backward(const BackwardColumns<S>& d, Row row, int H,
+  __device__ __forceinline__ BackwardUnit<Cell, Acc<S>> backward(const BackwardColumns<S>& d, Row row,
                                                                  bool begins, Acc<S> dh, Acc<S> dc) const {
     using A = Acc<S>;
     BackwardUnit<Cell, A> s{};
 #pragma unroll
     for (int k = 0; k < kInfo.saved; ++k) s.saved[k] = load(saved[k]);
-    if (d.dsaved)
-#pragma unroll
-      // mutant: further-gradients-of-another-gate
-      for (int k = 0; k < kInfo.saved; ++k) s.dsaved[k] = load((&d.dsaved[row])[k * H]);
     s.dafter[kH] = dh + load(dy);
     if (d.dh_rows) d.dh_rows[row] = store<S>(s.dafter[kH]);
     if constexpr (kInfo.after(kH)) s.after[kH] = load(after[kH]);

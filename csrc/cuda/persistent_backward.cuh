@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
       if (b >= active) break;
       const int row = start + offset[i];
       const bool zero = steps.resets(row);
-      const auto s = inputs[i].backward(columns, row, H, zero, dh[i], dc[i]);
+      const auto s = inputs[i].backward(columns, row, zero, dh[i], dc[i]);
       if constexpr (kInfo.before(kH)) direct[i] = s.dbefore[kH];
       if constexpr (kInfo.has_c()) dc[i] = s.dbefore[kC];
 #pragma unroll

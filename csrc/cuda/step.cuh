@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
   StepInputs<Cell, S> inputs;
   inputs.fetch(d, row, begins ? -1 : p.sequence.row(before, b), p.sequence.batch(b), int(p.H));
   const Acc<S> dh = load(p.dh_hidden ? p.dh_hidden[i] : p.dh[i]);
-  const auto s = inputs.backward(d, row, int(p.H), zero, dh, kInfo.has_c() ? p.dc[i] : Acc<S>{});
+  const auto s = inputs.backward(d, row, zero, dh, kInfo.has_c() ? p.dc[i] : Acc<S>{});
 #pragma unroll
   for (int e = 0; e < kInfo.gradients(); ++e) (&d.dgates[row])[e * p.H] = store<S>(s.dgates[e]);
 #pragma unroll
