@@ -31,13 +31,13 @@ extern "C" PyMODINIT_FUNC PyInit__C() {
 namespace fastrnn {
 namespace {
 
-// {G, E, states, S, reuses_saved} of a cell, as CellInfo has them.
+// {G, E, U, states, S, reuses_saved} of a cell, as CellInfo has them.
 std::vector<int64_t> cell_info(std::string name) {
   std::vector<int64_t> numbers;
   AllCells::each([&]<class Cell>() {
     constexpr CellInfo info = Cell::kInfo;
     if (name == info.name)
-      numbers = {info.gates, info.gradients(), info.states, info.saved, info.reuses_saved};
+      numbers = {info.gates, info.gradients(), info.vectors, info.states, info.saved, info.reuses_saved};
   });
   STD_TORCH_CHECK(!numbers.empty(), "fastrnn has no cell ", name);
   return numbers;

@@ -53,7 +53,7 @@ def _register_fakes(name: str) -> None:
         )
 
     @torch.library.register_fake(f"fastrnn::{name}")
-    def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset, batch_first, save):
+    def _(x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, u, batch_sizes, lengths, reset, batch_first, save):
         return scanned(x, h0, w_hh[0].shape[0] // cell.gates, save)
 
     @torch.library.register_fake(f"fastrnn::{name}_packed")
@@ -61,11 +61,11 @@ def _register_fakes(name: str) -> None:
         return scanned(x, h0, h0.shape[2] if c0 is None else c0.shape[2], save)
 
     @torch.library.register_fake(f"fastrnn::{name}_pack")
-    def _(w_ih, w_hh, b_ih, b_hh, w_hr, bfloat16):  # how long depends on the processor
+    def _(w_ih, w_hh, b_ih, b_hh, w_hr, u, bfloat16):  # how long depends on the processor
         return w_hh[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
     def scanned_back(
-        in_place, dy, dh_n, dc_n, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, batch_sizes,
+        in_place, dy, dh_n, dc_n, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, u, batch_sizes,
         lengths, reset, batch_first, keep,
     ):  # fmt: skip
         D, B, P = h0.shape
@@ -76,6 +76,7 @@ def _register_fakes(name: str) -> None:
             h0.new_empty(D, B, H) if cell.has_c else h0.new_empty(0),
             h0.new_empty(D, N, P) if w_hr or keep else h0.new_empty(0),
             h0.new_empty(D, N, H) if cell.has_c and keep else h0.new_empty(0),
+            h0.new_empty(D, cell.vectors, H) if cell.vectors else h0.new_empty(0),
         )
 
     torch.library.register_fake(f"fastrnn::{name}_backward", partial(scanned_back, False))
@@ -172,7 +173,7 @@ _PRODUCTS = {name: getattr(torch.ops.fastrnn, f"{name}_products").default for na
 # Scan is a layer, and ScanGrad its gradients as a function of their own. The kernels compute both. Whatever
 # is derived further (second derivatives, forward mode) follows from the formulas in reference.py alone.
 #
-# Functions take tensors one by one: after x, h0, c0 come w_ih, w_hh, b_ih, b_hh, w_hr of all directions.
+# Functions take tensors one by one: after x, h0, c0 come w_ih, w_hh, b_ih, b_hh, w_hr, u of all directions.
 
 
 class Form(NamedTuple):
@@ -188,10 +189,12 @@ class Form(NamedTuple):
         return CELLS[self.name]
 
     def split(self, weights, D: int) -> tuple:
-        """w_ih, w_hh, b_ih, b_hh, w_hr of all directions."""
-        i = 4 * D if self.bias else 2 * D
-        biases = (weights[2 * D : 3 * D], weights[3 * D : i]) if self.bias else ((), ())
-        return (weights[:D], weights[D : 2 * D], *biases, weights[i:] if self.projected else ())
+        """w_ih, w_hh, b_ih, b_hh, w_hr, u of all directions."""
+        lists, rest = [], weights
+        for there in (True, True, self.bias, self.bias, self.projected, self.cell.vectors > 0):
+            lists.append(rest[:D] if there else ())
+            rest = rest[len(lists[-1]) :]
+        return tuple(lists)
 
 
 def _one_by_one_in_legacy_vmap(rule):
@@ -362,6 +365,7 @@ class ScanGrad(torch.autograd.Function):
         if (
             rows[0] is None
             and not derived_further
+            and form.cell.vectors == 0
             and dims[3] is not None
             and not any(d is not None for d in dims[13:])
         ):
@@ -383,13 +387,13 @@ def _gradients(
     """The wanted gradients of x, h0, c0 and the weights, from the kernels. ``in_place`` lets these write over
     saved."""
     D, keep = h0.shape[0], listener is not None
-    w_ih, w_hh, _, _, w_hr = form.split(weights, D)
+    w_ih, w_hh, _, _, w_hr, u = form.split(weights, D)
     rows = (batch_sizes, lengths, reset, form.batch_first)
     wants = form.split(wanted[3:], D)
     hidden = form.cell.hidden(saved, all_c) if any(wants[4]) else None  # before saved is written over
     operator = (_IN_PLACE if in_place else _BACKWARD)[form.name]
-    dgates, dh0, dc0, dh, dc = operator(
-        dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, *rows, keep
+    dgates, dh0, dc0, dh, dc, du = operator(
+        dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, u, *rows, keep
     )
     if in_place:
         dgates = saved
@@ -402,7 +406,7 @@ def _gradients(
     any_weights = any(any(want) for want in wants[:4])
     dx, *dweights = products(dgates, x, y, h0, w_ih, *rows, wanted[0], any_weights)
     dw_hr = None if hidden is None else dh.mT @ hidden
-    return _wanted(wanted[:3], wants, (dx, dh0, dc0), (*dweights, dw_hr))
+    return _wanted(wanted[:3], wants, (dx, dh0, dc0), (*dweights, dw_hr, du))
 
 
 def _wanted(wanted: tuple, wants: tuple, gradients: tuple, dweights: tuple) -> list[Tensor]:
@@ -419,12 +423,12 @@ def _gradients_of_each(form: Form, V: int, wanted: tuple, args: tuple, dims: tup
         _front(a, d, V) for a, d in zip(args[:13], dims[:13], strict=True)
     )
     D, B, batch_first = h0.shape[1], h0.shape[2], form.batch_first
-    w_ih, w_hh, _, _, w_hr = form.split(args[13:], D)
+    w_ih, w_hh, _, _, w_hr, _ = form.split(args[13:], D)
     wants = form.split(wanted[3:], D)
     saves = [_fold_saved(t, B, batch_first) for t in (dall_c, saved, all_c)]
-    dgates, dh0, dc0, dh, _ = _BACKWARD[form.name](
+    dgates, dh0, dc0, dh, _, _ = _BACKWARD[form.name](
         _fold_rows(dy, B, batch_first), _fold_state(dh_n), _fold_state(dc_n), *saves,
-        _fold_rows(y, B, batch_first), _fold_state(h0), _fold_state(c0), w_hh, w_hr, None,
+        _fold_rows(y, B, batch_first), _fold_state(h0), _fold_state(c0), w_hh, w_hr, (), None,
         _fold_lengths(lengths), _fold_rows(reset, B, batch_first), batch_first, False,
     )  # fmt: skip
     dgates = _unfold_saved(dgates, V, B, batch_first)
@@ -442,7 +446,10 @@ def _gradients_of_each(form: Form, V: int, wanted: tuple, args: tuple, dims: tup
     first = (dx, _unfold_state(dh0, V), _unfold_state(dc0, V))
     return tuple(
         _wanted(
-            wanted[:3], wants, first, tuple(g if g is None else g.movedim(1, 0) for g in (*dweights, dw_hr))
+            wanted[:3],
+            wants,
+            first,
+            (*(g if g is None else g.movedim(1, 0) for g in (*dweights, dw_hr)), None),
         )
     )
 
@@ -697,6 +704,7 @@ class Weights(NamedTuple):
     b_ih: Tensors = ()  # [G*H], or none
     b_hh: Tensors = ()  # [G*H], or none
     w_hr: Tensors = ()  # [P, H], or none
+    u: Tensors = ()  # [U, H], or none: vectors of parameters
 
 
 def scan(

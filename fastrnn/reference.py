@@ -4,7 +4,7 @@ The kernels are tested against this file in float64. Derivatives of it are torch
 further than the kernels go (second derivatives, forward mode) is derived from it.
 
 ``T`` time, ``B`` batch, ``H`` hidden size, ``P`` width of h (the projection, or ``H``), ``G`` gates,
-``D`` directions, ``N`` rows of the whole sequence.
+``U`` vectors of parameters, ``D`` directions, ``N`` rows of the whole sequence.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from . import _C  # noqa: F401  (registers cell_info)
 
 __all__ = ["CELLS", "Cell", "Layout", "forward", "steps"]
 
-# ---- The cells. A step maps (x [G], a [G], h, c) to (h, c); x is the input's part of each gate, a the
-# recurrent part.
+# ---- The cells. A step maps (x [G], a [G], h, c, *u [U]) to (h, c); x is the input's part of each gate, a
+# the recurrent part, u are vectors of parameters.
 
 
 def lstm_step(x, a, h, c):
@@ -59,14 +59,15 @@ class Cell:
     hidden: Callable | None  # for cells that can be projected
     gates: int  # G
     gradients: int  # E: gate gradients of a unit that the way back gives
+    vectors: int  # U: vectors of parameters, [U, H]
     has_c: bool
     saved: int  # S: numbers of a unit that the kernels save for the way back
     in_place: bool  # whether the gate gradients may be written over the saved numbers
 
     @classmethod
     def of(cls, name: str, step: Callable, hidden: Callable | None = None) -> "Cell":
-        gates, gradients, states, saved, reuses_saved = torch.ops.fastrnn.cell_info(name)
-        return cls(step, hidden, gates, gradients, states > 1, saved, bool(reuses_saved))
+        gates, gradients, vectors, states, saved, reuses_saved = torch.ops.fastrnn.cell_info(name)
+        return cls(step, hidden, gates, gradients, vectors, states > 1, saved, bool(reuses_saved))
 
 
 CELLS = {
@@ -143,12 +144,13 @@ def _blocks(v: Tensor, H: int) -> tuple[Tensor, ...]:
     return v.split(H, dim=-1)
 
 
-def steps(cell: Cell, layout: Layout, direction: int, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
+def steps(cell: Cell, layout: Layout, direction: int, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, u):
     """One direction, step by step: (every h_t and every c_t, both in order of t with the rows of each step as
     ``layout.steps()`` has them, h_n [B, P], c_n [B, H]). h0 [B, P], c0 [B, H]; weights of this direction."""
     H = w_hh.shape[0] // cell.gates
     rows, order = layout.steps(), layout.order
     back = torch.argsort(order)
+    vectors = () if u is None else u.unbind()
     gx = torch.nn.functional.linear(layout.without_padding(x), w_ih, b_ih)
     h, c = h0[order], c0[order] if cell.has_c else None
     hs, cs = [None] * layout.T, [None] * layout.T
@@ -157,7 +159,7 @@ def steps(cell: Cell, layout: Layout, direction: int, x, h0, c0, w_ih, w_hh, b_i
         h_prev = layout.keep(rows[t], h[:n])
         c_prev = layout.keep(rows[t], c[:n]) if cell.has_c else None
         a = torch.nn.functional.linear(h_prev, w_hh, b_hh)
-        hs[t], cs[t] = cell.step(_blocks(gx[rows[t]], H), _blocks(a, H), h_prev, c_prev)
+        hs[t], cs[t] = cell.step(_blocks(gx[rows[t]], H), _blocks(a, H), h_prev, c_prev, *vectors)
         if w_hr is not None:
             hs[t] = hs[t] @ w_hr.T
         h = torch.cat((hs[t], h[n:]))
@@ -165,11 +167,11 @@ def steps(cell: Cell, layout: Layout, direction: int, x, h0, c0, w_ih, w_hh, b_i
     return hs, cs, h[back], c[back] if cell.has_c else None
 
 
-def forward(cell: Cell, layout: Layout, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr):
+def forward(cell: Cell, layout: Layout, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, u):
     """A layer: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H]); the last two None without c."""
     directions = []
     for d in range(len(w_hh)):
-        weights = (part[d] if part else None for part in (w_ih, w_hh, b_ih, b_hh, w_hr))
+        weights = (part[d] if part else None for part in (w_ih, w_hh, b_ih, b_hh, w_hr, u))
         hs, cs, h_n, c_n = steps(cell, layout, d, x, h0[d], c0[d] if cell.has_c else None, *weights)
         directions.append((layout.assemble(hs), h_n, c_n, layout.assemble(cs) if cell.has_c else None))
     y, h_n, c_n, all_c = zip(*directions, strict=True)

@@ -24,6 +24,7 @@ class Scan:
     b_ih: list[Tensor]  # D x [G*H] or none
     b_hh: list[Tensor]  # D x [G*H] or none
     w_hr: list[Tensor]  # D x [P, H] or none
+    u: list[Tensor]  # D x [U, H] or none
     batch_sizes: Tensor | None  # packed: [T]
     lengths: Tensor | None  # dense: [B]
     reset: Tensor | None  # [N]
@@ -49,7 +50,7 @@ class Scan:
         moved = self.map(lambda t: t.to(device, dtype))
         return replace(moved, reset=None if self.reset is None else self.reset.to(device))
 
-    WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+    WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "u")
 
     @property
     def weights(self) -> list[list[Tensor]]:
@@ -73,7 +74,8 @@ class Scan:
         y, _, _, saved, saved_c = outputs
         dy, dh_n, dc_n, _, dall_c = gradients
         return (
-            dy, dh_n, dc_n, dall_c, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, *self.rows, keep,
+            dy, dh_n, dc_n, dall_c, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, self.u,
+            *self.rows, keep,
         )  # fmt: skip
 
     def kernel_backward(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple[Tensor, ...]:
@@ -143,6 +145,7 @@ def make_scan(
         [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias else [],
         [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias else [],
         [normal(P, H, scale=bound) for _ in range(D)] if P else [],
+        [normal(cell.vectors, H) for _ in range(D)] if cell.vectors else [],
         batch_sizes,
         given,
         torch.rand(N, generator=g) < 0.3 if reset else None,

@@ -52,7 +52,8 @@ def make(name, T, B, I, H, P):
         name, filled(1, 1, T * B, I), filled(2, 1, 1, B, W),
         filled(3, 1, 1, B, H) if CELLS[name].has_c else None,
         [filled(4, 0.3, G * H, I)], [filled(5, 0.3, G * H, W)], [filled(6, 1, G * H)], [filled(7, 1, G * H)],
-        [filled(8, 0.3, W, H)] if P else [], None, None, None, False,
+        [filled(8, 0.3, W, H)] if P else [],
+        [filled(10, 0.3, CELLS[name].vectors, H)] if CELLS[name].vectors else [], None, None, None, False,
     )  # fmt: skip
 
 
@@ -61,11 +62,11 @@ def expected(scan):
     outputs = scan.reference()
     y, h_n, c_n = outputs[:3]
     dy = filled(9, 1, *y.shape)
-    dgates, dh0, dc0, *_ = scan.reference_backward(outputs, (dy, None, None, None, None))
+    dgates, dh0, dc0, _, _, du = scan.reference_backward(outputs, (dy, None, None, None, None))
     dx, dw_ih, dw_hh, db_ih, db_hh = _ops.composed_products(
         CELLS[scan.name], dgates, scan.x, y, scan.h0, scan.w_ih, *scan.rows, True, True
     )
-    return [y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh]
+    return [y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh, *([du] if scan.u else [])]
 
 
 # Few rows and one step in place, turned tiles, packed panels, ragged blocks, a projection, two threads.
@@ -78,8 +79,8 @@ SHAPES = [(1, 1, 3, 5, 0), (2, 3, 7, 20, 0), (1, 16, 9, 33, 0), (12, 9, 8, 17, 0
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 3e-5), ("f64", 1e-12)])
 def test_aarch64_kernels_equal_the_reference(drive, name, shape, threads, dtype, tolerance):
     T, B, I, H, P = shape
-    if P and name != "lstm":
-        pytest.skip("only an LSTM has a projection")
+    if P and CELLS[name].hidden is None:
+        pytest.skip("this cell has no projection")
     command = [EMULATOR, drive, name, dtype, *shape, threads]
     printed = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
     numbers = torch.tensor([float(line) for line in printed.split()], dtype=torch.float64)

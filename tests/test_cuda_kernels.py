@@ -86,7 +86,7 @@ def run(device: Device, numbers: str, scan, wanted: str = "all", save: int = 1) 
         tuple(t.cpu().double() for t in outputs),
         tuple(None if t is None else t.cpu().double() for t in gradients),
     )
-    for name, a, b in zip(("dgates", "dh0", "dc0", "dh", "dc"), found, expected, strict=True):
+    for name, a, b in zip(("dgates", "dh0", "dc0", "dh", "dc", "du"), found, expected, strict=True):
         close(numbers, name, a, b)
 
 

@@ -11,7 +11,7 @@ from fastrnn.reference import CELLS, Layout
 
 ODD_SIZES = (1, 3, 7, 17, 65, 129)
 NAMES = ("y", "h_n", "c_n", "saved", "saved_c")
-GRADIENT_NAMES = ("dgates", "dh0", "dc0", "dh", "dc")
+GRADIENT_NAMES = ("dgates", "dh0", "dc0", "dh", "dc", "du")
 
 
 def assert_same(ours, theirs, names, tolerance=1e-12):
@@ -121,11 +121,12 @@ def test_an_empty_batch_gives_empty_results(name, batch_first):
         (2, 0, cell.saved * 5),
         (2, 0, 5) if cell.has_c else (0,),
     ]
-    dgates, dh0, _, dh, dc = scan.kernel_backward(outputs, scan.gradients(outputs))
+    dgates, dh0, _, dh, dc, du = scan.kernel_backward(outputs, scan.gradients(outputs))
     assert dgates.shape == (2, 0, cell.gradients * 5)
     assert dh0.shape == (2, 0, 5)
     assert dh.shape == (2, 0, 5)
     assert dc.shape == ((2, 0, 5) if cell.has_c else (0,))
+    assert du.tolist() == torch.zeros(2 if cell.vectors else 0, cell.vectors, 5).tolist()
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
@@ -162,7 +163,7 @@ def test_the_kept_gradients_are_the_derivatives_by_every_state(name, form, monke
         made.append(steps)
         return assemble(layout, steps)
 
-    for P in (None, 2) if name == "lstm" else (None,):
+    for P in (None, 2) if CELLS[name].hidden else (None,):
         scan = make_scan(name, 4, 3, 5, D=2, P=P, **FORMS[form])
         scan.x.requires_grad_()
         made.clear()
@@ -172,7 +173,7 @@ def test_the_kept_gradients_are_the_derivatives_by_every_state(name, form, monke
         gradients = scan.gradients(outputs, "first")
         of_direction = 2 if CELLS[name].has_c else 1  # lists: h and, of an LSTM, c
         detached = scan.map(torch.Tensor.detach)
-        found = detached.kernel_backward(tuple(o.detach() for o in outputs), gradients)[3:]
+        found = detached.kernel_backward(tuple(o.detach() for o in outputs), gradients)[3:5]
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
         ends, given = zip(*pairs, strict=True)
         for which, kept in zip((0, 1), found, strict=True) if CELLS[name].has_c else [(0, found[0])]:

@@ -12,7 +12,7 @@ import torch
 from fastrnn import _ops, reference
 from fastrnn.reference import CELLS
 
-# (x [G], a [G]) -> the saved activations [S] of one step.
+# (x [G], a [G]), and with vectors of parameters (c_{t-1}, *u) -> the saved activations [S] of one step.
 
 
 def lstm_saved(x, a):
@@ -29,8 +29,8 @@ def nothing_saved(x, a):
     return ()
 
 
-# (saved, h, h_prev, c, c_prev, dh, dc) -> (dgates [E], dh_prev, dc, dc_prev): the last G of dgates are x's,
-# dh_prev is what does not pass through a, and dc is now complete.
+# (saved, h, h_prev, c, c_prev, dh, dc, *u) -> (dgates [E], dh_prev, dc, dc_prev, *du): the last G of dgates
+# are x's, dh_prev is what does not pass through a, and dc is now complete.
 
 
 def lstm_back(saved, h, h_prev, c, c_prev, dh, dc):
@@ -57,18 +57,28 @@ def rnn_relu_back(saved, h, h_prev, c, c_prev, dh, dc):
     return (torch.where(h <= 0, torch.zeros_like(dh), dh),), None, None, None
 
 
-SAVED = {"lstm": lstm_saved, "gru": gru_saved, "rnn_tanh": nothing_saved, "rnn_relu": nothing_saved}
-BACK = {"lstm": lstm_back, "gru": gru_back, "rnn_tanh": rnn_tanh_back, "rnn_relu": rnn_relu_back}
+SAVED = {
+    "lstm": lstm_saved,
+    "gru": gru_saved,
+    "rnn_tanh": nothing_saved,
+    "rnn_relu": nothing_saved,
+}
+BACK = {
+    "lstm": lstm_back,
+    "gru": gru_back,
+    "rnn_tanh": rnn_tanh_back,
+    "rnn_relu": rnn_relu_back,
+}
 
 
 def forward(name, layout, x, h0, c0, *weights):
     """The operator ``fastrnn::<cell>`` with everything saved; shapes as in csrc/common/schemas.h."""
     cell, saves, none = CELLS[name], [], h0.new_empty(0)
 
-    def step(x, a, h, c):
-        save = SAVED[name](x, a)
+    def step(x, a, h, c, *u):
+        save = SAVED[name](x, a, *((c, *u) if u else ()))
         saves.append(torch.cat(save, -1) if save else h[:, :0])
-        return cell.step(x, a, h, c)
+        return cell.step(x, a, h, c, *u)
 
     y, h_n, c_n, all_c = reference.forward(replace(cell, step=step), layout, x, h0, c0, *weights)
     by_direction = saves[: layout.T], saves[layout.T :][::-1]
@@ -76,7 +86,7 @@ def forward(name, layout, x, h0, c0, *weights):
     return y, h_n, none if c_n is None else c_n, saved, none if all_c is None else all_c
 
 
-def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, keep):
+def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, u, keep):
     """The operator ``fastrnn::<cell>_backward``; shapes as in csrc/common/schemas.h."""
     cell = CELLS[name]
     D, _, P = h0.shape
@@ -84,6 +94,7 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
     steps, batch = layout.steps(), layout.order
     back = torch.argsort(batch)
     all_dgates, dh0, dc0, all_dh, all_dc = [], [], [], [], []
+    du = [torch.zeros_like(vectors) for vectors in u]
     for d in range(D):
         y_d = y[:, d * P : (d + 1) * P]
         dh = dh_n[d][batch] if dh_n is not None else torch.zeros_like(h0[d])
@@ -110,7 +121,7 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
             if cell.has_c:
                 c, c_prev = all_c[d][rows], previous(all_c[d], c0[d])
                 dc_t = dc[:n] + dall_c[d][rows] if dall_c is not None else dc[:n]
-            gates, direct, dcs[t], dc_prev = BACK[name](
+            gates, direct, dcs[t], dc_prev, *shares = BACK[name](
                 saved[d][rows].split(H, -1),
                 y_d[rows],
                 previous(y_d, h0[d]),
@@ -118,7 +129,10 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
                 c_prev,
                 dh_t @ w_hr[d] if w_hr else dh_t,
                 dc_t,
+                *(u[d] if u else ()),
             )
+            for k, share in enumerate(shares):
+                du[d][k] += share.sum(0)
             dgates[t] = torch.cat(gates, -1)
             dh_prev = _ops.recurrent_gradients(cell, dgates[t]) @ w_hh[d]
             if direct is not None:
@@ -138,4 +152,5 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
         torch.stack(dc0) if cell.has_c else none,
         torch.stack(all_dh) if w_hr or keep else none,
         torch.stack(all_dc) if cell.has_c and keep else none,
+        torch.stack(du) if du else none,
     )

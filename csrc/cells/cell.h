@@ -26,6 +26,7 @@ struct CellInfo {
   int states = 1;             // h alone, or h and c
   unsigned reads_before = 0;  // states of step t-1 that the step reads, besides the product with W_hh
   unsigned reads_after = 0;   // states of step t that backward reads
+  int vectors = 0;            // U: vectors of parameters, one number a unit
   int saved = 0;              // S: numbers of a unit that backward reads, besides the states
   bool reuses_saved = false;  // backward may write the gate gradients over the saved numbers
   bool projects = false;      // takes a W_hr, which projects h
@@ -54,6 +55,7 @@ struct ForwardUnit {
   V a[kInfo.gates];  // W_ih x + b_ih + W_hh h + b_hh in torch's gate order; of a split gate W_hh h + b_hh
                      // alone
   V x[array_length(kInfo.split)];      // W_ih x + b_ih of the split gates
+  V u[array_length(kInfo.vectors)];    // the unit's numbers in the vectors of parameters
   V before[kInfo.states];              // states of step t-1, those that are read
   V after[kInfo.states];               // out: states of step t
   V saved[array_length(kInfo.saved)];  // out: what backward reads
@@ -71,10 +73,12 @@ template <class Cell, class V>
 struct BackwardUnit {
   static constexpr CellInfo kInfo = Cell::kInfo;
   V saved[array_length(kInfo.saved)];
+  V u[array_length(kInfo.vectors)];  // the unit's numbers in the vectors of parameters
   V before[kInfo.states];               // states of step t-1, those that are read
   V after[kInfo.states];                // states of step t, those that are read
   V dafter[kInfo.states];  // dL/dh_t, complete; in: dL/dc_t by way of step t+1 and the outputs, out: complete
   V dbefore[kInfo.states];  // out: dL/d(before) of the states that are read, without the product with W_hh
+  V du[array_length(kInfo.vectors)];  // out: this row's share of dL/du
   V dgates[kInfo.gradients()];  // out: dL/d(gate before its activation), in CellInfo's order
 };
 

@@ -10,7 +10,7 @@ namespace fastrnn {
 
 template <class S>
 Weights<S> weights_of(const Tensors& w_ih, const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh,
-                      const Tensors& w_hr, int64_t direction) {
+                      const Tensors& w_hr, const Tensors& u, int64_t direction) {
   const auto d = static_cast<size_t>(direction);
   const auto vector = [d](const Tensors& biases) {
     return biases.empty() ? nullptr : static_cast<const S*>(biases[d].const_data_ptr());
@@ -19,7 +19,8 @@ Weights<S> weights_of(const Tensors& w_ih, const Tensors& w_hh, const Tensors& b
           .w_hh = rows<S>(w_hh[d]),
           .b_ih = vector(b_ih),
           .b_hh = vector(b_hh),
-          .w_hr = w_hr.empty() ? Rows<const S>{} : rows<S>(w_hr[d])};
+          .w_hr = w_hr.empty() ? Rows<const S>{} : rows<S>(w_hr[d]),
+          .u = u.empty() ? Rows<const S>{} : rows<S>(u[d])};
 }
 
 inline Tensors each_with_rows(const Tensors& matrices) {
@@ -56,7 +57,7 @@ inline void check_c0(const CellInfo& cell, const Arguments& arguments, const May
 }
 
 inline Sizes check_weights(const CellInfo& cell, const Tensor& h0, const MaybeTensor& c0, const Tensors& w_hh,
-                           const Tensors& w_hr) {
+                           const Tensors& w_hr, const Tensors& u) {
   STD_TORCH_CHECK(h0.dim() == 3, "h0 must be [D, B, P]");
   const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), G = cell.gates;
   STD_TORCH_CHECK(D >= 1 && D <= kMaxDirections, "h0 must have 1 or 2 directions, got ", D);
@@ -68,6 +69,8 @@ inline Sizes check_weights(const CellInfo& cell, const Tensor& h0, const MaybeTe
   STD_TORCH_CHECK(w_hr.empty() || cell.projects, cell.name, " has no projection");
   STD_TORCH_CHECK(!w_hr.empty() || H == P, "h0 must be as wide as the hidden size");
   if (!w_hr.empty()) arguments.check_each(w_hr, "w_hr", "[P, H]", {P, H});
+  STD_TORCH_CHECK(!u.empty() || cell.vectors == 0, cell.name, " takes vectors u");
+  if (!u.empty()) arguments.check_each(u, "u", "[U, H]", {cell.vectors, H});
   const Sizes sizes{D, B, P, H, G};
   check_c0(cell, arguments, c0, sizes);
   return sizes;
@@ -97,7 +100,7 @@ struct ForwardCall {
   int64_t N, I;
   SequenceLayout layout;
   Tensor x, h0;
-  Tensors w_ih, w_hh, b_ih, b_hh, w_hr;
+  Tensors w_ih, w_hh, b_ih, b_hh, w_hr, u;
   bool has_c, save_gates, save_c;
   Tensor y, h_n, c_n, saved, saved_c;  // results
 
@@ -128,19 +131,20 @@ struct ForwardCall {
 
   ForwardCall(const CellInfo& cell_, const Tensor& x_, const Tensor& h0_, const MaybeTensor& c0,
               const Tensors& w_ih_, const Tensors& w_hh_, const Tensors& b_ih_, const Tensors& b_hh_,
-              const Tensors& w_hr_, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-              const MaybeTensor& reset, bool batch_first, int64_t save)
-      : ForwardCall(cell_, check_weights(cell_, h0_, c0, w_hh_, w_hr_), x_, h0_, c0, batch_sizes, lengths,
+              const Tensors& w_hr_, const Tensors& u_, const MaybeTensor& batch_sizes,
+              const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, int64_t save)
+      : ForwardCall(cell_, check_weights(cell_, h0_, c0, w_hh_, w_hr_, u_), x_, h0_, c0, batch_sizes, lengths,
                     reset, batch_first, save) {
     check_inputs(Arguments(h0_, sizes.D), sizes, I, w_ih_, b_ih_, b_hh_);
     w_ih = each_with_rows(w_ih_), w_hh = each_with_rows(w_hh_), w_hr = each_with_rows(w_hr_);
+    u = each_with_rows(u_);
     b_ih = each_contiguous(b_ih_), b_hh = each_contiguous(b_hh_);
   }
 
   template <class S>
   ForwardDirection<S> direction(int64_t d) const {
     const int64_t D = sizes.D, P = sizes.P;
-    return {.weights = w_hh.empty() ? Weights<S>{} : weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d),
+    return {.weights = w_hh.empty() ? Weights<S>{} : weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, u, d),
             .h0 = direction_rows<const S>(h0, d),
             .y = {static_cast<S*>(y.mutable_data_ptr()) + d * P, D * P},
             .h_n = direction_rows<S>(h_n, d),
@@ -172,18 +176,18 @@ struct BackwardCall {
   SequenceLayout layout;
   Tensor saved, saved_c, y, h0;
   MaybeTensor dy, dsaved_c, c0;
-  Tensors w_hh, w_hr;
+  Tensors w_hh, w_hr, u;
   bool with_dh, with_dc, in_place;
-  Tensor dgates, dh0, dc0, dh, dc;  // results
+  Tensor dgates, dh0, dc0, dh, dc, du;  // results
 
   BackwardCall(const CellInfo& cell_, const MaybeTensor& dy_, const MaybeTensor& dh_n,
                const MaybeTensor& dc_n, const MaybeTensor& dsaved_c_, const Tensor& saved_,
                const Tensor& saved_c_, const Tensor& y_, const Tensor& h0_, const MaybeTensor& c0_,
-               const Tensors& w_hh_, const Tensors& w_hr_, const MaybeTensor& batch_sizes,
+               const Tensors& w_hh_, const Tensors& w_hr_, const Tensors& u_, const MaybeTensor& batch_sizes,
                const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep,
                bool in_place_)
       : cell(cell_),
-        sizes(check_weights(cell_, h0_, c0_, w_hh_, w_hr_)),
+        sizes(check_weights(cell_, h0_, c0_, w_hh_, w_hr_, u_)),
         N(rows_in(y_, "y", "[N, D*P]")),
         layout(N, sizes.B, batch_sizes, lengths, reset, batch_first),
         saved(as_contiguous(saved_)),
@@ -195,6 +199,7 @@ struct BackwardCall {
         c0(contiguous_if(c0_)),
         w_hh(each_with_rows(w_hh_)),
         w_hr(each_with_rows(w_hr_)),
+        u(each_with_rows(u_)),
         with_dh(keep || !w_hr_.empty()),
         with_dc(keep && c0_),
         in_place(in_place_) {
@@ -222,12 +227,13 @@ struct BackwardCall {
     dc0 = c0 ? initial(dc_n, H) : empty({0}, h0);
     dh = with_dh ? empty({D, N, P}, h0) : empty({0}, h0);
     dc = with_dc ? empty({D, N, H}, h0) : empty({0}, h0);
+    du = cell.vectors ? torch::stable::new_zeros(h0, {D, cell.vectors, H}) : empty({0}, h0);
   }
 
   template <class S>
   BackwardDirection<S> direction(int64_t d) const {
     const int64_t D = sizes.D, P = sizes.P;
-    return {.weights = weights_of<S>({}, w_hh, {}, {}, w_hr, d),
+    return {.weights = weights_of<S>({}, w_hh, {}, {}, w_hr, u, d),
             .dy = dy ? Rows<const S>{static_cast<const S*>(dy->const_data_ptr()) + d * P, dy->stride(0)}
                      : Rows<const S>{},
             .dsaved_c = optional_rows<S>(dsaved_c, d),
@@ -237,6 +243,7 @@ struct BackwardCall {
             .h0 = direction_rows<const S>(h0, d),
             .c0 = optional_rows<S>(c0, d),
             .dgates = direction_rows<S>(dgates, d),
+            .du = cell.vectors ? direction_rows<S>(du, d) : Rows<S>{},
             .dh = direction_rows<S>(dh0, d),
             .dc = c0 ? direction_rows<S>(dc0, d) : Rows<S>{},
             .dh_rows = with_dh ? direction_rows<S>(dh, d) : Rows<S>{},
@@ -250,8 +257,8 @@ struct BackwardCall {
     return problem;
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
-    return {in_place ? empty({0}, h0) : dgates, dh0, dc0, dh, dc};
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
+    return {in_place ? empty({0}, h0) : dgates, dh0, dc0, dh, dc, du};
   }
 };
 

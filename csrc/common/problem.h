@@ -1,6 +1,6 @@
 // The problem structs: everything a kernel is told, built and checked once at the boundary (calls.h) and
 // trusted inside. T time, B batch, H hidden size, P width of h (the projection, or H), G gates, S saved
-// activations, E gate gradients, D directions, N rows of the whole sequence.
+// activations, E gate gradients, U vectors of parameters, D directions, N rows of the whole sequence.
 #pragma once
 #include <cstdint>
 
@@ -52,6 +52,7 @@ struct Weights {
   Rows<const S> w_hh;  // [G*H, P]
   const S *b_ih, *b_hh;  // [G*H] or null
   Rows<const S> w_hr;  // [P, H], or null without projection
+  Rows<const S> u;  // [U, H] vectors of parameters, or null
 };
 
 template <class S>
@@ -75,6 +76,7 @@ struct BackwardDirection {
   Rows<const S> y;  // [N, P]
   Rows<const S> h0, c0;  // [B, P], [B, H]
   Rows<S> dgates;  // [N, E*H] out
+  Rows<S> du;  // [U, H] out; null without vectors of parameters
   Rows<S> dh;  // [B, P] in: dL/dh_n; out: dL/dh_0
   Rows<S> dc;  // [B, H] in: dL/dc_n; out: dL/dc_0
   Rows<S> dh_rows;  // [N, P] out: complete dL/dh_t; with projection or where kept, else null

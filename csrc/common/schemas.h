@@ -5,21 +5,24 @@
 namespace fastrnn {
 
 // x [N, I], h0 [D, B, P], c0 [D, B, H], w_ih D x [G*H, I], w_hh D x [G*H, P], b_ih and b_hh D x [G*H] or
-// none, w_hr D x [P, H] or none, batch_sizes int64 [T] (packed) or none, lengths int64 [B] (dense) or none,
-// reset bool [N] or none; save: 0 nothing, 1 what backward wants, 2 every c_t alone
+// none, w_hr D x [P, H] or none, u D x [U, H] or none (vectors of parameters), batch_sizes int64 [T] (packed)
+// or none, lengths int64 [B] (dense) or none, reset bool [N] or none; save: 0 nothing, 1 what backward wants,
+// 2 every c_t alone
 // -> y [N, D*P], h_n [D, B, P], c_n [D, B, H], saved [D, N, S*H], saved_c [D, N, H]
 constexpr const char* kForward =
     "(Tensor x, Tensor h0, Tensor? c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, "
-    "Tensor[] w_hr, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, int save) "
+    "Tensor[] w_hr, Tensor[] u, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, "
+    "int save) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor saved_c)";
 
 // -> dgates [D, N, E*H], dh0 [D, B, P], dc0 [D, B, H], dh [D, N, P] (complete dL/dh_t; with w_hr or keep),
-//    dc [D, N, H] (complete dL/dc_t; with a c and keep)
+//    dc [D, N, H] (complete dL/dc_t; with a c and keep), du [D, U, H] (with u)
 constexpr const char* kBackward =
     "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dsaved_c, Tensor saved, "
-    "Tensor saved_c, Tensor y, Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? batch_sizes, "
+    "Tensor saved_c, Tensor y, Tensor h0, Tensor? c0, Tensor[] w_hh, Tensor[] w_hr, Tensor[] u, Tensor? "
+    "batch_sizes, "
     "Tensor? lengths, Tensor? reset, bool batch_first, bool keep) "
-    "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh, Tensor dc)";
+    "-> (Tensor dgates, Tensor dh0, Tensor dc0, Tensor dh, Tensor dc, Tensor du)";
 
 // The same for a cell that reuses_saved: dgates is written over saved, and is [0] among the results. Rows of
 // saved beyond the lengths must be zero, as the forward scan leaves them.
@@ -39,7 +42,8 @@ constexpr const char* kProducts =
 // -> uint8 [bytes]: valid in this process alone. With bfloat16 the weights (not the biases) are rounded to
 // it.
 constexpr const char* kPack =
-    "(Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, bool bfloat16) -> Tensor";
+    "(Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr, Tensor[] u, bool bfloat16) "
+    "-> Tensor";
 
 constexpr const char* kPacked =
     "(Tensor x, Tensor h0, Tensor? c0, Tensor packed, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, "

@@ -33,7 +33,10 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const Scratch scratch([this](Memory& memory) { lay_out(memory); }, kKeptInTraining);
     if (scratch.failed()) return false;
     this->Base::run(*this, projected() ? 2 * sequence.T + 1 : sequence.T + 1);
-    for (int team = 0; team < this->teams(); ++team) initial_gradient(team);
+    for (int team = 0; team < this->teams(); ++team) {
+      initial_gradient(team);
+      add_vectors_gradient(team);
+    }
     return true;
   }
 
@@ -48,6 +51,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       for (int64_t i = 0; i < rows.count(sequence.B); ++i)
         copy_row(dh_buffer(team)[i],
                  problem.direction[this->direction_of(team)].dh[sequence.batch(rows.position(i))], problem.P);
+      if constexpr (kInfo.vectors > 0)
+        __builtin_memset(du_buffer(team), 0, kInfo.vectors * problem.H * sizeof(S));
     }
   }
 
@@ -77,6 +82,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     dh_ = s.take<S>(this->teams() * most * dh_stride_);
     dh_complete_ = s.take<S>(projected() ? this->teams() * most * dh_stride_ : 0);
     dgates_ = s.take<S>(this->teams() * 2 * most * dgates_stride_);
+    du_ = s.take<S>(this->teams() * kInfo.vectors * problem.H);
     for (int d = 0; d < problem.directions; ++d) {
       if (few()) continue;
       const Weights<S>& w = problem.direction[d].weights;
@@ -100,6 +106,9 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   FASTRNN_INLINE Rows<S> dgates_buffer(int team, int64_t s) const {
     return {dgates_ + (team * 2 + s % 2) * this->most_rows() * dgates_stride_, dgates_stride_};
   }
+
+  /// The team's rows' share of the gradient of the vectors of parameters, [U, H].
+  FASTRNN_INLINE S* du_buffer(int team) const { return du_ + team * kInfo.vectors * problem.H; }
 
   /// dL/dh_t = its recurrent part + dL/dy_t, for some outputs.
   void output_gradient(int team, int64_t s, Range blocks) {
@@ -160,6 +169,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const int64_t t = this->time(d, s), H = problem.H;
     const int64_t t_prev = this->time(d, s - 1), rows_prev = s > 0 ? sequence.rows(t_prev) : 0;
     const Rows<S> dgates_now = dgates_buffer(team, s);
+    S* const du = du_buffer(team);
     const bool add_dy = dir.dy && !projected(), keep_dh = dir.dh_rows && !projected();
     for (int64_t k = 0; k < n; ++k) {
       const int64_t i = i_begin + k, position = rows.position(i), b = sequence.batch(position);
@@ -175,6 +185,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         };
         BackwardUnit<Cell, V<S>> s;
         for (int j = 0; j < kInfo.saved; ++j) s.saved[j] = io.load(saved_row + j * H + u);
+        for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = io.load(dir.weights.u[k] + u);
         if constexpr (kInfo.after(kH)) s.after[kH] = io.load(dir.y[row] + u);
         if constexpr (kInfo.before(kH)) s.before[kH] = previous(dir.h0, dir.y);
         if constexpr (kInfo.after(kC)) s.after[kC] = io.load(dir.saved_c[row] + u);
@@ -195,6 +206,10 @@ class Backward : public Scan<S, BackwardProblem<S>> {
           io.store(dir.dc[b] + u, forgets ? V<S>{} : s.dbefore[kC]);
         }
         if constexpr (kInfo.before(kH)) io.store(dh_rows[k] + offset, s.dbefore[kH]);
+        for (int v = 0; v < kInfo.vectors; ++v) {
+          S* const sum = du + v * H + u;
+          io.store(sum, io.load(sum) + s.du[v]);
+        }
       };
       each_vector<S>(first, count, cell);
     }
@@ -242,7 +257,14 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     }
   }
 
-  S *dh_ = nullptr, *dh_complete_ = nullptr, *dgates_ = nullptr;
+  /// Adds the team's share to dL/du, one team after the other: always in the same order.
+  void add_vectors_gradient(int team) const {
+    const Rows<S>& du = problem.direction[this->direction_of(team)].du;
+    for (int v = 0; v < kInfo.vectors; ++v)
+      for (int64_t u = 0; u < problem.H; ++u) du[v][u] += du_buffer(team)[v * problem.H + u];
+  }
+
+  S *dh_ = nullptr, *dh_complete_ = nullptr, *dgates_ = nullptr, *du_ = nullptr;
   int64_t dh_stride_ = 0, dgates_stride_ = 0;
   Columns<S> w_hh_[kMaxDirections], w_hr_[kMaxDirections];
 };

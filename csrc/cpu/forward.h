@@ -273,7 +273,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const int64_t t = this->time(d, s), H = problem.H;
     const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
     const int width = width_of(block);
-    const S* const bias = panels_[d].bias;
+    const S *const bias = panels_[d].bias, *const vectors = panels_[d].u;
     const Rows<S> h_now = h_buffer(team, s), h_next = h_buffer(team, s + 1), m = m_buffer(team);
     const bool projected = problem.projected;
     for (int64_t k = 0; k < n; ++k) {
@@ -294,6 +294,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         ForwardUnit<Cell, V<S>> s;
         for (int g = 0; g < G; ++g) s.a[g] = gate(g);
         for (int g = 0; g < kInfo.split; ++g) s.x[g] = gate(G + g);
+        for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = io.load(vectors + k * H + u);
         if constexpr (kInfo.before(kH)) s.before[kH] = io.load(h_now[i] + u);
         if constexpr (kInfo.has_c()) s.before[kC] = io.load(c_row + u);
         Cell::template forward<Math<S>>(s);

@@ -13,7 +13,7 @@ namespace {
 /// W is what a weight is stored as: S itself, or Pair.
 template <class Cell, class S, class W>
 class Panels {
-  static constexpr int G = Cell::kInfo.gates, kSplit = Cell::kInfo.split;
+  static constexpr int G = Cell::kInfo.gates, kSplit = Cell::kInfo.split, U = Cell::kInfo.vectors;
 
  public:
   // Products of a unit: product g is that of gate g, with x and h, or of a split gate with h alone; products
@@ -29,6 +29,7 @@ class Panels {
     I_ = I, P_ = P, H_ = H;
     units_ = {H}, outputs_ = {P};
     bias = memory.take<S>(kProducts * H);
+    u = memory.take<S>(U * H);
     w_ih = packs_ih ? memory.take<W>(units_.count() * I * kBlockWidth) : nullptr;
     w_hh = packs_hh ? memory.take<W>(units_.count() * P * kBlockWidth) : nullptr;
     w_hr = packs_hh && projected ? memory.take<W>(outputs_.count() * H * kPanelWidth<S, W>) : nullptr;
@@ -36,7 +37,7 @@ class Panels {
 
   /// Packs one of `parts` shares of the blocks.
   void pack(const Weights<S>& w, int64_t part, int64_t parts) const {
-    if (part == 0) pack_bias(w);
+    if (part == 0) pack_vectors(w);
     for (int64_t block = part; block < units_.count(); block += parts)
       for (int gate = 0; gate < G; ++gate) {
         const auto pack_gate = [&](Rows<const S> weights, int64_t K, W* panels) {
@@ -62,6 +63,7 @@ class Panels {
   }
 
   S* bias = nullptr;  // [kProducts, H]
+  S* u = nullptr;  // [U, H] vectors of parameters
   W* w_ih = nullptr;  // [block of units][gate][I][panel], or null: read as they lie
   W* w_hh = nullptr;  // [block of units][gate][P][panel], or null
   W* w_hr = nullptr;  // [block of outputs][H][panel], or null
@@ -73,7 +75,8 @@ class Panels {
     return K * (block * kBlockWidth + gate * panel_width<S, W>(units_.vectors(block)));
   }
 
-  void pack_bias(const Weights<S>& w) const {
+  void pack_vectors(const Weights<S>& w) const {
+    for (int k = 0; k < U; ++k) __builtin_memcpy(u + k * H_, w.u[k], H_ * sizeof(S));
     __builtin_memset(bias, 0, kProducts * H_ * sizeof(S));
     if (!w.b_ih) return;
     for (int gate = 0; gate < G; ++gate)

@@ -51,9 +51,9 @@ void run(Float f32, Double f64, const Problem& problem) {
 template <class Cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
-    Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    Tensors b_hh, Tensors w_hr, Tensors u, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
     const MaybeTensor& reset, bool batch_first, int64_t save) {
-  const ForwardCall call(Cell::kInfo, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
+  const ForwardCall call(Cell::kInfo, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, u, batch_sizes, lengths, reset,
                          batch_first, save);
   with_type(h0, [&]<class S>(S) {
     auto problem = call.template problem<S>(call.layout.get());
@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 /// same gates have the same panels.
 struct PackHeader {
   char isa[16];
-  int64_t gates, scalar, D, I, H, P, split, projected, pairs;
-  int64_t unused[5];  // zero
+  int64_t gates, scalar, D, I, H, P, split, vectors, projected, pairs;
+  int64_t unused[4];  // zero
 };
 constexpr int64_t kHeaderBytes = 128;
 static_assert(sizeof(PackHeader) == kHeaderBytes);
@@ -85,6 +85,7 @@ PackHeader header_of(const Tensor& like, const Sizes& sizes, int64_t I, bool pro
                     .H = sizes.H,
                     .P = sizes.P,
                     .split = Cell::kInfo.split,
+                    .vectors = Cell::kInfo.vectors,
                     .projected = projected,
                     .pairs = pairs,
                     .unused = {}};
@@ -95,14 +96,15 @@ PackHeader header_of(const Tensor& like, const Sizes& sizes, int64_t I, bool pro
 /// The bytes of the panels; fills `to` where that is not null.
 template <class Cell>
 int64_t pack_panels(const Tensor& like, const PackHeader& header, const Tensors& w_ih, const Tensors& w_hh,
-                    const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, char* to) {
+                    const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, const Tensors& u,
+                    char* to) {
   int64_t bytes = 0;
   with_type(like, [&]<class S>(S) {
     PackProblem<S> problem{
         header.I, header.H, header.P, header.projected != 0, header.pairs != 0, static_cast<int>(header.D),
         {},       to};
     for (int64_t d = 0; to && d < header.D; ++d)
-      problem.weights[d] = weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, d);
+      problem.weights[d] = weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, u, d);
     if constexpr (std::is_same_v<S, float>)
       bytes = kernels_of<Cell>().pack_f32(problem);
     else
@@ -112,7 +114,7 @@ int64_t pack_panels(const Tensor& like, const PackHeader& header, const Tensors&
 }
 
 template <class Cell>
-Tensor pack(Tensors w_ih, Tensors w_hh, Tensors b_ih, Tensors b_hh, Tensors w_hr, bool bfloat16) {
+Tensor pack(Tensors w_ih, Tensors w_hh, Tensors b_ih, Tensors b_hh, Tensors w_hr, Tensors u, bool bfloat16) {
   const auto D = static_cast<int64_t>(w_hh.size());
   STD_TORCH_CHECK(D >= 1 && w_hh[0].dim() == 2, "w_hh must be matrices [G*H, P]");
   STD_TORCH_CHECK(!w_ih.empty() && w_ih[0].dim() == 2, "w_ih must be matrices [G*H, I]");
@@ -123,25 +125,25 @@ Tensor pack(Tensors w_ih, Tensors w_hh, Tensors b_ih, Tensors b_hh, Tensors w_hr
   const Tensor h0 = empty({D, 0, P}, like);
   const MaybeTensor c0 =
       Cell::kInfo.has_c() ? MaybeTensor(empty({D, 0, like.size(0) / Cell::kInfo.gates}, like)) : std::nullopt;
-  const Sizes sizes = check_weights(Cell::kInfo, h0, c0, w_hh, w_hr);
+  const Sizes sizes = check_weights(Cell::kInfo, h0, c0, w_hh, w_hr, u);
   check_inputs(Arguments(h0, D), sizes, I, w_ih, b_ih, b_hh);
   w_ih = each_with_rows(w_ih), w_hh = each_with_rows(w_hh), w_hr = each_with_rows(w_hr);
-  b_ih = each_contiguous(b_ih), b_hh = each_contiguous(b_hh);
+  b_ih = each_contiguous(b_ih), b_hh = each_contiguous(b_hh), u = each_with_rows(u);
   const PackHeader header = header_of<Cell>(like, sizes, I, !w_hr.empty(), bfloat16);
-  const int64_t bytes = kHeaderBytes + pack_panels<Cell>(like, header, {}, {}, {}, {}, {}, nullptr);
+  const int64_t bytes = kHeaderBytes + pack_panels<Cell>(like, header, {}, {}, {}, {}, {}, {}, nullptr);
   const Tensor packed = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   auto* const to = static_cast<char*>(packed.mutable_data_ptr());
   prefer_huge_pages(to, bytes);
   std::memset(to, 0, static_cast<size_t>(bytes));  // gaps too: the same weights give the same bytes
   std::memcpy(to, &header, sizeof header);
-  pack_panels<Cell>(like, header, w_ih, w_hh, b_ih, b_hh, w_hr, to + kHeaderBytes);
+  pack_panels<Cell>(like, header, w_ih, w_hh, b_ih, b_hh, w_hr, u, to + kHeaderBytes);
   return packed;
 }
 
 /// Whether so many bytes can be the pack that their header tells of, for numbers like those of `like`.
 template <class Cell>
 bool is_pack(const PackHeader& header, int64_t bytes, const Tensor& like) {
-  const auto& [isa, gates, scalar, D, I, H, P, split, projected, pairs, unused] = header;
+  const auto& [isa, gates, scalar, D, I, H, P, split, vectors, projected, pairs, unused] = header;
   const PackHeader expected =
       header_of<Cell>(like, {D, 0, P, H, Cell::kInfo.gates}, I, projected != 0, pairs != 0);
   return !std::memcmp(&header, &expected, sizeof header) && D >= 1 && D <= kMaxDirections && I >= 0 &&
@@ -149,7 +151,7 @@ bool is_pack(const PackHeader& header, int64_t bytes, const Tensor& like) {
          (!pairs || like.scalar_type() == ScalarType::Float) &&
          // A weight takes two bytes at least. After this no product of the sizes overflows.
          2.0 * double(H) * (double(I) + double(P)) <= double(bytes) &&
-         bytes == kHeaderBytes + pack_panels<Cell>(like, header, {}, {}, {}, {}, {}, nullptr);
+         bytes == kHeaderBytes + pack_panels<Cell>(like, header, {}, {}, {}, {}, {}, {}, nullptr);
 }
 
 /// forward() with the result of pack() in the place of the weights.
@@ -189,12 +191,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_packed(const Tensor& 
 }
 
 template <class Cell, bool kWriteOver>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved_c,
     const Tensor& saved, const Tensor& saved_c, const Tensor& y, const Tensor& h0, const MaybeTensor& c0,
-    Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    Tensors w_hh, Tensors w_hr, Tensors u, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
     const MaybeTensor& reset, bool batch_first, bool keep) {
-  const BackwardCall call(Cell::kInfo, dy, dh_n, dc_n, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
+  const BackwardCall call(Cell::kInfo, dy, dh_n, dc_n, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, u,
                           batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
   with_type(h0, [&]<class S>(S) {
     auto problem = call.template problem<S>(call.layout.get());

@@ -52,14 +52,18 @@ struct StepInputs {
     if constexpr (kInfo.before(kC)) before[kC] = previous(d.saved_c, d.c0);
   }
 
-  /// dh, dc: dL/dh_t and dL/dc_t by way of the later steps. begins: the state before is zero, after a reset.
+  /// u: the unit's numbers in the vectors of parameters; dh, dc: dL/dh_t and dL/dc_t by way of the later
+  /// steps. begins: the state before is zero, after a reset.
   template <class Row>
   __device__ __forceinline__ BackwardUnit<Cell, Acc<S>> backward(const BackwardColumns<S>& d, Row row,
-                                                                 bool begins, Acc<S> dh, Acc<S> dc) const {
+                                                                 bool begins, const Acc<S>* u, Acc<S> dh,
+                                                                 Acc<S> dc) const {
     using A = Acc<S>;
     BackwardUnit<Cell, A> s{};
 #pragma unroll
     for (int k = 0; k < kInfo.saved; ++k) s.saved[k] = load(saved[k]);
+#pragma unroll
+    for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = u[k];
     s.dafter[kH] = dh + load(dy);
     if (d.dh_rows) d.dh_rows[row] = store<S>(s.dafter[kH]);
     if constexpr (kInfo.after(kH)) s.after[kH] = load(after[kH]);

@@ -193,12 +193,17 @@ class Driver {
         const Choice choice = persistent<S>(problem, false, M::kArithmetic, !call.w_hr.empty());
         if (choice.form == Form::kNone) return;
         const ExchangeMemory memory(device_, choice.geometry, problem.directions, call.h0);
-        const PersistentBackward<S> p{problem, choice.geometry, memory.exchange, memory.arrived};
         const Grid grid = grid_of(choice, false, M::kArithmetic, problem.directions);
+        const int64_t shares = choice.geometry.replicas * (grid.threads / choice.geometry.units);
+        const Tensor du = shares_of_vectors<S>(call, problem.directions * shares);
+        const PersistentBackward<S> p{problem, choice.geometry, memory.exchange, memory.arrived,
+                                      pointer<float>(du)};
         if (choice.form == Form::kOneBlock)
           device_.launch(persistent_backward<Cell, M, Form::kOneBlock>, grid, p);
         else
           device_.launch(persistent_backward<Cell, M, Form::kManyBlocks>, grid, p);
+        for (int d = 0; d < problem.directions; ++d)
+          add_up_vectors(problem.direction[d], pointer<float>(du) + d * shares * vectors(call), shares, call);
         done = true;
       });
     return done;
@@ -264,6 +269,7 @@ class Driver {
     const Tensor direct = empty({kInfo.before(kH) ? B : 0, H}, like);
     const Tensor dh_complete = empty({projects ? B : 0, P}, like),
                  dh_hidden = empty({projects ? B : 0, H}, like);
+    const Tensor du = shares_of_vectors<S>(call, B);
     BackwardStep<S> p{.sequence = problem.sequence,
                       .direction = problem.direction[d],
                       .reverse = d == 1,
@@ -275,6 +281,7 @@ class Driver {
                       .direct = kInfo.before(kH) ? pointer<S>(direct) : nullptr,
                       .dgates_h = pointer<S>(dgates_h),
                       .dh_complete = projects ? pointer<S>(dh_complete) : nullptr,
+                      .du = pointer<Acc<S>>(du),
                       .dh_hidden = projects ? pointer<S>(dh_hidden) : nullptr};
     const Grid states = one_thread_each(B * larger(int(P), int(H)));
     device_.launch(begin_backward<S>, states, p);
@@ -296,6 +303,25 @@ class Driver {
         device_.multiply(out, first_rows(dgates_h, n), call.w_hh[size_t(d)]);
     }
     device_.launch(end_backward<S>, states, p);
+    add_up_vectors(problem.direction[d], p.du, B, call);
+  }
+
+  static int64_t vectors(const BackwardCall& call) { return kInfo.vectors * call.sizes.H; }
+
+  /// `count` shares [U, H] of dL/du, zero.
+  template <class S>
+  Tensor shares_of_vectors(const BackwardCall& call, int64_t count) const {
+    const Tensor shares = accumulators<S>({count * vectors(call)}, call.h0);
+    if (kInfo.vectors > 0) device_.clear(shares.mutable_data_ptr(), shares.numel() * sizeof(Acc<S>));
+    return shares;
+  }
+
+  template <class S>
+  void add_up_vectors(const BackwardDirection<S>& direction, const Acc<S>* shares, int64_t count,
+                      const BackwardCall& call) const {
+    if (kInfo.vectors > 0)
+      device_.launch(add_up<S>, one_thread_each(vectors(call)),
+                     AddUp<S>{shares, direction.du.data, count, vectors(call)});
   }
 
   template <class T>

@@ -13,6 +13,7 @@ struct PersistentBackward {
   Geometry geometry;
   char* exchange;  // [D][replicas][2] of exchange_bytes(), zero
   uint32_t* arrived;  // [D][replicas], zero
+  float* du;  // [D][shares][U, H], zero: each thread's share of dL/du; or null
 };
 
 template <class Cell, class M, Form kForm>
@@ -59,6 +60,9 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
   // later steps; and dL/dh beside the product.
   int offset[kShape.pairs] = {};
   float dh[kShape.pairs] = {}, dc[kShape.pairs] = {}, direct[kShape.pairs] = {};
+  float u[array_length(kInfo.vectors)], du[array_length(kInfo.vectors)] = {};
+#pragma unroll
+  for (int k = 0; k < kInfo.vectors; ++k) u[k] = mine.row(0) < place.rows ? load(d.weights.u[k][j]) : 0.f;
 #pragma unroll
   for (int i = 0; i < kShape.pairs; ++i) {
     if (mine.row(i) >= place.rows) break;
@@ -113,7 +117,9 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
       if (b >= active) break;
       const int row = start + offset[i];
       const bool zero = steps.resets(row);
-      const auto s = inputs[i].backward(columns, row, zero, dh[i], dc[i]);
+      const auto s = inputs[i].backward(columns, row, zero, u, dh[i], dc[i]);
+#pragma unroll
+      for (int k = 0; k < kInfo.vectors; ++k) du[k] += s.du[k];
       if constexpr (kInfo.before(kH)) direct[i] = s.dbefore[kH];
       if constexpr (kInfo.has_c()) dc[i] = s.dbefore[kC];
 #pragma unroll
@@ -142,6 +148,11 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     const int batch = steps.batch(mine.row(i));
     d.dh[batch][j] = store<S>(dh[i]);
     if constexpr (kInfo.has_c()) d.dc[batch][j] = store<S>(dc[i]);
+  }
+  if (kInfo.vectors > 0 && mine.row(0) < place.rows) {
+    const int share = (place.direction * g.replicas + place.replica) * mine.between + mine.first;
+#pragma unroll
+    for (int k = 0; k < kInfo.vectors; ++k) p.du[(int64_t(share) * kInfo.vectors + k) * H + j] = du[k];
   }
 }
 

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kI
 
   // Of each pair of the thread:
   int offset[kShape.pairs] = {};  // its row, counted from the first one of a step
-  float h[kShape.pairs] = {}, c[kShape.pairs] = {}, bias[G];
+  float h[kShape.pairs] = {}, c[kShape.pairs] = {}, bias[G], u[array_length(kInfo.vectors)];
   const auto publish = [&](int step, int i) {
     const int b = mine.row(i);
     reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride())[j] =
@@ -69,6 +69,8 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kI
 #pragma unroll
   for (int gate = 0; gate < G; ++gate)
     bias[gate] = d.weights.b_hh && mine.row(0) < place.rows ? load(d.weights.b_hh[gate * H + j]) : 0.f;
+#pragma unroll
+  for (int k = 0; k < kInfo.vectors; ++k) u[k] = mine.row(0) < place.rows ? load(d.weights.u[k][j]) : 0.f;
 #pragma unroll
   for (int i = 0; i < kShape.pairs; ++i) {
     if (mine.row(i) >= place.rows) break;
@@ -122,6 +124,8 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kI
         if (steps.resets(start + offset[i])) h[i] = c[i] = 0;
         s.before[kH] = h[i];
         if constexpr (kInfo.has_c()) s.before[kC] = c[i];
+#pragma unroll
+        for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = u[k];
         Cell::template forward<Math>(s);
         h[i] = s.after[kH];
         if constexpr (kInfo.has_c()) c[i] = s.after[kC];

@@ -65,6 +65,8 @@ __global__ void __launch_bounds__(kStepThreads) forward_step(const ForwardStep<S
       if (d.weights.b_hh) a += load(d.weights.b_hh[gate * p.H + j]);
       s.set_gate(gate, load(p.gates_x[(row * G + gate) * p.H + j]), a);
     }
+#pragma unroll
+    for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = load(d.weights.u[k][j]);
     const bool zero = p.sequence.resets(p.t, b);
     if (kInfo.before(kH) && !zero) s.before[kH] = p.states.h[i];
     if constexpr (kInfo.has_c()) s.before[kC] = zero ? Acc<S>{} : p.states.c[i];
@@ -118,6 +120,7 @@ struct BackwardStep {
   S* direct;          // [B, H] dL/dh_prev beside the product, or null
   S* dgates_h;        // [rows, G*H] gradients of the gates of the product with W_hh
   S* dh_complete;     // [rows, P] with a projection: complete dL/dh_t, or null
+  Acc<S>* du;         // [B, U, H] each row's share of dL/du so far, or null
   const S* dh_hidden; // [rows, H] with a projection: dL/d(h before it) = dh_complete W_hr, or null
 };
 
@@ -157,7 +160,12 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
   StepInputs<Cell, S> inputs;
   inputs.fetch(d, row, begins ? -1 : p.sequence.row(before, b), p.sequence.batch(b), int(p.H));
   const Acc<S> dh = load(p.dh_hidden ? p.dh_hidden[i] : p.dh[i]);
-  const auto s = inputs.backward(d, row, zero, dh, kInfo.has_c() ? p.dc[i] : Acc<S>{});
+  Acc<S> u[array_length(kInfo.vectors)];
+#pragma unroll
+  for (int k = 0; k < kInfo.vectors; ++k) u[k] = load(direction.weights.u[k][j]);
+  const auto s = inputs.backward(d, row, zero, u, dh, kInfo.has_c() ? p.dc[i] : Acc<S>{});
+#pragma unroll
+  for (int k = 0; k < kInfo.vectors; ++k) p.du[(b * kInfo.vectors + k) * p.H + j] += s.du[k];
 #pragma unroll
   for (int e = 0; e < kInfo.gradients(); ++e) (&d.dgates[row])[e * p.H] = store<S>(s.dgates[e]);
 #pragma unroll
@@ -174,6 +182,23 @@ __global__ void __launch_bounds__(kStepThreads) end_backward(const BackwardStep<
   const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
   if (i < p.sequence.B * p.P) p.direction.dh[p.sequence.batch(i / p.P)][i % p.P] = p.dh[i];
   if (p.dc && i < p.sequence.B * p.H) p.direction.dc[p.sequence.batch(i / p.H)][i % p.H] = store<S>(p.dc[i]);
+}
+
+/// Sums of `count` arrays, always in the same order.
+template <class S>
+struct AddUp {
+  const Acc<S>* parts;  // [count, size]
+  S* sums;              // [size]
+  int64_t count, size;
+};
+
+template <class S>
+__global__ void __launch_bounds__(kStepThreads) add_up(const AddUp<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (i >= p.size) return;
+  Acc<S> sum{};
+  for (int64_t k = 0; k < p.count; ++k) sum += p.parts[k * p.size + i];
+  p.sums[i] = store<S>(sum);
 }
 
 }  // namespace fastrnn

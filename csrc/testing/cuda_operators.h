@@ -51,10 +51,10 @@ HostDevice host(int64_t multiprocessors, int64_t shared_bytes, bool one_block, i
 template <class Cell>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& h0, const MaybeTensor& c0, Tensors w_ih, Tensors w_hh, Tensors b_ih,
-    Tensors b_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    Tensors b_hh, Tensors w_hr, Tensors u, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
     const MaybeTensor& reset, bool batch_first, int64_t save, bool tf32, int64_t multiprocessors,
     int64_t shared_bytes, bool one_block, int64_t order, int64_t seed) {
-  const ForwardCall call(Cell::kInfo, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, lengths, reset,
+  const ForwardCall call(Cell::kInfo, x, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, u, batch_sizes, lengths, reset,
                          batch_first, save);
   HostDevice device = host(multiprocessors, shared_bytes, one_block, order, seed);
   Driver<HostDevice, Cell>(device, tf32).forward(call);
@@ -62,13 +62,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 }
 
 template <class Cell, bool kWriteOver>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const MaybeTensor& dsaved_c,
     const Tensor& saved, const Tensor& saved_c, const Tensor& y, const Tensor& h0, const MaybeTensor& c0,
-    Tensors w_hh, Tensors w_hr, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+    Tensors w_hh, Tensors w_hr, Tensors u, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
     const MaybeTensor& reset, bool batch_first, bool keep, bool tf32, int64_t multiprocessors,
     int64_t shared_bytes, bool one_block, int64_t order, int64_t seed) {
-  const BackwardCall call(Cell::kInfo, dy, dh_n, dc_n, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr,
+  const BackwardCall call(Cell::kInfo, dy, dh_n, dc_n, dsaved_c, saved, saved_c, y, h0, c0, w_hh, w_hr, u,
                           batch_sizes, lengths, reset, batch_first, keep, kWriteOver);
   HostDevice device = host(multiprocessors, shared_bytes, one_block, order, seed);
   Driver<HostDevice, Cell>(device, tf32).backward(call);

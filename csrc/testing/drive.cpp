@@ -3,8 +3,8 @@
 //
 //   drive CELL f32|f64 T B I H P THREADS [quiet]
 //
-// P is 0 without projection. Prints y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh, a number a
-// line, unless quiet. Array k is filled with value(k, i).
+// P is 0 without projection. Prints y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh, du, a
+// number a line, unless quiet. Array k is filled with value(k, i).
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -45,7 +45,8 @@ struct Shape {
 
 template <class Cell, class S>
 struct Step {
-  static constexpr int64_t G = Cell::kInfo.gates, E = Cell::kInfo.gradients(), K = Cell::kInfo.saved;
+  static constexpr int64_t G = Cell::kInfo.gates, E = Cell::kInfo.gradients(), K = Cell::kInfo.saved,
+                           U = Cell::kInfo.vectors;
 
   explicit Step(const Shape& shape) : s(shape) {}
 
@@ -57,20 +58,21 @@ struct Step {
                        c0 = filled<S>(3, s.B* s.H, 1), w_ih = filled<S>(4, G* s.H* s.I, 0.3),
                        w_hh = filled<S>(5, G* s.H* s.P, 0.3), b_ih = filled<S>(6, G* s.H, 1),
                        b_hh = filled<S>(7, G* s.H, 1), w_hr = filled<S>(8, s.P* s.H, 0.3),
-                       dy = filled<S>(9, N* s.P, 1);
+                       dy = filled<S>(9, N* s.P, 1), u = filled<S>(10, U* s.H, 0.3);
   std::vector<S> y = filled<S>(0, N* s.P, 0), h_n = filled<S>(0, s.B* s.P, 0), c_n = c0,
                  saved = filled<S>(0, N * K * s.H, 0), saved_c = filled<S>(0, N* s.H, 0),
                  dgates = filled<S>(0, N * E * s.H, 0), dh0 = filled<S>(0, s.B* s.P, 0),
                  dc0 = filled<S>(0, s.B* s.H, 0), dh = filled<S>(0, N* s.P, 0), dx = filled<S>(0, N* s.I, 0),
                  dw_ih = filled<S>(0, G* s.H* s.I, 0), dw_hh = filled<S>(0, G* s.H* s.P, 0),
-                 db_ih = filled<S>(0, G* s.H, 0), db_hh = db_ih;
+                 db_ih = filled<S>(0, G* s.H, 0), db_hh = db_ih, du = filled<S>(0, U* s.H, 0);
 
   Weights<S> weights() const {
     return {.w_ih = {w_ih.data(), s.I},
             .w_hh = {w_hh.data(), s.P},
             .b_ih = b_ih.data(),
             .b_hh = b_hh.data(),
-            .w_hr = s.projected ? Rows<const S>{w_hr.data(), s.H} : Rows<const S>{}};
+            .w_hr = s.projected ? Rows<const S>{w_hr.data(), s.H} : Rows<const S>{},
+            .u = {u.data(), s.H}};
   }
 
   template <class F32, class F64>
@@ -105,6 +107,7 @@ struct Step {
     d.saved_c = {saved_c.data(), s.H}, d.y = {y.data(), s.P}, d.h0 = {h0.data(), s.P};
     d.c0 = {c0.data(), s.H}, d.dgates = {dgates.data(), E * s.H}, d.dh = {dh0.data(), s.P};
     d.dc = {dc0.data(), s.H};
+    d.du = {du.data(), s.H};
     if (s.projected) d.dh_rows = {dh.data(), s.P};
     return pick(kernels.backward_f32, kernels.backward_f64)(problem);
   }
@@ -122,7 +125,7 @@ struct Step {
   }
 
   void print() const {
-    for (const auto* array : {&y, &h_n, &c_n, &dgates, &dh0, &dc0, &dx, &dw_ih, &dw_hh, &db_ih, &db_hh})
+    for (const auto* array : {&y, &h_n, &c_n, &dgates, &dh0, &dc0, &dx, &dw_ih, &dw_hh, &db_ih, &db_hh, &du})
       for (const S number : *array) std::printf("%.17g\n", static_cast<double>(number));
   }
 };
