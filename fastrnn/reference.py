@@ -29,6 +29,14 @@ def lstm_step(x, a, h, c):
     return o * torch.tanh(c), c
 
 
+def lstm_peephole_step(x, a, h, c, w_ci, w_cf, w_co):
+    """Gers and Schmidhuber (2000): i and f see c_{t-1}, and o sees c_t."""
+    i, f = torch.sigmoid(x[0] + a[0] + w_ci * c), torch.sigmoid(x[1] + a[1] + w_cf * c)
+    g = torch.tanh(x[2] + a[2])
+    c = f * c + i * g
+    return torch.sigmoid(x[3] + a[3] + w_co * c) * torch.tanh(c), c
+
+
 def gru_step(x, a, h, c):
     """Cho et al. (2014), the reset gate after the product; torch.nn.GRU's equations."""
     r, z = torch.sigmoid(x[0] + a[0]), torch.sigmoid(x[1] + a[1])
@@ -72,6 +80,7 @@ class Cell:
 
 CELLS = {
     "lstm": Cell.of("lstm", lstm_step, lstm_hidden),
+    "lstm_peephole": Cell.of("lstm_peephole", lstm_peephole_step, lstm_hidden),
     "gru": Cell.of("gru", gru_step),
     "rnn_tanh": Cell.of("rnn_tanh", rnn_tanh_step),
     "rnn_relu": Cell.of("rnn_relu", rnn_relu_step),

@@ -20,6 +20,12 @@ def lstm_saved(x, a):
     return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
 
 
+def lstm_peephole_saved(x, a, c, w_ci, w_cf, w_co):
+    i, f = torch.sigmoid(x[0] + a[0] + w_ci * c), torch.sigmoid(x[1] + a[1] + w_cf * c)
+    g = torch.tanh(x[2] + a[2])
+    return i, f, g, torch.sigmoid(x[3] + a[3] + w_co * (f * c + i * g))
+
+
 def gru_saved(x, a):
     r, z = torch.sigmoid(x[0] + a[0]), torch.sigmoid(x[1] + a[1])
     return r, z, torch.tanh(x[2] + r * a[2]), a[2]
@@ -42,6 +48,16 @@ def lstm_back(saved, h, h_prev, c, c_prev, dh, dc):
     return dgates, None, dc, dc * f
 
 
+def lstm_peephole_back(saved, h, h_prev, c, c_prev, dh, dc, w_ci, w_cf, w_co):
+    i, f, g, o = saved
+    tanh_c = torch.tanh(c)
+    do = dh * tanh_c * o * (1 - o)
+    dc = dc + dh * o * (1 - tanh_c**2) + do * w_co
+    di, df = dc * g * i * (1 - i), dc * c_prev * f * (1 - f)
+    dc_prev = dc * f + di * w_ci + df * w_cf
+    return (di, df, dc * i * (1 - g**2), do), None, dc, dc_prev, di * c_prev, df * c_prev, do * c
+
+
 def gru_back(saved, h, h_prev, c, c_prev, dh, dc):
     r, z, n, q = saved
     dn, dz = dh * (1 - z) * (1 - n**2), dh * (h_prev - n)
@@ -59,12 +75,14 @@ def rnn_relu_back(saved, h, h_prev, c, c_prev, dh, dc):
 
 SAVED = {
     "lstm": lstm_saved,
+    "lstm_peephole": lstm_peephole_saved,
     "gru": gru_saved,
     "rnn_tanh": nothing_saved,
     "rnn_relu": nothing_saved,
 }
 BACK = {
     "lstm": lstm_back,
+    "lstm_peephole": lstm_peephole_back,
     "gru": gru_back,
     "rnn_tanh": rnn_tanh_back,
     "rnn_relu": rnn_relu_back,

@@ -1,28 +1,37 @@
 // Long short-term memory with forget gates (Hochreiter and Schmidhuber 1997; Gers et al. 2000), as in
-// torch.nn.LSTM.
+// torch.nn.LSTM; and with peepholes (Gers and Schmidhuber 2000), through which i and f see c_{t-1}, and o
+// c_t.
 #pragma once
 #include "cells/cell.h"
 
 namespace fastrnn {
 
-struct Lstm {
+template <bool kPeephole>
+struct LstmCell {
   enum Gate { kInput, kForget, kCandidate, kOutput };
-  static constexpr CellInfo kInfo{.name = "lstm",
+  enum Vector { kPeepInput, kPeepForget, kPeepOutput };  // weight_ci, weight_cf, weight_co
+  static constexpr CellInfo kInfo{.name = kPeephole ? "lstm_peephole" : "lstm",
                                   .gates = 4,
                                   .states = 2,
                                   .reads_before = only(kC),
                                   .reads_after = only(kC),
+                                  .vectors = kPeephole ? 3 : 0,
                                   .saved = 4,
                                   .reuses_saved = true,
                                   .projects = true};
 
   template <class M, class V>
-  FASTRNN_INLINE static void forward(ForwardUnit<Lstm, V>& s) {
-    const V i = M::sigmoid(s.a[kInput]);
-    const V f = M::sigmoid(s.a[kForget]);
-    const V g = M::tanh(s.a[kCandidate]);
-    const V o = M::sigmoid(s.a[kOutput]);
-    const V c = f * s.before[kC] + i * g;
+  FASTRNN_INLINE static void forward(ForwardUnit<LstmCell, V>& s) {
+    const V c_prev = s.before[kC];
+    V a_i = s.a[kInput], a_f = s.a[kForget], a_o = s.a[kOutput];
+    if constexpr (kPeephole) {
+      a_i += s.u[kPeepInput] * c_prev;
+      a_f += s.u[kPeepForget] * c_prev;
+    }
+    const V i = M::sigmoid(a_i), f = M::sigmoid(a_f), g = M::tanh(s.a[kCandidate]);
+    const V c = f * c_prev + i * g;
+    if constexpr (kPeephole) a_o += s.u[kPeepOutput] * c;
+    const V o = M::sigmoid(a_o);
     s.after[kC] = c;
     s.after[kH] = o * M::tanh(c);
     s.saved[kInput] = i;
@@ -32,17 +41,29 @@ struct Lstm {
   }
 
   template <class M, class V>
-  FASTRNN_INLINE static void backward(BackwardUnit<Lstm, V>& s) {
+  FASTRNN_INLINE static void backward(BackwardUnit<LstmCell, V>& s) {
     const V i = s.saved[kInput], f = s.saved[kForget], g = s.saved[kCandidate], o = s.saved[kOutput];
-    const V tanh_c = M::tanh(s.after[kC]), dh = s.dafter[kH];
-    const V dc = s.dafter[kC] + dh * o * (1 - tanh_c * tanh_c);
-    s.dgates[kInput] = dc * g * i * (1 - i);
-    s.dgates[kForget] = dc * s.before[kC] * f * (1 - f);
+    const V c = s.after[kC], c_prev = s.before[kC], tanh_c = M::tanh(c), dh = s.dafter[kH];
+    const V d_o = dh * tanh_c * o * (1 - o);
+    V dc = s.dafter[kC] + dh * o * (1 - tanh_c * tanh_c);
+    if constexpr (kPeephole) dc += d_o * s.u[kPeepOutput];
+    const V d_i = dc * g * i * (1 - i), d_f = dc * c_prev * f * (1 - f);
+    s.dgates[kInput] = d_i;
+    s.dgates[kForget] = d_f;
     s.dgates[kCandidate] = dc * i * (1 - g * g);
-    s.dgates[kOutput] = dh * tanh_c * o * (1 - o);
+    s.dgates[kOutput] = d_o;
     s.dafter[kC] = dc;
     s.dbefore[kC] = dc * f;
+    if constexpr (kPeephole) {
+      s.dbefore[kC] += d_i * s.u[kPeepInput] + d_f * s.u[kPeepForget];
+      s.du[kPeepInput] = d_i * c_prev;
+      s.du[kPeepForget] = d_f * c_prev;
+      s.du[kPeepOutput] = d_o * c;
+    }
   }
 };
+
+using Lstm = LstmCell<false>;
+using LstmPeephole = LstmCell<true>;
 
 }  // namespace fastrnn

@@ -24,6 +24,6 @@ struct CellList {
   }
 };
 
-using AllCells = CellList<Lstm, Gru, RnnTanh, RnnRelu>;
+using AllCells = CellList<Lstm, LstmPeephole, Gru, RnnTanh, RnnRelu>;
 
 }  // namespace fastrnn
