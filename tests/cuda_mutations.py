@@ -59,6 +59,7 @@ SAMPLE = [
 ]  # fmt: skip
 
 LSTM = kernels("lstm", "(lstm or projection) and not schedule")
+PEEPHOLE = kernels("lstm_peephole", "lstm_peephole and not schedule")
 GRU = kernels("gru", "(gru or replicas) and not schedule")
 ORDERS = kernels("lstm", "lstm and (schedule or bf16)")  # of the threads
 SPILLED = kernels("lstm", "shared_memory")
@@ -122,6 +123,9 @@ KERNELS = [
     Mutant("back-reset-does-not-reach-c", LSTM, "begins ? A{} : ", ""),
     Mutant("dc-of-the-step-before", LSTM, "dafter", "dbefore"),
     Mutant("rows-begin-a-step-late", LSTM, "b < before.active", "b <= before.active"),
+    Mutant("shares-of-vectors-in-one-place", PEEPHOLE, "mine.first", "0"),
+    Mutant("vectors-count-the-last-row-alone", PEEPHOLE, "+=", "="),
+    Mutant("driver-shares-not-cleared", PEEPHOLE, "kInfo.vectors > 0", "false"),
     Mutant("c0-in-another-order", LSTM, "steps.batch(b)", "place.first_row + b"),
     Mutant("single-steps-rows-begin-a-step-late", LSTM, "<= b", "< b"),
     Mutant("single-steps-reset-does-not-reach-the-product", LSTM, "zero ? Acc<S>{} : ", ""),

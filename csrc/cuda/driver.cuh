@@ -312,6 +312,7 @@ class Driver {
   template <class S>
   Tensor shares_of_vectors(const BackwardCall& call, int64_t count) const {
     const Tensor shares = accumulators<S>({count * vectors(call)}, call.h0);
+    // mutant: driver-shares-not-cleared
     if (kInfo.vectors > 0) device_.clear(shares.mutable_data_ptr(), shares.numel() * sizeof(Acc<S>));
     return shares;
   }

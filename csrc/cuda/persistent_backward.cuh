@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
       const bool zero = steps.resets(row);
       const auto s = inputs[i].backward(columns, row, zero, u, dh[i], dc[i]);
 #pragma unroll
-      for (int k = 0; k < kInfo.vectors; ++k) du[k] += s.du[k];
+      for (int k = 0; k < kInfo.vectors; ++k) du[k] += s.du[k];  // mutant: vectors-count-the-last-row-alone
       if constexpr (kInfo.before(kH)) direct[i] = s.dbefore[kH];
       if constexpr (kInfo.has_c()) dc[i] = s.dbefore[kC];
 #pragma unroll
@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     if constexpr (kInfo.has_c()) d.dc[batch][j] = store<S>(dc[i]);
   }
   if (kInfo.vectors > 0 && mine.row(0) < place.rows) {
+    // mutant: shares-of-vectors-in-one-place
     const int share = (place.direction * g.replicas + place.replica) * mine.between + mine.first;
 #pragma unroll
     for (int k = 0; k < kInfo.vectors; ++k) p.du[(int64_t(share) * kInfo.vectors + k) * H + j] = du[k];
