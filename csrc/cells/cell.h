@@ -52,19 +52,19 @@ FASTRNN_INLINE constexpr int array_length(int count) { return count > 0 ? count 
 template <class Cell, class V>
 struct ForwardUnit {
   static constexpr CellInfo kInfo = Cell::kInfo;
-  V a[kInfo.gates];  // W_ih x + b_ih + W_hh h + b_hh in torch's gate order; of a split gate W_hh h + b_hh
-                     // alone
+  // W_ih x + b_ih + W_hh h + b_hh in torch's gate order; of a split gate W_hh h + b_hh alone
+  V a[kInfo.gates];
   V x[array_length(kInfo.split)];      // W_ih x + b_ih of the split gates
   V u[array_length(kInfo.vectors)];    // the unit's numbers in the vectors of parameters
   V before[kInfo.states];              // states of step t-1, those that are read
   V after[kInfo.states];               // out: states of step t
   V saved[array_length(kInfo.saved)];  // out: what backward reads
 
-  /// x: W_ih x + b_ih of a gate; h: W_hh h + b_hh.
+  /// of_x: W_ih x + b_ih; of_h: W_hh h + b_hh.
   FASTRNN_INLINE void set_gate(int gate, V of_x, V of_h) {
-    const int split = gate - (kInfo.gates - kInfo.split);
-    a[gate] = split < 0 ? of_x + of_h : of_h;
-    if (split >= 0) x[split] = of_x;
+    constexpr int kWhole = kInfo.gates - kInfo.split;  // gates that are not split come first
+    a[gate] = gate < kWhole ? of_x + of_h : of_h;
+    if (gate >= kWhole) x[gate - kWhole] = of_x;
   }
 };
 
@@ -84,13 +84,14 @@ struct BackwardUnit {
 
 /// Whether the drivers can run a cell with these numbers.
 constexpr bool is_valid(const CellInfo& cell) {
-  return cell.gates > 0 && cell.split >= 0 && cell.split <= cell.gates &&  //
-         (cell.states == 1 || cell.states == 2) &&
-         (cell.reads_before | cell.reads_after) < only(static_cast<State>(cell.states)) &&
-         (cell.has_c() == cell.before(kC)) &&  // its gradient passes through the cell alone
-         (!cell.projects ||
-          !(cell.before(kH) || cell.after(kH))) &&  // h is then not the cell's, but projected
-         (!cell.reuses_saved || cell.saved == cell.gradients());
+  const bool counts = cell.gates > 0 && cell.split >= 0 && cell.split <= cell.gates && cell.vectors >= 0;
+  const bool state_counts = cell.states == 1 || cell.states == 2;
+  const bool reads_states = (cell.reads_before | cell.reads_after) < 1u << cell.states;
+  const bool carries_c = cell.has_c() == cell.before(kC);  // the gradient of c passes through the cell alone
+  const bool reads_h = cell.before(kH) || cell.after(kH);  // a projected h is not the cell's own
+  const bool fits = cell.saved == cell.gradients();
+  return counts && state_counts && reads_states && carries_c && !(cell.projects && reads_h) &&
+         (fits || !cell.reuses_saved);
 }
 
 }  // namespace fastrnn
