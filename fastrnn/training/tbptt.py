@@ -55,8 +55,8 @@ class StreamChunks(Batches):
         super().__init__(rank, world)
         self.rows, self.k1, self.k2 = rows, k1, k1 if k2 is None else k2
         check_whole("rows", rows)
-        check_whole("k1", k1)
-        check_whole("k2", self.k2, k1)
+        if not 1 <= self.k1 <= self.k2:
+            raise InputError(f"k1 must be from 1 to k2, got k1={self.k1}, k2={self.k2}")
         if rows % world:
             raise InputError(f"rows must be divisible by the {world} processes, got {rows}")
         documents = [d for d in documents if len(d) > 1]

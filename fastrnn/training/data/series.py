@@ -13,7 +13,7 @@ from fastrnn.training.data import shipped
 from fastrnn.training.data.batches import MOST_SEED, ShuffledBatches
 from fastrnn.training.data.module import SequenceData
 from fastrnn.training.data.text import read_text
-from fastrnn.training.errors import InputError, check_held_out, check_name, check_once, check_whole
+from fastrnn.training.errors import InputError, check_held_out, check_once, check_whole
 
 SHIPPED = {"co2": ["co2"], "sunspots": ["sunspots"]}
 
@@ -50,7 +50,8 @@ class SeriesData(SequenceData):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_name("missing", missing, ("raise", "interpolate"))
+        if missing not in ("raise", "interpolate"):
+            raise InputError(f"missing must be raise or interpolate, got {missing!r}")
         for name, size in (("window", window), ("horizon", horizon), ("batch_size", batch_size)):
             check_whole(name, size)
         if season is not None:
