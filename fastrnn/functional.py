@@ -73,6 +73,8 @@ def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[
     device, dtype = input.device, input.dtype
     if all(t.dtype is dtype and t.device == device for t in (*hidden, *params)):
         return
+    # Autocast brings tensors to one dtype, but for float64, which it leaves as it is; on meta nothing is
+    # multiplied, and torch takes any dtypes.
     autocast = torch._C._is_any_autocast_enabled()
     for kind, tensors in (("hidden", hidden), ("parameter", params)):
         for t in tensors:
@@ -81,7 +83,8 @@ def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[
                     f"Input and {kind} tensors are not at the same device, found input tensor at "
                     f"{device} and {kind} tensor at {t.device}"
                 )
-            if t.dtype != dtype and not autocast:
+            castable = autocast and (input.is_meta or torch.float64 not in (t.dtype, dtype))
+            if t.dtype != dtype and not castable:
                 raise RuntimeError(
                     f"Input and {kind} tensors are not the same dtype, found input tensor with "
                     f"{dtype} and {kind} tensor with {t.dtype}"
@@ -204,13 +207,50 @@ def _lowered(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.dtype is torch.float64 else t.to(dtype) for t in tensors]
 
 
-def _autocast_dtype(name: str, hx: Tensor, one_step: bool) -> torch.dtype | None:
-    """The dtype that torch.nn's outputs have under the CPU's autocast: it knows lstm, rnn and their cells as
-    wholes, and of gru and lstm_cell it casts the products inside alone. The kernels compute in float32."""
-    if hx.is_cuda or not torch.is_autocast_enabled("cpu"):
+_ONEDNN = torch.backends.mkldnn.is_available()
+_ONEDNN_BFLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_ONEDNN_FLOAT16 = _ONEDNN and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _torch_uses_onednn(x: Tensor) -> bool:
+    """Whether torch hands an LSTM without projections over the dense ``x`` on the CPU to oneDNN."""
+    if not _ONEDNN or not torch.backends.mkldnn.enabled or x.numel() == 0:
+        return False
+    if x.dtype is torch.float16:
+        return _ONEDNN_FLOAT16 and not torch.is_grad_enabled()
+    return x.dtype is torch.float32 or (x.dtype is torch.bfloat16 and _ONEDNN_BFLOAT16)
+
+
+def _autocast_dtypes(
+    name: str, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, projected: bool, dense: bool
+) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtypes that torch.nn's h and c have under the CPU's autocast, None outside it. The kernels compute
+    in the dtype of the weights.
+
+    Autocast lowers rnn, its cell and oneDNN's LSTM (``dense``) as wholes. Of the others it lowers only the
+    products inside, so that the state that is carried along (of an LSTM c) widens the result. It leaves
+    float64 as it is, and tensors on other devices."""
+    if x.is_cuda or not torch.is_autocast_enabled("cpu"):
         return None
-    keeps = name == "gru" or (one_step and name == "lstm")
-    return hx.dtype if keeps else torch.get_autocast_dtype("cpu")
+    carried = hidden[-1].dtype
+    if not x.is_cpu:
+        c = torch.promote_types(weight.dtype, carried)
+        return torch.promote_types(c, x.dtype) if name == "gru" else c, c
+    if x.dtype is torch.float64:
+        return x.dtype, x.dtype
+    lowered = torch.get_autocast_dtype("cpu")
+    if name.startswith("rnn") or (name == "lstm" and dense and not projected and _torch_uses_onednn(x)):
+        return lowered, lowered
+    c = torch.promote_types(lowered, carried)
+    return lowered if projected else c, c
+
+
+def _autocast_results(
+    dtypes: tuple[torch.dtype, torch.dtype] | None, h: Sequence[Tensor], c: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    if dtypes is None:
+        return (*h, *c)
+    return (*(t.to(dtypes[0]) for t in h), *(t.to(dtypes[1]) for t in c))
 
 
 def _stack(
@@ -318,13 +358,13 @@ def _recurrent(
             reset=None if reset is None else _reset(reset, T, B, batch_first),
         )
         flat = x.flatten(0, 1)
-    output_dtype = _autocast_dtype(name, hidden[0], one_step=False)
-    y, *states = _stack(
+    projected = len(hidden) == 2 and hidden[0].shape[2] != hidden[1].shape[2]
+    dtypes = _autocast_dtypes(name, x, hidden, params[0], projected, dense=not packed)
+    y, h, *c = _stack(
         name, flat, hidden, params, rows, *options,
         return_states=return_states, composed=torch_path, state_hook=state_hook,
     )  # fmt: skip
-    results = (y if packed else rows.dense(y), *states)
-    return results if output_dtype is None else tuple(t.to(output_dtype) for t in results)
+    return _autocast_results(dtypes, (y if packed else rows.dense(y), h), c)
 
 
 def lstm(
@@ -392,14 +432,13 @@ def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) 
     _check_attributes(input, hidden, (w_ih, w_hh, *biases))
     w_ih, w_hh, *biases = _lowered((w_ih, w_hh, *biases))
     input, *hidden = _lowered((input, *hidden))  # type: ignore[assignment]
-    output_dtype = _autocast_dtype(name, hidden[0], one_step=True)
-    if output_dtype is not None:
+    dtypes = _autocast_dtypes(name, input, hidden, w_hh, projected=False, dense=False)
+    if dtypes is not None:
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
     c0 = hidden[1].unsqueeze(0) if CELLS[name].has_c else None
     one_layer = layer_weights([[w] for w in (w_ih, w_hh, *biases)], len(biases) > 0)
     h, _, c, _ = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, one_layer, _ONE_STEP)
-    results = (h,) if c0 is None else (h, c.squeeze(0))
-    return results if output_dtype is None else tuple(s.to(output_dtype) for s in results)
+    return _autocast_results(dtypes, (h,), () if c0 is None else (c.squeeze(0),))
 
 
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None) -> tuple[Tensor, Tensor]:
