@@ -79,7 +79,7 @@ def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence
         weight, L, D, H, P = module.weight_hh, 1, 1, module.hidden_size, module.hidden_size
         T, B = 1, input.shape[0] if input.dim() == 2 else 1
     assert isinstance(weight, Tensor)
-    reason = functional.no_kernel_reason(weight)
+    reason = functional.no_kernel_reason(weight) if H > 0 else "there are no units (H = 0) to compute"
     if reason is not None:
         return Explanations(Explanation(name, layer, None, reason, reason) for layer in range(L))
     gates = CELLS[cell].gates

@@ -425,9 +425,19 @@ def _check_cell(input: Tensor, hidden: Sequence[Tensor], w_ih: Tensor, w_hh: Ten
 _ONE_STEP = _ops.Sequence(batch_first=False)
 
 
-def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) -> tuple[Tensor, ...]:
-    w_ih, w_hh, b_ih, b_hh = weights
-    biases = [] if b_ih is None else [b_ih, b_hh]
+def cell_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> list[Tensor]:
+    """Both or none, as the kernels take them: zeros for one that is missing."""
+    if b_ih is None:
+        return [] if b_hh is None else [torch.zeros_like(b_hh), b_hh]
+    return [b_ih, torch.zeros_like(b_ih) if b_hh is None else b_hh]
+
+
+def _cell(name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None):
+    """``torch.<name>_cell``. Without units (H = 0) there is nothing to compute, and no kernel for it."""
+    if w_hh.shape[-1] == 0 or _takes_torch_path(w_ih):
+        return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
+    hidden = tuple(hx) if CELLS[name].has_c else (hx,)
+    biases = cell_biases(b_ih, b_hh)
     _check_cell(input, hidden, w_ih, w_hh)
     _check_attributes(input, hidden, (w_ih, w_hh, *biases))
     w_ih, w_hh, *biases = _lowered((w_ih, w_hh, *biases))
@@ -438,21 +448,18 @@ def _cell(name: str, input: Tensor, hidden: tuple[Tensor, ...], weights: tuple) 
     c0 = hidden[1].unsqueeze(0) if CELLS[name].has_c else None
     one_layer = layer_weights([[w] for w in (w_ih, w_hh, *biases)], len(biases) > 0)
     h, _, c, _ = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, one_layer, _ONE_STEP)
-    return _autocast_results(dtypes, (h,), () if c0 is None else (c.squeeze(0),))
+    results = _autocast_results(dtypes, (h,), () if c0 is None else (c.squeeze(0),))
+    return results if CELLS[name].has_c else results[0]
 
 
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None) -> tuple[Tensor, Tensor]:
     """``torch.lstm_cell``: input [B, I], hx = (h, c) [B, H] -> (h, c)."""
-    if _takes_torch_path(w_ih):
-        return torch.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
-    return _cell("lstm", input, tuple(hx), (w_ih, w_hh, b_ih, b_hh))  # type: ignore[return-value]
+    return _cell("lstm", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def _single_state_cell(name: str):
     def cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih=None, b_hh=None) -> Tensor:
-        if _takes_torch_path(w_ih):
-            return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
-        return _cell(name, input, (hx,), (w_ih, w_hh, b_ih, b_hh))[0]
+        return _cell(name, input, hx, w_ih, w_hh, b_ih, b_hh)
 
     cell.__name__ = cell.__qualname__ = f"{name}_cell"
     cell.__doc__ = f"``torch.{name}_cell``: input [B, I], hx [B, H] -> h [B, H]."

@@ -183,8 +183,9 @@ class _RecurrentCell(_Prepackable, nn.RNNCellBase):
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
         """The cell and the weights of its one layer."""
         cell = f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else _torch_name(self)[:-4].lower()
-        params = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
-        return [(cell, functional.layer_weights([[p] for p in params], self.bias))]
+        biases = functional.cell_biases(self.bias_ih, self.bias_hh)
+        params = [self.weight_ih, self.weight_hh, *biases]
+        return [(cell, functional.layer_weights([[p] for p in params], bool(biases)))]
 
     def _step(self, function, input: Tensor, hx):
         many = isinstance(self, nn.LSTMCell)

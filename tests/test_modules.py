@@ -376,6 +376,48 @@ def test_on_the_meta_device_shapes_are_torch_nns():
         assert (a.shape, a.device) == (b.shape, b.device)
 
 
+# ---- Cells as functions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
+@pytest.mark.parametrize("given", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_functional_cell_takes_each_bias_by_itself(name, given):
+    gates = {"lstm": 4, "gru": 3}.get(name, 1)
+    x, h = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    hx = (h, torch.randn(2, 4, dtype=torch.float64)) if name == "lstm" else h
+    weights = [torch.randn(gates * 4, n, dtype=torch.float64, requires_grad=True) for n in (3, 4)]
+    biases = [torch.randn(gates * 4, dtype=torch.float64, requires_grad=True) if g else None for g in given]
+    leaves = [t for t in (*weights, *biases) if t is not None]
+    results = []
+    for library in (torch, fastrnn.functional):
+        out = tree_leaves(getattr(library, f"{name}_cell")(x, hx, *weights, *biases))
+        results.append((out, torch.autograd.grad(sum(t.square().sum() for t in out), leaves)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("bias", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_a_cell_may_lose_one_of_its_biases(kind, bias):
+    theirs, ours = make_pair(kind)
+    x = make_input(kind)
+    expected = fastrnn.convert(copy.deepcopy(theirs))(x)
+    for module in (theirs, ours):
+        setattr(module, bias, None)
+    assert_same(ours, theirs, x)
+    assert not torch.equal(first(ours(x)), first(expected))
+    fastrnn.explain(ours, x)
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_a_cell_without_units_gives_what_torch_nns_gives(kind):
+    theirs, ours = make_pair(kind, 3, 0)
+    x, h = make_input(kind), torch.zeros(2, 0, dtype=torch.float64)
+    for state in (None, (h, h) if kind == "LSTMCell" else h):
+        torch.testing.assert_close(ours(x, state), theirs(x, state))
+    first(ours(x)).sum().backward()
+    assert fastrnn.explain(ours, x)[0].operator is None
+
+
 # ---- Every way of changing a weight takes effect at the next call ---------------------------------------
 
 
