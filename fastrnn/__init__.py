@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from . import functional
+    from . import _flops, functional  # noqa: F401  (_flops: for torch.utils.flop_counter)
     from ._explain import Explanation, explain
     from ._prepack import prepack
     from .convert import convert, to_torch
