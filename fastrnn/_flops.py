@@ -26,7 +26,7 @@ def _register(name: str) -> None:
         return 2 * N * (GH * (x[1] + P) + P * projected)
 
     def back(*arguments: Any, **_: Any) -> int:
-        y, h0, c0 = arguments[7:10]
+        y, h0, c0 = arguments[6:9]
         N, GH, P, projected = rows(y, h0, c0)
         return 2 * N * P * (GH + projected)
 

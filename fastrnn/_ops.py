@@ -672,7 +672,7 @@ def previous_rows(y: Tensor, h0: Tensor, sequence: Sequence, direction: int) -> 
             parts = (steps.narrow(dim, 1, T - 1), h0.unsqueeze(dim))
         shifted = torch.cat(parts, dim)
         if direction == 1 and lengths is not None:
-            last = torch.arange(T).unsqueeze(1 - dim) == (lengths - 1).unsqueeze(dim)
+            last = torch.arange(T, device=lengths.device).unsqueeze(1 - dim) == (lengths - 1).unsqueeze(dim)
             shifted = torch.where(last.unsqueeze(-1).to(y.device), h0.unsqueeze(dim), shifted)
         before = shifted.flatten(0, 1)
     return before if reset is None else torch.where(reset.unsqueeze(1), torch.zeros_like(before), before)
@@ -692,8 +692,9 @@ def _previous_index(batch_sizes: Tensor, B: int, N: int, direction: int) -> Tens
 def packed_places(batch_sizes: Tensor, N: int) -> tuple[Tensor, Tensor]:
     """The step of each packed row and its place in that step, both [N]."""
     first = batch_sizes.cumsum(0) - batch_sizes
-    t = torch.repeat_interleave(torch.arange(len(batch_sizes)), batch_sizes, output_size=N)
-    return t, torch.arange(N) - first[t]
+    device = batch_sizes.device
+    t = torch.repeat_interleave(torch.arange(len(batch_sizes), device=device), batch_sizes, output_size=N)
+    return t, torch.arange(N, device=device) - first[t]
 
 
 class Weights(NamedTuple):
@@ -765,6 +766,8 @@ def _without_autocast(x: Tensor):
 
 
 def _needs_function(tensors: tuple) -> bool:
+    if torch.jit.is_tracing():  # operators alone: the trace is checked against one without gradients
+        return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return _is_traced() and not torch.compiler.is_compiling()

@@ -5,7 +5,6 @@ order and with the same results; ``*_cell`` likewise. The modules are thin shell
 """
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _cuda, _ops, reference
+from ._warn import warn
 from .reference import CELLS
 
 __all__ = [
@@ -54,15 +55,30 @@ def no_kernel_reason(weight: Tensor) -> str | None:
     return None
 
 
-def _takes_torch_path(weight: Tensor) -> bool:
+def is_recorded() -> bool:
+    """Whether torch.jit.trace or torch.onnx.export records this call."""
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+
+
+def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
+    """Why this very call takes torch.nn's own path, or None: as no_kernel_reason, and while it is recorded,
+    unless it has options that torch.nn has not (``extended``)."""
     reason = no_kernel_reason(weight)
+    if reason is None and not extended and is_recorded():
+        return "torch.jit.trace and torch.onnx.export record torch's own operators"
+    return reason
+
+
+def takes_torch_path(weight: Tensor, extended: bool = False) -> bool:
+    """Whether this call takes torch.nn's own path, which is said once, or refused in strict mode."""
+    reason = torch_path_reason(weight, extended)
     if reason is None:
         return False
     if _strict:
         raise RuntimeError(f"fastrnn: {reason}, and strict mode forbids torch.nn's own path")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"fastrnn: {reason}; torch.nn's own path runs instead", FallbackWarning, stacklevel=4)
+        warn(f"{reason}; torch.nn's own path runs instead", FallbackWarning)
     return True
 
 
@@ -115,17 +131,19 @@ class Rows(NamedTuple):
         return steps.permute(1, 2, 0, 3) if self.batch_first else steps.transpose(1, 2)
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """The step of each row and its batch index (packed: its rank by length), both [N]."""
+        """The step of each row and its batch index (packed: its rank by length), both [N] on the CPU."""
         if self.batch_sizes is not None:
             return _ops.packed_places(self.batch_sizes, int(self.batch_sizes.sum()))
-        t, b = torch.meshgrid(torch.arange(self.T), torch.arange(self.B), indexing="ij")
+        t, b = torch.meshgrid(
+            torch.arange(self.T, device="cpu"), torch.arange(self.B, device="cpu"), indexing="ij"
+        )
         return (t.T.flatten(), b.T.flatten()) if self.batch_first else (t.flatten(), b.flatten())
 
     def ends(self) -> Tensor:
-        """The number of steps of each batch index [B]."""
+        """The number of steps of each batch index [B], on the CPU."""
         if self.batch_sizes is not None:
-            return (self.batch_sizes[:, None] > torch.arange(self.B)).sum(0)
-        return torch.full((self.B,), self.T) if self.lengths is None else self.lengths
+            return (self.batch_sizes[:, None] > torch.arange(self.B, device=self.batch_sizes.device)).sum(0)
+        return torch.full((self.B,), self.T, device="cpu") if self.lengths is None else self.lengths
 
 
 @dataclass(frozen=True)
@@ -199,7 +217,7 @@ def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
     return (rows.dense(y) * noise.transpose(0, 1)).flatten(0, 1)
 
 
-def _lowered(tensors: Sequence[Tensor]) -> list[Tensor]:
+def lowered(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Under CUDA's autocast, in its dtype: torch.nn lowers recurrent layers and cells there as wholes."""
     if not (tensors[0].is_cuda and torch.is_autocast_enabled("cuda")):
         return list(tensors)
@@ -297,14 +315,25 @@ def _tell(hook: StateHook, layer: int, rows: Rows, dh: Tensor, dc: Tensor) -> No
     hook(StateGradients(layer, rows, dh, dc if dc.dim() == 3 else None))
 
 
+def as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
+    """As a tensor; numbers become one on the CPU, whatever the default device is."""
+    return lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
+
+
+def _has_numbers(t: Tensor) -> bool:
+    """Whether one may ask for them: not of a tensor that stands for others, nor of one without numbers."""
+    stands_for_others = _ops._is_traced() or torch.jit.is_tracing() or isinstance(t, FakeTensor)
+    return not (stands_for_others or t.is_meta)
+
+
 def _lengths(lengths: Tensor | Sequence[int], T: int, B: int) -> Tensor:
-    lengths = torch.as_tensor(lengths)
+    lengths = as_lengths(lengths)
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if tuple(lengths.shape) != (B,):
         raise ValueError(f"lengths must be [B] = [{B}], got {list(lengths.shape)}")
-    lengths = lengths.to("cpu", torch.int64)
-    if not _ops._is_traced() and B > 0 and (lengths.min() < 0 or lengths.max() > T):
+    lengths = lengths.to("meta" if lengths.is_meta else "cpu", torch.int64)
+    if B > 0 and _has_numbers(lengths) and (lengths.min() < 0 or lengths.max() > T):
         raise ValueError(f"lengths must be between 0 and T = {T}, got {lengths.tolist()}")
     return lengths
 
@@ -333,16 +362,17 @@ def _recurrent(
     else:
         x, hx, params, *options, batch_first = args
     hidden = tuple(hx) if CELLS[name].has_c else (hx,)
-    torch_path = _takes_torch_path(params[0])
+    torch_path = takes_torch_path(params[0], extended)
     if state_hook is not None and (torch_path or _ops._is_traced()):
+        reason = torch_path_reason(params[0], extended)
         raise RuntimeError(
             "the gradients of the states come from the kernels in ordinary calls: "
-            + (no_kernel_reason(params[0]) or "there are none in torch.compile, torch.export and torch.func")
+            + (reason or "there are none in torch.compile, torch.export and torch.func")
         )
     if torch_path and not extended:
         return getattr(torch, name)(*args)
     _check_attributes(x, hidden, params)
-    params = _lowered(params)
+    params = lowered(params)
     if packed:
         rows = Rows(batch_sizes.shape[0], hidden[0].shape[1], batch_sizes=batch_sizes)
         flat = x
@@ -434,14 +464,14 @@ def cell_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> list[Tensor]:
 
 def _cell(name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None):
     """``torch.<name>_cell``. Without units (H = 0) there is nothing to compute, and no kernel for it."""
-    if w_hh.shape[-1] == 0 or _takes_torch_path(w_ih):
+    if w_hh.shape[-1] == 0 or takes_torch_path(w_ih):
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     hidden = tuple(hx) if CELLS[name].has_c else (hx,)
     biases = cell_biases(b_ih, b_hh)
     _check_cell(input, hidden, w_ih, w_hh)
     _check_attributes(input, hidden, (w_ih, w_hh, *biases))
-    w_ih, w_hh, *biases = _lowered((w_ih, w_hh, *biases))
-    input, *hidden = _lowered((input, *hidden))  # type: ignore[assignment]
+    w_ih, w_hh, *biases = lowered((w_ih, w_hh, *biases))
+    input, *hidden = lowered((input, *hidden))  # type: ignore[assignment]
     dtypes = _autocast_dtypes(name, input, hidden, w_hh, projected=False, dense=False)
     if dtypes is not None:
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]

@@ -1,37 +1,78 @@
 """``LSTM``, ``GRU``, ``RNN`` and their cells: torch.nn's modules with fastrnn's kernels under them.
 
 They inherit everything from torch.nn but ``forward``, so parameters, initialisation, state_dict, pickling
-and every tool that looks for ``nn.LSTM`` work unchanged. ``forward`` reads the parameters by name at each
-call, so that parametrizations, functional_call and replaced parameters take effect.
+and every tool that looks for ``nn.LSTM`` work unchanged. ``forward`` looks for its weights at each call where
+torch.nn does, so that parametrizations, functional_call and replaced parameters take effect.
 """
 
+import weakref
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from . import _ops, _prepack, functional
+from ._warn import warn
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
 def _torch_name(module: nn.Module) -> str:
     """The name of the class of torch.nn that a module stands for, as messages have it."""
-    return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
+    return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
 
 
-class _Prepackable(nn.Module):
-    """What prepack() serves: a module with ``_scan_layers``, which gives up its packs when it is trained."""
+def _torch_forward(module: nn.Module, input, hx):
+    """torch.nn's own forward: for a trace, and for a module that is torch.nn's again by to_torch(), when
+    somebody holds on to the forward that was bound to it before."""
+    if isinstance(module, _Fused):
+        functional.takes_torch_path(next(module.parameters()))
+    return getattr(nn, _torch_name(module)).forward(module, input, hx)
+
+
+def _rows_of_first_step(batch_sizes: Tensor, hx) -> int:
+    """B of a packed sequence. Where torch only estimates, sizes may still be real, or the state tells B."""
+    fake = torch._C._TorchDispatchModeKey.FAKE
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(fake) is None:
+        return int(batch_sizes[0])
+    if not isinstance(batch_sizes, FakeTensor):
+        with unset_fake_temporarily():
+            return int(batch_sizes[0])
+    return int(batch_sizes[0]) if hx is None else tree_leaves(hx)[0].shape[1]
+
+
+class _Fused(nn.Module):
+    """What all six share: prepack() serves them by ``_scan_layers``, and they give up their packs when they
+    are trained; in a graph of torch.fx they are leaves, as torch.nn's modules are."""
 
     def train(self, mode: bool = True):
         if mode:
             _prepack.undo(self, "train() was called")
         return super().train(mode)
 
+    def _call_impl(self, *args, **keywords):
+        input = args[0] if args else keywords.get("input")
+        if isinstance(input, Proxy) and type(self).forward.__module__ == __name__:
+            tracer = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, keywords)
+        return super()._call_impl(*args, **keywords)
 
-class _Recurrent(_Prepackable, nn.RNNBase):
+    def __setattr__(self, name: str, value) -> None:
+        if name == "qconfig":  # torch.ao.quantization gives every module one
+            warn(
+                "torch.ao.quantization goes by torch.nn's exact classes and leaves a "
+                f"fastrnn.{_torch_name(self)} as it is; to quantize it, call fastrnn.to_torch(model) first"
+            )
+        super().__setattr__(name, value)
+
+
+class _Recurrent(_Fused, nn.RNNBase):
     """forward() of all three, in the order and the words of torch.nn's."""
 
     _state_hooks: dict[int, functional.StateHook] | None = None
@@ -60,6 +101,8 @@ class _Recurrent(_Prepackable, nn.RNNBase):
         self.check_forward_args(input, hx, batch_sizes)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        if functional.is_recorded():  # torch warns of comparisons under way, but not of its own
+            return super().check_input(input, batch_sizes)
         dims = 2 if batch_sizes is not None else 3
         if input.dim() != dims:
             raise RuntimeError(f"input must have {dims} dimensions, got {input.dim()}")
@@ -91,8 +134,18 @@ class _Recurrent(_Prepackable, nn.RNNBase):
         return (f(hx[0]), f(hx[1])) if self.mode == "LSTM" else f(hx)
 
     def _weights(self) -> list[Tensor]:
-        """Read once a call: a parametrized weight is computed, and may count how often."""
-        return [getattr(self, name) for name in self._flat_weights_names]
+        """``_flat_weights``, into which torch lets users write, unless an attribute has changed since it was
+        filled: then the attributes, as in torch.nn, but each is read once and nothing is flattened."""
+        weights: list[Any] = [getattr(self, name, None) for name in self._flat_weights_names]
+        for weight, ref in zip(weights, self._flat_weight_refs, strict=True):
+            if weight is not None and ref is not None and ref() is not weight:
+                break
+        else:
+            return self._flat_weights  # type: ignore[return-value]
+        if not (torch.compiler.is_compiling() or "parametrizations" in self._modules):
+            self._flat_weights = weights
+            self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
+        return weights
 
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
         """The cell and the weights of each layer."""
@@ -111,7 +164,7 @@ class _Recurrent(_Prepackable, nn.RNNBase):
         output, *hidden = function(*args, weights, *options, **keywords)
         return output, tuple(hidden) if self.mode == "LSTM" else hidden[0]
 
-    def forward(self, input, hx=None, *, lengths=None, reset=None, return_states=False):
+    def forward(self, input, hx=None, lengths=None, reset=None, return_states=False):
         """torch.nn's (output, h_n), or (output, (h_n, c_n)) of an LSTM, and more when asked for.
 
         input [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence; hx is h_0
@@ -125,8 +178,11 @@ class _Recurrent(_Prepackable, nn.RNNBase):
 
         Raises ValueError and RuntimeError where torch.nn does, in its words.
         """
+        extended = lengths is not None or reset is not None or return_states
+        if not isinstance(self, _Recurrent) or (not extended and functional.is_recorded()):
+            return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
-            if lengths is not None or reset is not None or return_states:
+            if extended:
                 raise ValueError("lengths, reset and return_states take dense sequences, not packed ones")
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
@@ -136,7 +192,7 @@ class _Recurrent(_Prepackable, nn.RNNBase):
         batch_dim = 0 if self.batch_first else 1
         if not is_batched:
             input = input.unsqueeze(batch_dim)
-            lengths = None if lengths is None else torch.as_tensor(lengths).reshape(1)
+            lengths = None if lengths is None else functional.as_lengths(lengths).reshape(1)
             reset = None if reset is None else reset.unsqueeze(batch_dim)
         if hx is None:
             hx = self._zeros(input, input.size(batch_dim))
@@ -156,10 +212,10 @@ class _Recurrent(_Prepackable, nn.RNNBase):
 
     def _forward_packed(self, input: PackedSequence, hx):
         data, batch_sizes, sorted_indices, unsorted_indices = input
-        B = int(batch_sizes[0])
+        B = _rows_of_first_step(batch_sizes, hx)
         hx = self._zeros(data, B) if hx is None else self.permute_hidden(hx, sorted_indices)
         weights = self._weights()
-        self._check_forward(data, hx, batch_sizes, weights[0].dtype)
+        self._check_forward(data, hx, (B,), weights[0].dtype)
         output, hidden = self._call(weights, data, batch_sizes, hx)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(hidden, unsorted_indices)
@@ -177,18 +233,27 @@ class RNN(_Recurrent, nn.RNN):
     """torch.nn.RNN, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
 
 
-class _RecurrentCell(_Prepackable, nn.RNNCellBase):
+class _RecurrentCell(_Fused, nn.RNNCellBase):
     """forward() of the cells, in the order and the words of torch.nn's."""
+
+    _cell: str
+
+    def _cell_name(self) -> str:
+        return f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else self._cell
 
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
         """The cell and the weights of its one layer."""
-        cell = f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else _torch_name(self)[:-4].lower()
         biases = functional.cell_biases(self.bias_ih, self.bias_hh)
         params = [self.weight_ih, self.weight_hh, *biases]
-        return [(cell, functional.layer_weights([[p] for p in params], bool(biases)))]
+        return [(self._cell_name(), functional.layer_weights([[p] for p in params], bool(biases)))]
 
-    def _step(self, function, input: Tensor, hx):
+    def forward(self, input: Tensor, hx=None):
+        """input [B, I] or [I], hx [B, H] or [H], zeros if None -> h; of an LSTMCell hx = (h, c) -> (h, c)."""
+        if not isinstance(self, _RecurrentCell):
+            return _torch_forward(self, input, hx)
         many = isinstance(self, nn.LSTMCell)
+        if isinstance(self, nn.RNNCell) and self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         if input.dim() not in (1, 2):
             raise ValueError(
                 f"{_torch_name(self)}: Expected input to be 1D or 2D, got {input.dim()}D instead"
@@ -205,6 +270,7 @@ class _RecurrentCell(_Prepackable, nn.RNNCellBase):
         if hx is None:
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hidden = (zeros, zeros) if many else (zeros,)
+        function = getattr(functional, f"{self._cell_name()}_cell")
         out = function(
             input, hidden if many else hidden[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         )
@@ -216,24 +282,14 @@ class _RecurrentCell(_Prepackable, nn.RNNCellBase):
 class LSTMCell(_RecurrentCell, nn.LSTMCell):
     """torch.nn.LSTMCell, fused."""
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """input [B, I] or [I], hx = (h, c) [B, H] or [H] -> (h, c)."""
-        return self._step(functional.lstm_cell, input, hx)
+    _cell = "lstm"
 
 
 class GRUCell(_RecurrentCell, nn.GRUCell):
     """torch.nn.GRUCell, fused."""
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """input [B, I] or [I], hx [B, H] or [H] -> h."""
-        return self._step(functional.gru_cell, input, hx)
+    _cell = "gru"
 
 
 class RNNCell(_RecurrentCell, nn.RNNCell):
     """torch.nn.RNNCell, fused."""
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """input [B, I] or [I], hx [B, H] or [H] -> h."""
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(getattr(functional, f"rnn_{self.nonlinearity}_cell"), input, hx)

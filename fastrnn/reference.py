@@ -110,13 +110,13 @@ class Layout:
     def order(self) -> Tensor:
         """The batch index of each row of a step, the longest first."""
         if self.lengths is None:
-            return torch.arange(self.B)
+            return torch.arange(self.B, device="cpu")
         return torch.argsort(self.lengths, descending=True, stable=True)
 
     def steps(self) -> list[Tensor]:
         """The row numbers of each step."""
         if self.batch_sizes is not None:
-            return list(torch.arange(self.N).split(self.batch_sizes.tolist()))
+            return list(torch.arange(self.N, device="cpu").split(self.batch_sizes.tolist()))
         batch, time = (self.T, 1) if self.batch_first else (1, self.B)
         alive = [self.B if self.lengths is None else int((self.lengths > t).sum()) for t in range(self.T)]
         return [t * time + self.order[:n] * batch for t, n in enumerate(alive)]
@@ -128,8 +128,8 @@ class Layout:
             return torch.cat(steps)[torch.argsort(rows)]
         values = torch.cat(steps)
         values = torch.cat((values, values.new_zeros(1, values.shape[1])))
-        source = torch.full((self.N,), len(rows))
-        source[rows] = torch.arange(len(rows))
+        source = torch.full((self.N,), len(rows), device="cpu")
+        source[rows] = torch.arange(len(rows), device="cpu")
         return values[source]
 
     def without_padding(self, rows: Tensor) -> Tensor:
