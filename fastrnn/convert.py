@@ -1,10 +1,16 @@
 """Whole models between torch.nn and fastrnn: the same parameters, another class."""
 
-from typing import TypeVar
+import types
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cache, partial
+from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from . import _prepack, modules
+from ._warn import warn
 
 __all__ = ["convert", "to_torch"]
 
@@ -13,12 +19,124 @@ _TO_FASTRNN: dict[type, type] = {getattr(nn, name): getattr(modules, name) for n
 _TO_TORCH = {ours: theirs for theirs, ours in _TO_FASTRNN.items()}
 
 
-def _change_classes(model: _Model, table: dict[type, type]) -> _Model:
-    for module in model.modules():
-        # Exactly these classes: a user's subclass has a forward of its own.
-        if type(module) in table:
-            _prepack.drop(module)
-            module.__class__ = table[type(module)]
+# ---- The class that stands for another one -------------------------------------------------------------
+
+
+class _Left(Exception):
+    """Why a module keeps its class."""
+
+
+def _new_converted(cls: type) -> nn.Module:
+    fused: Any = _fused_subclass(cls)
+    return fused.__new__(fused)
+
+
+def _reduce_converted(self: nn.Module, protocol: int) -> tuple:
+    """A pickle names the user's class, which can be imported."""
+    return _new_converted, (type(self).__bases__[0],), *object.__reduce_ex__(self, 2)[2:]
+
+
+@cache
+def _fused_subclass(cls: type) -> type:
+    """The user's subclass of a class of torch.nn, with fastrnn's forward after the user's classes."""
+    base = next(_TO_FASTRNN[c] for c in cls.__mro__ if c in _TO_FASTRNN)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    namespace = names | {"__reduce_ex__": _reduce_converted, "_converted": True}
+    return type(cls)(cls.__name__, (cls, base), namespace)
+
+
+def _fused(cls: type) -> type:
+    if cls in _TO_FASTRNN:
+        return _TO_FASTRNN[cls]
+    theirs = next(c for c in cls.__mro__ if c in _TO_FASTRNN)
+    if cls.forward is not theirs.forward:  # type: ignore[attr-defined]
+        raise _Left(f"{cls.__name__} has a forward of its own")
+    users = set().union(*map(vars, cls.__mro__[: cls.__mro__.index(theirs)]))
+    if taken := users & (set(dir(_TO_FASTRNN[theirs])) - set(dir(theirs))):
+        raise _Left(f"{cls.__name__} has its own {', '.join(sorted(taken))}, which fastrnn's uses")
+    return _fused_subclass(cls)
+
+
+def _unfused(cls: type) -> type:
+    if cls in _TO_TORCH:
+        return _TO_TORCH[cls]
+    if "_converted" in vars(cls):
+        return cls.__bases__[0]
+    raise _Left(f"{cls.__name__} is a subclass of fastrnn's; derive it from torch.nn's and convert() it")
+
+
+def _target(module: nn.Module, change: Callable[[type], type]) -> type:
+    cls: type = type(module)
+    if cls.__module__ != parametrize.__name__:
+        return change(cls)
+    # A class that parametrize made of the module's own: its properties, on another base.
+    base = change(cls.__bases__[0])
+    namespace = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls)(f"Parametrized{base.__name__}", (base,), namespace)
+
+
+# ---- A forward that has been replaced on the module itself ---------------------------------------------
+
+
+class _Rebinding:
+    """Puts the forward of the new class into the place of the old one, in what holds it bound to ``module``:
+    an attribute, a partial, a closure, a wrapper."""
+
+    def __init__(self, module: nn.Module, old: Any, new: Any) -> None:
+        self.module, self.old, self.new = module, old, new
+        self.found = False
+        self.seen: set[int] = set()
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, types.MethodType):
+            if value.__self__ is self.module and value.__func__ is self.old:
+                self.found = True
+                return types.MethodType(self.new, self.module)
+            self(value.__func__)
+        elif isinstance(value, (types.FunctionType, partial)) and id(value) not in self.seen:
+            self.seen.add(id(value))
+            for cell in getattr(value, "__closure__", None) or ():
+                with suppress(ValueError):  # an empty cell
+                    self._replace(cell, "cell_contents")
+            self._replace(value, "__wrapped__")
+            if isinstance(value, partial):
+                args, keywords = map(self, value.args), {k: self(v) for k, v in value.keywords.items()}
+                value.__setstate__((self(value.func), tuple(args), keywords, vars(value)))  # type: ignore[attr-defined]
+        return value
+
+    def _replace(self, holder: Any, name: str) -> None:
+        if hasattr(holder, name):
+            setattr(holder, name, self(getattr(holder, name)))
+
+
+# ---- Models --------------------------------------------------------------------------------------------
+
+
+def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
+    target: Any = _target(module, change)
+    rebind = _Rebinding(module, type(module).forward, target.forward)
+    held = {name: rebind(value) for name, value in vars(module).items() if callable(value)}
+    if "forward" in held and change is _fused and not rebind.found:
+        raise _Left("its forward has been replaced by one that does not call the class's")
+    _prepack.drop(module)
+    try:
+        module.__class__ = target
+    except TypeError as error:  # __slots__
+        raise _Left(str(error)) from None
+    vars(module).update(held)
+
+
+def _change_classes(model: _Model, name: str, change: Callable[[type], type], bases: Iterable[Any]) -> _Model:
+    left = []
+    for path, module in model.named_modules():
+        is_ours = isinstance(module, modules._Fused)
+        if isinstance(module, tuple(bases)) and is_ours is (change is _unfused):
+            try:
+                _change_class(module, change)  # type: ignore[arg-type]
+            except _Left as reason:
+                left.append(f"{path or 'the module itself'} ({reason})")
+    if left:
+        warn(f"{name}() leaves as they are: {', '.join(left)}")
     return model
 
 
@@ -26,12 +144,20 @@ def convert(model: _Model) -> _Model:
     """Turns every torch.nn.LSTM, GRU, RNN and cell inside ``model`` into fastrnn's, in place; returns it.
 
     Parameters, buffers, hooks and the training flag stay the very same objects, so an optimizer that holds
-    the parameters goes on working. Subclasses of torch.nn's modules, parametrized ones among them, are left
-    alone.
+    the parameters goes on working. Parametrized modules are converted, and subclasses of torch.nn's whose
+    forward is torch.nn's: they become a subclass of their class and of fastrnn's, pickled by theirs. A
+    forward that has been replaced on a module calls fastrnn's where it called the class's.
+
+    Warns of modules that it leaves as they are, by name: subclasses with a forward of their own, and modules
+    whose forward has been replaced by one that calls no other.
     """
-    return _change_classes(model, _TO_FASTRNN)
+    return _change_classes(model, "convert", _fused, _TO_FASTRNN)
 
 
 def to_torch(model: _Model) -> _Model:
-    """Undoes convert(): every fastrnn module inside ``model`` becomes torch.nn's, in place; returns it."""
-    return _change_classes(model, _TO_TORCH)
+    """Undoes convert(): every fastrnn module inside ``model`` becomes torch.nn's, in place; returns it.
+
+    For tools that know torch.nn's classes exactly (``torch.ao.quantization``, ``type(m) == nn.GRU``) and for
+    ``torch.jit.script``. Warns of modules that it leaves as they are, by name: subclasses of fastrnn's.
+    """
+    return _change_classes(model, "to_torch", _unfused, _TO_TORCH)

@@ -1,0 +1,230 @@
+"""convert() and to_torch(): parametrized modules, subclasses, replaced forwards, and what is left."""
+
+import copy
+import functools
+import pickle
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import fastrnn
+
+KINDS = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
+
+
+def make_input(kind):
+    return torch.randn(*((2, 3) if kind.endswith("Cell") else (5, 2, 3)))
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Counts the calls that fastrnn's kernels get."""
+    calls = []
+    scan = fastrnn._ops.scan
+    monkeypatch.setattr(fastrnn._ops, "scan", lambda *args: calls.append(1) or scan(*args))
+    return calls
+
+
+def quietly(function, model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return function(model)
+
+
+# ---- Parametrized modules and subclasses ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parametrized_module_is_converted_and_back(kind, kernels):
+    weight = "weight_hh" if kind.endswith("Cell") else "weight_hh_l0"
+    module = parametrizations.weight_norm(getattr(nn, kind)(3, 4), weight)
+    x = make_input(kind)
+    parameters = dict(module.named_parameters())
+    quietly(fastrnn.convert, nn.Sequential(module))
+    assert isinstance(module, getattr(fastrnn, kind))
+    ours = module(x)
+    assert kernels
+    twin = copy.deepcopy(module)
+    torch.testing.assert_close(twin(x), ours)
+    quietly(fastrnn.to_torch, module)
+    assert not isinstance(module, getattr(fastrnn, kind))
+    torch.testing.assert_close(module(x), ours)
+    assert all(p is parameters[name] for name, p in module.named_parameters())
+    parametrize.remove_parametrizations(module, weight)
+    assert type(module) is getattr(nn, kind)
+    parametrize.remove_parametrizations(twin, weight)
+    assert type(twin) is getattr(fastrnn, kind)
+
+
+class Mine(nn.LSTM):
+    """Keeps torch.nn's forward."""
+
+    def __init__(self, *args, forget_bias=1.0, **keywords):
+        self.forget_bias = forget_bias
+        super().__init__(*args, **keywords)
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        with torch.no_grad():
+            self.bias_hh_l0[self.hidden_size : 2 * self.hidden_size] = self.forget_bias
+
+
+class MineToo(Mine):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Mine, MineToo])
+def test_a_subclass_that_keeps_the_forward_is_converted_and_back(cls, kernels):
+    module = cls(3, 4, forget_bias=2.0)
+    x = make_input("LSTM")
+    expected = module(x)
+    quietly(fastrnn.convert, nn.Sequential(module))
+    assert isinstance(module, cls)
+    assert isinstance(module, fastrnn.LSTM)
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        kernels.clear()
+        assert type(twin) is type(module)
+        torch.testing.assert_close(twin(x), expected)
+        assert kernels
+    module.reset_parameters()
+    assert (module.bias_hh_l0[4:8] == 2.0).all()
+    parametrized = quietly(fastrnn.convert, parametrizations.weight_norm(cls(3, 4), "weight_hh_l0"))
+    assert isinstance(parametrized, fastrnn.LSTM)
+    for changed in (module, parametrized):
+        quietly(fastrnn.to_torch, changed)
+        assert isinstance(changed, cls)
+        assert not isinstance(changed, fastrnn.LSTM)
+        changed(x)
+    assert type(module) is cls
+
+
+class OwnForward(nn.GRU):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+class OwnNames(nn.RNN):
+    def _weights(self):
+        return "mine"
+
+
+class OfOurs(fastrnn.GRU):
+    pass
+
+
+def test_what_is_left_is_said_by_name_with_the_reason():
+    model = nn.ModuleDict({"a": OwnForward(3, 4), "b": nn.Sequential(OwnNames(3, 4)), "c": nn.LSTM(3, 4)})
+    with pytest.warns(
+        UserWarning, match=r"convert\(\).*a \(OwnForward .*forward.*b\.0 \(OwnNames.*_weights"
+    ) as caught:
+        fastrnn.convert(model)
+    assert [w.filename for w in caught] == [__file__]
+    assert type(model["a"]) is OwnForward
+    assert type(model["b"][0]) is OwnNames
+    assert type(model["c"]) is fastrnn.LSTM
+    model = nn.ModuleDict(
+        {"d": OfOurs(3, 4), "e": parametrizations.weight_norm(OfOurs(3, 4), "weight_hh_l0")}
+    )
+    with pytest.warns(UserWarning, match=r"to_torch\(\).*d \(OfOurs.*e \(OfOurs"):
+        fastrnn.to_torch(model)
+    assert type(model["d"]) is OfOurs
+    with pytest.warns(UserWarning, match="the module itself"):
+        fastrnn.to_torch(model["d"])
+    assert quietly(fastrnn.convert, model) is model  # fastrnn's already
+
+
+def test_quantized_modules_are_strangers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(3, 4)), {nn.LSTM})
+    kind = type(quantized[0])
+    assert type(quietly(fastrnn.convert, quantized)[0]) is kind
+
+
+# ---- A forward that has been replaced on the module ----------------------------------------------------
+
+
+def accelerates(module):
+    """As accelerate's add_hook_to_module does."""
+    module._old_forward = old = module.forward
+
+    def new_forward(module, *args, **keywords):
+        return module._old_forward(*args, **keywords)
+
+    module.forward = functools.update_wrapper(functools.partial(new_forward, module), old)
+
+
+def closure(module):
+    old = module.forward
+    module.forward = lambda *args: old(*args)
+
+
+def wrapper(module):
+    old = module.forward
+
+    @functools.wraps(old)
+    def forward(*args):
+        return old(*args)
+
+    module.forward = forward
+
+
+def method(module):
+    old = module.forward
+    module.forward = types.MethodType(lambda self, *args: old(*args), module)
+
+
+def given(module):
+    module.forward = functools.partial(lambda old, *args: old(*args), module.forward)
+
+
+def itself(module):
+    module.forward = module.forward
+
+
+def twice(module):
+    closure(module)
+    accelerates(module)
+
+
+@pytest.mark.parametrize("replace", [accelerates, closure, wrapper, method, given, itself, twice])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replaced_forward_calls_that_of_the_new_class(kind, replace, kernels):
+    x = make_input(kind)
+    module = getattr(nn, kind)(3, 4)
+    expected = module(x)
+    replace(module)
+    quietly(fastrnn.convert, nn.Sequential(module))
+    torch.testing.assert_close(module(x), expected)
+    assert len(kernels) == 1
+    assert fastrnn.explain(module, x)[0].operator is not None
+    kernels.clear()
+    quietly(fastrnn.to_torch, module)
+    torch.testing.assert_close(module(x), expected)
+    assert not kernels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_that_calls_no_other_is_left_and_said(kind):
+    module = getattr(nn, kind)(3, 4)
+    module.forward = lambda x: "mine"
+    with pytest.warns(UserWarning, match="replaced"):
+        fastrnn.convert(module)
+    assert type(module) is getattr(nn, kind)
+    assert module(None) == "mine"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_of_fastrnns_that_is_kept_elsewhere_is_torch_nns_after_to_torch(kind, kernels):
+    module = getattr(fastrnn, kind)(3, 4)
+    x = make_input(kind)
+    expected, kept = module(x), [module.forward]
+    module.forward = lambda *args: kept[0](*args)
+    fastrnn.to_torch(module)
+    kernels.clear()
+    torch.testing.assert_close(module(x), expected)
+    assert not kernels
