@@ -40,19 +40,20 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
     """Which kernel each fastrnn layer inside ``module`` takes for ``input``, forward and backward, and why.
 
     Runs ``module(input)`` once without gradients (``module(input, hx)`` with hx) to see what reaches each
-    layer; batch norm and other state is left as eval() leaves it. print() the result, or read its fields.
+    layer, under autocast if it is on; batch norm and other state is left as eval() leaves it. print() the
+    result, or read its fields.
     """
     explanations, handles = Explanations(), []
 
     def record(name: str):
-        def hook(layer: nn.Module, args: tuple) -> None:
-            explanations.extend(_explain_module(name, layer, args[0]))
+        def hook(layer: nn.Module, args: tuple, keywords: dict) -> None:
+            explanations.extend(_explain_module(name, layer, args[0] if args else keywords["input"]))
 
         return hook
 
     for name, child in module.named_modules():
         if isinstance(child, (modules._Recurrent, modules._RecurrentCell)):
-            handles.append(child.register_forward_pre_hook(record(name)))
+            handles.append(child.register_forward_pre_hook(record(name), with_kwargs=True))
     training = {child: child.training for child in module.modules()}
     try:
         module.eval()
@@ -79,6 +80,7 @@ def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence
         weight, L, D, H, P = module.weight_hh, 1, 1, module.hidden_size, module.hidden_size
         T, B = 1, input.shape[0] if input.dim() == 2 else 1
     assert isinstance(weight, Tensor)
+    (weight,) = functional.lowered((weight,))
     reason = functional.no_kernel_reason(weight) if H > 0 else "there are no units (H = 0) to compute"
     if reason is not None:
         return Explanations(Explanation(name, layer, None, reason, reason) for layer in range(L))

@@ -62,3 +62,27 @@ def test_the_functions_and_packed_sequences_are_explained_too():
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
     (found,) = fastrnn.explain(fastrnn.RNN(4, 5, nonlinearity="relu"), packed)
     assert found.operator == "fastrnn::rnn_relu"
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.cell = fastrnn.LSTM(4, 40), fastrnn.GRUCell(40, 8)
+
+    def forward(self, x):
+        return self.cell(hx=None, input=self.rnn(input=x)[0][-1])
+
+
+def test_inputs_may_be_given_by_name():
+    found = fastrnn.explain(Named(), torch.randn(5, 64, 4))
+    assert [(e.module, e.operator) for e in found] == [("rnn", "fastrnn::lstm"), ("cell", "fastrnn::gru")]
+    (alone,) = fastrnn.explain(fastrnn.LSTM(4, 40), torch.randn(5, 64, 4))
+    assert (found[0].forward, found[0].backward) == (alone.forward, alone.backward)
+
+
+def test_autocast_decides_by_its_dtype(monkeypatch):
+    """CUDA's autocast lowers the weights, here to a dtype without a kernel."""
+    monkeypatch.setattr(fastrnn.functional, "lowered", lambda tensors: [t.bfloat16() for t in tensors])
+    (found,) = fastrnn._explain._explain_module("", fastrnn.GRU(3, 4), torch.randn(2, 1, 3))
+    assert found.operator is None
+    assert "bfloat16" in found.forward
