@@ -4,17 +4,20 @@ import json
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from fastrnn.training import compare, sweep
 from fastrnn.training.arguments import Parser, refused
@@ -23,7 +26,15 @@ from fastrnn.training.data.module import SequenceData
 from fastrnn.training.errors import InputError, check_number
 from fastrnn.training.gradient_flow import GradientFlow
 from fastrnn.training.report import Report
-from fastrnn.training.run import AtomicCheckpoints, BestCheckpoint, LastCheckpoint, Resume, RunLog
+from fastrnn.training.run import (
+    AtomicCheckpoints,
+    BestCheckpoint,
+    Interrupted,
+    Interrupts,
+    LastCheckpoint,
+    Resume,
+    RunLog,
+)
 from fastrnn.training.speed import Throughput
 from fastrnn.training.tasks import SequenceTask
 
@@ -54,7 +65,16 @@ class Lines(ProgressBar):
         if not trainer.sanity_checking and trainer.is_global_zero:
             shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
             values = "  ".join(f"{k} {v:.5g}" for k, v in shown.items())
-            print(f"step {trainer.global_step}  {values}", flush=True)
+            say(f"step {trainer.global_step}  {values}")
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Print a line; a reader who has left (a closed pipe, a lost terminal) does not end the run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class SequenceCLI(LightningCLI):
@@ -150,13 +170,20 @@ class SequenceCLI(LightningCLI):
     def after_test(self) -> None:
         for callback in self.trainer.callbacks:
             if isinstance(callback, Report) and callback.path:  # only the first process has one
-                print(f"report: {callback.path.resolve()}")
+                say(f"report: {callback.path.resolve()}")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """The command; predictions are written as JSON, for Lightning hands them to nobody."""
-        if subcommand != "predict":
-            super()._run_subcommand(subcommand)
-            return
+        """The command; an interrupted one says which checkpoint there is."""
+        try:
+            self._predict() if subcommand == "predict" else super()._run_subcommand(subcommand)
+        except Interrupted as stop:
+            kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
+            paths = [Path(c.dirpath) / "last.ckpt" for c in kept if c.dirpath]
+            stop.checkpoint = next((path.resolve() for path in paths if path.is_file()), None)
+            raise
+
+    def _predict(self) -> None:
+        """Predictions are written as JSON, for Lightning hands them to nobody."""
         found = self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=self._get(self.config, "ckpt_path")
         )
@@ -164,7 +191,7 @@ class SequenceCLI(LightningCLI):
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found, ensure_ascii=False, indent=1, default=lambda t: t.tolist())
         path.write_text(text, encoding="utf-8")
-        print(f"predictions: {path.resolve()}")
+        say(f"predictions: {path.resolve()}")
 
 
 class Parsed(SequenceCLI):
@@ -219,6 +246,9 @@ def main(argv: list[str]) -> int:
         if argv[:1] == ["compare"]:
             return compare.main(argv[1:])
         run(with_shipped_configs(argv))
+    except Interrupted as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends now: another one changes nothing
+        return int(stop.code or 0)
     except Exception as error:
         reason = refused(error)
         if reason is None:
@@ -239,21 +269,38 @@ def run(argv: list[str], kind: type[SequenceCLI] = SequenceCLI) -> SequenceCLI:
         warnings.filterwarnings("ignore", message=noise)
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(is_news)
-    return kind(
-        SequenceTask,
-        SequenceData,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_class=Parser,
-        seed_everything_default=0,
-        parser_kwargs={"prog": "python -m fastrnn train", "description": help_text()},
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={
-            "callbacks": [Throughput(), Resume(), LearningRateMonitor("step")],
-            "log_every_n_steps": 10,
-            "enable_model_summary": True,
-        },
-        args=argv,
-    )
+    with Interrupts() as interrupts:
+        try:
+            return kind(
+                SequenceTask,
+                SequenceData,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_class=Parser,
+                seed_everything_default=0,
+                parser_kwargs={"prog": "python -m fastrnn train", "description": help_text()},
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={
+                    "callbacks": [Throughput(), Resume(), LearningRateMonitor("step"), interrupts],
+                    "log_every_n_steps": 10,
+                    "enable_model_summary": True,
+                },
+                args=argv,
+            )
+        except Interrupted as stop:
+            kept = "before a checkpoint was written"
+            if stop.checkpoint:
+                step = torch.load(stop.checkpoint, mmap=True, weights_only=True)["global_step"]
+                kept = f"step {step} is kept"
+            say(f"interrupted, {kept}; to go on:")
+            say(command(argv, stop.checkpoint))
+            raise
+
+
+def command(argv: list[str], checkpoint: Path | None) -> str:
+    """The line for a shell that does what ``argv`` says, going on from a checkpoint."""
+    given = [a for a in argv if not (checkpoint and a.startswith("--ckpt_path="))]
+    more = [f"--ckpt_path={checkpoint}"] if checkpoint else []
+    return shlex.join([sys.executable, "-m", "fastrnn", "train", *given, *more])

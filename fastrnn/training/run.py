@@ -1,9 +1,15 @@
-"""A run on disk: its log, checkpoints that survive a kill, and everything that resuming needs."""
+"""A run on disk: its log, checkpoints that survive a kill, and what ending early and resuming need."""
 
+import contextlib
 import os
 import random
 import shutil
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -12,17 +18,43 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from fastrnn.training.errors import InputError, check_name, in_short
 
+PATIENCE = 10.0  # seconds that a step may take to end before another Ctrl-C breaks it off
+
 
 class RunLog(CSVLogger):
-    """``metrics.csv``, and the same rows in memory for the report and for the checkpoint."""
+    """``metrics.csv``, and the same rows in memory for the report and for the checkpoint.
+
+    Raises:
+        InputError: the name leads out of ``save_dir``.
+    """
 
     def __init__(self, save_dir: str = "runs", name: str = "run", version: int | None = None) -> None:
+        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+            raise InputError(f"the name of a run must be a folder inside {save_dir or '.'}, got {name!r}")
         super().__init__(save_dir, name, version, flush_logs_every_n_steps=20)
         self.rows: list[dict[str, float]] = []
+
+    def _get_next_version(self) -> int:
+        """The next number that is free, taken by making its folder: runs of one moment share none.
+
+        Raises:
+            InputError: the folder cannot be made.
+        """
+        try:
+            number = super()._get_next_version()
+            while rank_zero_only.rank == 0:
+                try:
+                    os.makedirs(os.path.join(self.root_dir, f"version_{number}"))
+                    break
+                except FileExistsError:
+                    number += 1
+        except (OSError, ValueError) as error:  # ValueError: a null character
+            raise InputError(f"cannot write into {self.root_dir}: {error}") from error
+        return number
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         row = {k: float(v) for k, v in metrics.items()}
@@ -64,6 +96,11 @@ class Resume(L.Callback):
     ) -> None:
         self._loaded = {k: checkpoint[k] for k in ("generators", "seed", "rows") if k in checkpoint}
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Also where no step is left to train."""
+        if isinstance(trainer.logger, RunLog):
+            trainer.logger.replay(self._loaded.get("rows", []))
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         generators = self._loaded.get("generators", [])
         if len(generators) == trainer.world_size:
@@ -73,17 +110,21 @@ class Resume(L.Callback):
                     f"seed_everything={seed} ({until_now} until now) has no effect: "
                     "the random generators go on from the checkpoint"
                 )
-        if isinstance(trainer.logger, RunLog):
-            trainer.logger.replay(self._loaded.get("rows", []))
         self._loaded = {}
 
 
 def rewind(loop: dict[str, Any]) -> None:
-    """Count a finished run as being inside its last step.
+    """Count a finished run as being inside its last step, and a validation as being in its first batch.
 
     From there Lightning goes on with the next batch; from the counters of a finished run it takes
-    one more batch into the old epoch when that was complete (seen with Lightning 2.6).
+    one more batch into the old epoch when that was complete, and of a broken off validation it takes
+    as many batches as were left, from the first one on (seen with Lightning 2.6).
     """
+    batch = loop["epoch_loop.val_loop.batch_progress"]
+    if batch["current"]["completed"] < batch["current"]["ready"]:
+        before = batch["total"]["completed"] - batch["current"]["completed"]
+        for count, done in (("total", before), ("current", 0)):
+            batch[count].update(ready=done + 1, started=done + 1, processed=done, completed=done)
     epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
     if 0 < epoch["current"]["ready"] == epoch["current"]["completed"]:
         for count in ("total", "current"):
@@ -170,7 +211,102 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
+    def save(self, trainer: L.Trainer) -> None:
         if self.dirpath and not trainer.fast_dev_run:
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self.save(trainer)
+
+
+class Interrupted(SystemExit):
+    """A signal has ended the command; ``code`` is the status by which shells know it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.checkpoint: Path | None = None  # to go on from, if the run has written one
+
+
+class Interrupts(L.Callback):
+    """Ctrl-C, SIGTERM and a lost terminal end training after its step, with ``last.ckpt`` written.
+
+    As a context it listens, and raises ``Interrupted``: between two steps while a run trains, at once
+    everywhere else. Signals that follow change nothing, unless the step takes more than ``PATIENCE``
+    seconds to end. A signal that is ignored, as under ``nohup``, stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._since = 0.0
+        self._training = self._saved = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+            self._before = {s: handler for s, handler in handlers.items() if handler != signal.SIG_IGN}
+        self._listen()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _listen(self) -> None:
+        for signum in self._before:
+            signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        again, self.signum = bool(self.signum), self.signum or signum
+        if not again:
+            self._since = time.monotonic()
+            if self._training:
+                with contextlib.suppress(OSError):  # print is not safe here: it may be what was interrupted
+                    os.write(sys.stderr.fileno(), b"fastrnn train: ending after this step\n")
+                return
+        elif not self._training or time.monotonic() - self._since < PATIENCE:
+            return
+        raise Interrupted(self.signum)
+
+    def _asked(self, trainer: L.Trainer) -> bool:
+        """Whether a signal has reached any process: all of them must end at the same step."""
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(bool(self.signum), all=False)
+            self.signum = self.signum or int(asked) * signal.SIGTERM
+        return bool(self.signum)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, LastCheckpoint):
+                callback.save(trainer)
+        self._saved = True
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._training = True
+        self._listen()  # again: Lightning has put a handler of its own in the place of ours
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if self._asked(trainer):
+            self._save(trainer)  # a validation may be due: then the run ends in that, to do it again
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self._saved:
+            raise Interrupted(self.signum)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if self._training and self._asked(trainer):
+            if not trainer.sanity_checking:
+                self._save(trainer)
+            raise Interrupted(self.signum)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._asked(trainer)
+        self._training = False
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.signum:
+            raise Interrupted(self.signum)
