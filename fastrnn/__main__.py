@@ -1,6 +1,9 @@
 """``python -m fastrnn``: the command line, one module per command, imported only when asked for."""
 
+import contextlib
 import importlib
+import locale
+import os
 import sys
 
 COMMANDS = {
@@ -9,6 +12,22 @@ COMMANDS = {
     "train": "train a sequence model from a configuration",
 }
 MODULES = {"doctor": "fastrnn.doctor", "bench": "fastrnn.bench", "train": "fastrnn.training.cli"}
+
+
+def speak_utf8() -> None:
+    """Files are UTF-8 whatever the locale; a terminal shows what it cannot encode as an escape.
+
+    Libraries open files in the locale's encoding, so the locale is changed, not each call. A stream that
+    was closed becomes the null device: its number would otherwise go to the next file that is opened.
+    """
+    with contextlib.suppress(locale.Error):
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv: list[str]) -> int:
@@ -29,4 +48,9 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    speak_utf8()
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("fastrnn: interrupted", file=sys.stderr)
+        sys.exit(130)
