@@ -23,6 +23,8 @@ def clip(parameters: Iterable[nn.Parameter], norm: float | None, value: float | 
     """
     check_limits(norm, value)
     with_grad = [p for p in parameters if p.grad is not None]
+    if not with_grad:
+        return torch.zeros(())
     before = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
     if norm is not None:
         torch.nn.utils.clip_grads_with_norm_(with_grad, norm, before)
@@ -47,8 +49,13 @@ class GradientClipping(L.Callback):
             names of the parameters, ``skip`` leaves this step out (and counts it), ``ignore``
             steps with it.
 
+    Where a GradScaler scales the loss (``precision: 16-mixed``), it leaves out a step whose scaled
+    gradients overflow, and halves its scale. Such a step counts as skipped; ``raise`` stops the run
+    once the scale is 1 and the overflow is not the scaler's.
+
     Raises:
         InputError: a limit that is not above 0, or an unknown policy.
+        FloatingPointError: in training, with ``raise``.
     """
 
     def __init__(
@@ -66,7 +73,10 @@ class GradientClipping(L.Callback):
         largest = self._largest(parameters) if self.value is not None else 0.0
         before = float(clip(parameters, self.norm, self.value))
         self.counts["steps"] += 1
-        if not (before < float("inf")) and self.nonfinite != "ignore":
+        scaler = getattr(trainer, "scaler", None)
+        if not (before < float("inf")) and scaler and scaler.is_enabled() and scaler.get_scale() > 1.0:
+            self.counts["skipped"] += 1  # by the scaler, in its step
+        elif not (before < float("inf")) and self.nonfinite != "ignore":
             self._refuse(pl_module, trainer.global_step)
         else:
             over = self.norm is not None and before > self.norm
@@ -77,7 +87,7 @@ class GradientClipping(L.Callback):
 
     @staticmethod
     def _largest(parameters: list[nn.Parameter]) -> float:
-        return max(float(p.grad.abs().max()) for p in parameters if p.grad is not None)
+        return max((float(p.grad.abs().max()) for p in parameters if p.grad is not None), default=0.0)
 
     def _refuse(self, pl_module: L.LightningModule, step: int) -> None:
         if self.nonfinite == "raise":

@@ -1,10 +1,12 @@
 """Clipping, its figures, and the three policies for gradients that are not finite."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import language_model, trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from fastrnn.training import GradientClipping, InputError, Optim, TextData, clip
@@ -53,6 +55,38 @@ def poisoned(text: TextData, tmp_path: Path, policy: str) -> tuple[dict, dict, G
 def test_a_nan_gradient_stops_the_run_with_the_parameters_names(text: TextData, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"step 0: .*weight_hh_l0"):
         poisoned(text, tmp_path, "raise")
+
+
+def half_precision(scale: float) -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+def test_overflows_of_a_grad_scaler_are_skipped_until_its_scale_fits(text: TextData, tmp_path: Path) -> None:
+    clipping = GradientClipping(norm=1.0, value=1.0)
+    run = trainer(tmp_path, clipping, max_steps=40, plugins=[half_precision(2.0**30)])
+    model = language_model(text)
+    run.fit(model, datamodule=text)
+    assert 5 < clipping.counts["skipped"] < 25
+    assert run.scaler.get_scale() == 2.0 ** (30 - clipping.counts["skipped"])
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+
+
+def test_a_nan_gradient_stops_a_run_with_a_grad_scaler_at_scale_1(text: TextData, tmp_path: Path) -> None:
+    model = language_model(text)
+    model.head = Poison(model.head)
+    clipping = GradientClipping(norm=1.0)
+    run = trainer(tmp_path, clipping, max_steps=40, plugins=[half_precision(8.0)])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        run.fit(model, datamodule=text)
+    assert clipping.counts["skipped"] == 3
+
+
+def test_no_gradient_anywhere_is_nothing_to_clip() -> None:
+    model = nn.Linear(2, 2)
+    model.log = lambda *args: None
+    clipping = GradientClipping(norm=1.0, value=1.0)
+    clipping.on_before_optimizer_step(SimpleNamespace(global_step=0, scaler=None), model, None)
+    assert clipping.counts == {"steps": 1, "clipped": 0, "skipped": 0}
 
 
 def test_a_nan_gradient_is_skipped_and_counted(text: TextData, tmp_path: Path) -> None:
