@@ -176,6 +176,9 @@ class SequenceCLI(LightningCLI):
         """The command; an interrupted one says which checkpoint there is."""
         try:
             self._predict() if subcommand == "predict" else super()._run_subcommand(subcommand)
+        except FloatingPointError:
+            self.after_test()
+            raise
         except Interrupted as stop:
             kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
             paths = [Path(c.dirpath) / "last.ckpt" for c in kept if c.dirpath]
@@ -249,6 +252,9 @@ def main(argv: list[str]) -> int:
     except Interrupted as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends now: another one changes nothing
         return int(stop.code or 0)
+    except FloatingPointError as error:  # GradientClipping's; the report has been written by then
+        print(f"fastrnn train: the training diverged: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         reason = refused(error)
         if reason is None:

@@ -175,7 +175,7 @@ class Forecaster(SequenceTask):
         if not self._shown or "columns" not in self.spec:
             return
         past, future, ahead = (
-            torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*self._shown, strict=True)
+            torch.cat(parts, dim=1).cpu().double().numpy() for parts in zip(*self._shown, strict=True)
         )
         some, columns = plots.spread(range(past.shape[1]), 4), self.spec["columns"]
         drawn = plots.spread(range(len(columns)), COLUMNS)

@@ -5,9 +5,11 @@ import html
 import io
 import itertools
 import json
+import logging
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.figure import Figure
 
 from fastrnn.training import plots
+from fastrnn.training.errors import in_short
 from fastrnn.training.gradient_flow import GradientFlow
 from fastrnn.training.run import rows_of
 from fastrnn.training.speed import compare_backends
@@ -35,10 +38,14 @@ img { max-width: 100% } .verdict { font-weight: 600 }
 """
 Section = tuple[str, str]  # title and HTML
 METRICS = 24  # with a picture of their own
+log = logging.getLogger(__name__)
 
 
 class Report(L.Callback):
     """Writes ``report.html`` and ``figures/*.png`` into the run's folder when fit or test ends.
+
+    It is written too when a gradient that is not finite ends the training. A part that cannot be made
+    is replaced by a line that says why, which is logged as a warning: a finished run keeps its results.
 
     Args:
         write: make the report at all.
@@ -50,44 +57,80 @@ class Report(L.Callback):
         self.speed: dict[str, float] = {}
         self.path: Path | None = None
         self._batch: Any = None
+        self._complaints: dict[str, str] = {}  # by part
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self._batch is None or args[3].tokens >= self._batch.tokens:
             self._batch = args[3]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        comparable = self.compare and trainer.world_size == 1 and not pl_module.stack.options
-        if comparable and pl_module.stack.backend != "torch" and self._batch is not None:
-            self.speed = compare_backends(pl_module, self._batch)
+        self._try("speed beside torch.nn", lambda: self._measure(trainer, pl_module))
         self._write(trainer, pl_module, trainer.log_dir)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module, trainer.log_dir)
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, FloatingPointError):
+            self._write(trainer, pl_module, trainer.log_dir)
+
+    def _measure(self, trainer: L.Trainer, task: L.LightningModule) -> str:
+        comparable = self.compare and trainer.world_size == 1 and self._batch is not None
+        if comparable and not task.stack.options and task.stack.backend != "torch":
+            device, precision = trainer.strategy.root_device, trainer.precision_plugin
+            self.speed = compare_backends(task, self._batch, device=device, precision=precision)
+        return ""
+
+    def _try(self, part: str, make: Callable[[], str]) -> str:
+        """The HTML of a part, or a line that says why there is none."""
+        try:
+            return make()
+        except Exception as error:
+            line = f"the report goes without: {part} ({in_short(error)})"
+            if self._complaints.get(part) != line:
+                log.warning("%s", line)
+            self._complaints[part] = line
+            return f"<p>{html.escape(line)}</p>"
+
     @rank_zero_only
     @matplotlib.rc_context({"text.usetex": False})  # names are no LaTeX
     def _write(self, trainer: L.Trainer, task: L.LightningModule, log_dir: str | None) -> None:
         """All processes ask for ``log_dir``, which they agree on; the first one writes."""
-        if not self.write or log_dir is None or trainer.fast_dev_run:
-            return
-        folder = Path(log_dir)
+        if self.write and log_dir is not None and not trainer.fast_dev_run:
+            self._try("all of it", lambda: self._save(trainer, task, Path(log_dir)))
+
+    def _save(self, trainer: L.Trainer, task: L.LightningModule, folder: Path) -> str:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for old in (folder / "figures").glob("*.png"):  # of the report that this one replaces
             old.unlink()
         rows = rows_of(trainer)
-        trainer.logger.save()
-        parts = [
-            ("Results", results(rows)),
-            ("Curves", curves(rows, folder)),
-            *flow_sections(trainer, folder),
-            *(exhibit(title, shown, folder) for title, shown in task.exhibits()),
-            ("Speed", speed_table(rows, self.speed)),
-            ("Configuration", configuration(folder, task)),
-            ("Environment", table(environment())),
+        for logger in trainer.loggers:
+            logger.save()
+        exhibits: list[tuple[str, Figure | str]] = []
+
+        def collect() -> str:  # those before one that fails are kept
+            exhibits.extend(task.exhibits())
+            return ""
+
+        unseen = self._try("exhibits", collect)
+        parts: list[tuple[str, Callable[[], str]]] = [
+            ("Results", lambda: results(rows)),
+            ("Curves", lambda: curves(rows, folder)),
+            ("Gradient flow", lambda: "".join(content for _, content in flow_sections(trainer, folder))),
+            *((title, partial(exhibit, title, shown, folder)) for title, shown in exhibits),
+            ("Exhibits", lambda: unseen),
+            ("Speed", lambda: speed_table(rows, self.speed)),
+            ("Configuration", lambda: configuration(folder, task)),
+            ("Environment", lambda: table(environment())),
         ]
-        self.path = folder / "report.html"
-        text = page(f"{type(task).__name__} in {folder}", parts)
-        self.path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+        made = [(title, self._try(title, make)) for title, make in parts]
+        path = folder / "report.html"
+        text = page(f"{type(task).__name__} in {folder}", made)
+        path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+        self.path = path
+        return ""
 
 
 def page(title: str, parts: list[Section]) -> str:
@@ -160,10 +203,10 @@ def picture(name: str, figure: Figure, folder: Path) -> str:
     return f"<img alt='{html.escape(name)}' src='data:image/png;base64,{data}'>"
 
 
-def exhibit(title: str, shown: Figure | str, folder: Path) -> Section:
+def exhibit(title: str, shown: Figure | str, folder: Path) -> str:
     if isinstance(shown, Figure):
-        return title, picture(title, shown, folder)
-    return title, f"<pre>{html.escape(shown)}</pre>"
+        return picture(title, shown, folder)
+    return f"<pre>{html.escape(shown)}</pre>"
 
 
 def flow_sections(trainer: L.Trainer, folder: Path) -> Iterator[Section]:

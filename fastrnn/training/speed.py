@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from lightning.pytorch.plugins.precision import Precision
 
 from fastrnn.training.tasks import SequenceTask
 
@@ -31,21 +31,36 @@ class Throughput(L.Callback):
         pl_module.log("speed/seconds", self.seconds)
 
 
-def compare_backends(task: SequenceTask, batch: Any, rounds: int = 5) -> dict[str, float]:
+def compare_backends(
+    task: SequenceTask,
+    batch: Any,
+    rounds: int = 5,
+    device: torch.device | None = None,
+    precision: Precision | None = None,
+) -> dict[str, float]:
     """Training speed of a task as it is and with torch.nn's recurrent module, on one batch.
 
     The two alternate in this process, forward, backward and optimizer step, so that what else the
     machine does meets both.
 
+    Args:
+        task: trained or not; it stays where it is, and as it is.
+        batch: of the task's data module.
+        rounds: steps of each, after one of warm-up.
+        device: to measure on, the task's own when left out; a trainer hands a task back on the CPU.
+        precision: of the trainer, whose autocast the steps run under.
+
     Returns:
         ``tokens_per_s`` and ``torch_tokens_per_s`` from the median step, and the median of the
         paired ratios, ``speedup``.
     """
-    models = {"here": copy_of(task, task.stack.backend), "torch": copy_of(task, "torch")}
+    device, precision = device or task.device, precision or Precision()
+    batch = task.transfer_batch_to_device(batch, device, 0)
+    models = {"here": copy_of(task, task.stack.backend, device), "torch": copy_of(task, "torch", device)}
     seconds: dict[str, list[float]] = {"here": [], "torch": []}
     for round_ in range(rounds + 1):
         for name, model in models.items():
-            elapsed = timed_step(model, batch)
+            elapsed = timed_step(model, batch, precision)
             if round_:  # the first is a warm-up
                 seconds[name].append(elapsed)
     ratios = [t / h for t, h in zip(seconds["torch"], seconds["here"], strict=True)]
@@ -56,26 +71,28 @@ def compare_backends(task: SequenceTask, batch: Any, rounds: int = 5) -> dict[st
     }
 
 
-def copy_of(task: SequenceTask, backend: str) -> SequenceTask:
+def copy_of(task: SequenceTask, backend: str, device: torch.device) -> SequenceTask:
     """The same task and weights with the recurrent module of another library, to train."""
     twin = type(task)(**{**task.hparams, "stack": replace(task.stack, backend=backend)})
     twin.load_state_dict(task.state_dict())
-    return twin.to(task.device).train()
+    return twin.to(device, next(task.parameters()).dtype).train()
 
 
-def timed_step(task: SequenceTask, batch: Any) -> float:
+def timed_step(task: SequenceTask, batch: Any, precision: Precision) -> float:
     """Seconds of one training step, gradients thrown away after it."""
     optimizer = task.optim.optimizer(task.parameters())
-    synchronize(task)
+    synchronize(task.device)
     start = time.perf_counter()
-    task.loss_of(batch).backward()
+    with precision.forward_context():
+        loss = task.loss_of(batch)
+    loss.backward()
     optimizer.step()
-    synchronize(task)
+    synchronize(task.device)
     elapsed = time.perf_counter() - start
     optimizer.zero_grad()
     return elapsed
 
 
-def synchronize(module: nn.Module) -> None:
-    if next(module.parameters()).is_cuda:
-        torch.cuda.synchronize()
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
