@@ -17,9 +17,12 @@ MODULES = {"doctor": "fastrnn.doctor", "bench": "fastrnn.bench", "train": "fastr
 def speak_utf8() -> None:
     """Files are UTF-8 whatever the locale; a terminal shows what it cannot encode as an escape.
 
-    Libraries open files in the locale's encoding, so the locale is changed, not each call. A stream that
-    was closed becomes the null device: its number would otherwise go to the next file that is opened.
+    Libraries open files in the locale's encoding, so the locale is changed, not each call; names of files
+    keep the encoding that Python began with, and with ASCII it begins again. A stream that was closed
+    becomes the null device: its number would otherwise go to the next file that is opened.
     """
+    if sys.getfilesystemencoding() == "ascii":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     with contextlib.suppress(locale.Error):
         locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
     for name in ("stdout", "stderr"):

@@ -255,6 +255,9 @@ def main(argv: list[str]) -> int:
     except FloatingPointError as error:  # GradientClipping's; the report has been written by then
         print(f"fastrnn train: the training diverged: {error}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:
+        print(f"fastrnn train: {error.object!a} is no name of a file in this locale", file=sys.stderr)
+        return 2
     except Exception as error:
         reason = refused(error)
         if reason is None:

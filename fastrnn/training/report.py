@@ -57,6 +57,7 @@ class Report(L.Callback):
         self.speed: dict[str, float] = {}
         self.path: Path | None = None
         self._batch: Any = None
+        self._unmeasured = ""
         self._complaints: dict[str, str] = {}  # by part
 
     def on_train_batch_end(self, *args: Any) -> None:
@@ -64,7 +65,7 @@ class Report(L.Callback):
             self._batch = args[3]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._try("speed beside torch.nn", lambda: self._measure(trainer, pl_module))
+        self._unmeasured = self._try("speed beside torch.nn", lambda: self._measure(trainer, pl_module))
         self._write(trainer, pl_module, trainer.log_dir)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -121,7 +122,7 @@ class Report(L.Callback):
             ("Gradient flow", lambda: "".join(content for _, content in flow_sections(trainer, folder))),
             *((title, partial(exhibit, title, shown, folder)) for title, shown in exhibits),
             ("Exhibits", lambda: unseen),
-            ("Speed", lambda: speed_table(rows, self.speed)),
+            ("Speed", lambda: speed_table(rows, self.speed) + self._unmeasured),
             ("Configuration", lambda: configuration(folder, task)),
             ("Environment", lambda: table(environment())),
         ]
