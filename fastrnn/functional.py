@@ -57,7 +57,9 @@ def no_kernel_reason(weight: Tensor) -> str | None:
 
 def is_recorded() -> bool:
     """Whether torch.jit.trace or torch.onnx.export records this call."""
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._is_tracing()  # torch.jit.is_tracing() adds two calls, in each short call three times
 
 
 def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
@@ -87,7 +89,10 @@ def takes_torch_path(weight: Tensor, extended: bool = False) -> bool:
 
 def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     device, dtype = input.device, input.dtype
-    if all(t.dtype is dtype and t.device == device for t in (*hidden, *params)):
+    for t in (*hidden, *params):
+        if t.dtype is not dtype or t.device != device:
+            break
+    else:
         return
     # Autocast brings tensors to one dtype, but for float64, which it leaves as it is; on meta nothing is
     # multiplied, and torch takes any dtypes.
