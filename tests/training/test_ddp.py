@@ -44,8 +44,9 @@ def task_and_data(name: str, folder: Path) -> tuple[L.LightningModule, L.Lightni
     torch.manual_seed(3)
     stack, optim = Stack(hidden_size=12), Optim(lr=0.01)
     if name == "text":
-        (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-        halves = [str(folder / "text.txt")] * 2  # two documents: a reset in one process's rows
+        halves = [str(folder / name) for name in ("text.txt", "more.txt")]
+        for half in halves:  # two documents: a reset in one process's rows
+            Path(half).write_text(TEXT, encoding="utf-8")
         text = TextData(halves, rows=4, k1=16, k2=20)
         return LanguageModel(text.spec, stack, optim, embedding_size=8), text
     if name == "vowels":
