@@ -22,12 +22,23 @@ from fastrnn.training.tbptt import State, StateCarrier, map_state, scan
 
 @dataclass
 class Sampling:
-    """How characters are drawn: see ``LanguageModel.generate``."""
+    """How characters are drawn: see ``LanguageModel.generate``.
+
+    Raises:
+        InputError: a length, temperature or seed below zero, or a top_k below one.
+    """
 
     length: int = 600
     temperature: float = 0.8
     top_k: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("length", self.length, 0)
+        check_number("temperature", self.temperature, "[0, inf)")
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k)
+        check_whole("seed", self.seed, 0, 2**64 - 1)
 
 
 class LanguageModel(SequenceTask):
@@ -128,7 +139,7 @@ class LanguageModel(SequenceTask):
     @torch.no_grad()
     def generate(
         self,
-        prompt: str = "\n",
+        prompt: str | None = None,
         length: int = 500,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -137,26 +148,32 @@ class LanguageModel(SequenceTask):
         """The prompt and ``length`` more characters, drawn one by one.
 
         Args:
-            prompt: at least one character, all of the vocabulary.
+            prompt: at least one character, all of the vocabulary; ``Vocabulary.start`` when left out.
             temperature: divides the logits; 0 takes the likeliest character.
             top_k: only the k likeliest characters can be drawn.
 
         Raises:
-            InputError: the prompt is empty or holds unknown characters.
+            InputError: the prompt is empty or holds unknown characters, or a setting that ``Sampling``
+                refuses.
         """
         if self.vocabulary is None:
             raise InputError("this model's symbols are not characters: there is no text to generate")
+        how = Sampling(length, temperature, top_k, seed)
+        prompt = self.vocabulary.start if prompt is None else prompt
         if not prompt:
             raise InputError("prompt must hold at least one character")
-        training = self.training
-        self.eval()
-        generator = torch.Generator(self.device).manual_seed(seed)
         x, state, drawn = self.vocabulary.encode(prompt).to(self.device)[:, None], None, []
-        for _ in range(length):
-            logits, state = self(x, state)
-            x = draw(logits[-1], temperature, top_k, generator)[None]
-            drawn.append(int(x))
-        self.train(training)
+        generator = torch.Generator(self.device).manual_seed(how.seed)
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            for _ in range(how.length):
+                logits, state = self(x, state)
+                x = draw(logits[-1], how.temperature, how.top_k, generator)[None]
+                drawn.append(int(x))
+        finally:
+            for module in training:
+                module.training = True
         return prompt + self.vocabulary.decode(drawn)
 
     def exhibits(self) -> Iterator[tuple[str, Figure | str]]:
@@ -189,7 +206,7 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch
     """One symbol [B] for each row of logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature  # 1e-300 overflows float32
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -1,6 +1,7 @@
 """The command line: every shipped configuration runs, and leaves a report that can be read."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -67,6 +68,25 @@ def test_validate_test_and_predict_take_a_checkpoint(
     other = ["--model.stack.hidden_size=24"]
     assert main(["test", *given, *other, *quiet, best]) == 2
     assert "stack.hidden_size is 16 there, 24 here" in capsys.readouterr().err
+
+
+def test_a_text_on_one_line_is_learnt_tested_and_continued(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "genome.txt"
+    path.write_text("gattaca " * 500)
+    given = ["--config", "shakespeare", f"--runs={tmp_path}", f"--data.paths=['{path}']", "--name=genome"]
+    given += ["--data.rows=4", "--data.k1=16", "--model.stack.hidden_size=8", "--model.sampling.length=9"]
+    assert main(["fit", *given, *SHORT, "--report.compare=false"]) == 0
+    assert "Sample" in (tmp_path / "genome/version_0/report.html").read_text(encoding="utf-8")
+    best = f"--ckpt_path={tmp_path}/genome/version_0/checkpoints/best.ckpt"
+    assert main(["predict", *given, "--trainer.enable_progress_bar=false", best]) == 0
+    (predicted,) = json.loads((tmp_path / "genome-predict/version_0/predictions.json").read_text())
+    assert len(predicted) == 10
+    assert predicted[0] == " "
+    capsys.readouterr()
+    assert main(["fit", *given, *SHORT, "--model.sampling.top_k=0"]) == 2
+    assert "top_k must be a whole number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

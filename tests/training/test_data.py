@@ -100,7 +100,12 @@ def test_made_up_batches_depend_on_epoch_and_number_only() -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "is empty"), (b"  \n ", "is empty"), (b"ab\xff", "not UTF-8 text: byte 2")],
+    [
+        (b"", "is empty"),
+        (b"  \n ", "is empty"),
+        (b"\xef\xbb\xbf\n", "is empty"),
+        (b"ab\xff", "not UTF-8 text: byte 2 cannot be read; set encoding"),
+    ],
 )
 def test_unusable_text_files_are_named(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "bad.txt"
@@ -109,6 +114,24 @@ def test_unusable_text_files_are_named(tmp_path: Path, content: bytes, words: st
         TextData([str(path)]).documents  # noqa: B018
     with pytest.raises(InputError, match="cannot read"):
         TextData([str(tmp_path / "absent.txt")]).documents  # noqa: B018
+
+
+@pytest.mark.parametrize(("encoding", "mark"), [("utf-8", b"\xef\xbb\xbf"), ("utf-16", b""), ("cp1252", b"")])
+def test_byte_order_marks_and_line_ends_are_no_characters(tmp_path: Path, encoding: str, mark: bytes) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes(mark + "über\r\nab\rb".encode(encoding))
+    assert TextData([str(path)], encoding=encoding).spec == {"vocabulary": "\naberü"}
+    with pytest.raises(InputError, match="unknown encoding: morse"):
+        TextData([str(path)], encoding="morse").documents  # noqa: B018
+
+
+def test_a_prompt_begins_with_what_the_text_holds(tmp_path: Path, text: TextData) -> None:
+    path = tmp_path / "genome"
+    path.write_text("GATTACA" * 9)
+    data = TextData([str(path)])
+    assert data.predict_dataloader() == ["A"]
+    assert text.predict_dataloader() == ["\n"]
+    assert TextData([str(path)], prompts=("GA",)).predict_dataloader() == ["GA"]
 
 
 def test_a_part_too_short_for_its_rows_is_named(text: TextData) -> None:

@@ -22,6 +22,7 @@ from fastrnn.training import (
     TextData,
 )
 from fastrnn.training.clipping import GradientClipping
+from fastrnn.training.language import Sampling
 from fastrnn.training.speed import compare_backends
 
 BACKENDS = ["fastrnn", "torch"]
@@ -147,6 +148,50 @@ def test_a_classifier_of_one_class_is_refused() -> None:
 def test_unknown_names_are_refused(stack: Stack, words: str) -> None:
     with pytest.raises(InputError, match=words):
         stack.build(3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"top_k": -2}, "top_k must be a whole number of at least 1, got -2"),
+        ({"temperature": -0.5}, r"temperature must be a number in \[0, inf\), got -0\.5"),
+        ({"temperature": math.nan}, r"temperature must be a number in \[0, inf\), got nan"),
+        ({"seed": 2**64}, "seed must be a whole number from 0 to 18446744073709551615, got"),
+        ({"length": -1}, "length must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_settings_that_cannot_draw_are_refused_before_and_while_drawing(settings: dict, words: str) -> None:
+    model = LanguageModel({"vocabulary": "ab"}, Stack(hidden_size=4))
+    with pytest.raises(InputError, match=words):
+        Sampling(**settings)
+    with pytest.raises(InputError, match=words):
+        model.generate("a", **settings)
+    assert model.training
+
+
+def test_generating_leaves_every_mode_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel({"vocabulary": "ab"}, Stack(hidden_size=4), dropout=0.5)
+    model.dropout.eval()  # as somebody who freezes a part does
+    modes = [module.training for module in model.modules()]
+    assert model.generate(length=5)[0] == "a"
+    assert [module.training for module in model.modules()] == modes
+    for prompt in ("", "z"):
+        with pytest.raises(InputError):
+            model.generate(prompt)
+    assert [module.training for module in model.modules()] == modes
+    monkeypatch.setattr("fastrnn.training.language.draw", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate("a")
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1e-40, 1e-4])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    model = LanguageModel({"vocabulary": "abcdef"}, Stack(hidden_size=4))
+    with torch.no_grad():
+        model.head.bias[2] += 20
+    assert model.generate("a", 5, temperature=temperature) == "accccc"
 
 
 def test_comparison_with_torch_leaves_the_task_alone(text: TextData) -> None:

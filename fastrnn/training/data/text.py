@@ -26,6 +26,11 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.characters)
 
+    @property
+    def start(self) -> str:
+        """What a text begins with when nobody says: a line break, or the first character if there is none."""
+        return "\n" if "\n" in self.number else self.characters[0]
+
     def encode(self, text: str) -> Tensor:
         """int64 [N].
 
@@ -50,13 +55,14 @@ class TextData(SequenceData):
     """Documents in parallel streams, cut at the end for validation and test.
 
     Args:
-        paths: UTF-8 files, each one document; the shipped plays when left out.
+        paths: text files, each one document; the shipped plays when left out.
         rows: parallel streams B, over all processes.
         k1: steps between updates.
         k2: steps that a gradient goes back; k1 when left out.
         held_out: shares of the characters, from the end, for validation and for test.
         limit: characters that are used, from the start; all when left out.
-        prompts: texts that ``predict`` continues.
+        prompts: texts that ``predict`` continues; ``Vocabulary.start`` when left out.
+        encoding: of the files' characters.
 
     Raises:
         InputError: a size below 1, k2 below k1, shares of 1 or more together, a file named twice; and,
@@ -71,7 +77,8 @@ class TextData(SequenceData):
         k2: int | None = None,
         held_out: tuple[float, float] = (0.05, 0.05),
         limit: int | None = None,
-        prompts: tuple[str, ...] = ("\n",),
+        prompts: tuple[str, ...] | None = None,
+        encoding: str = "utf-8",
     ) -> None:
         super().__init__()
         check_whole("rows", rows)
@@ -85,14 +92,14 @@ class TextData(SequenceData):
         if paths is not None and not paths:
             raise InputError("paths must name a file, or be left out for the shipped plays")
         self.paths, self.rows, self.k1, self.k2 = paths, rows, k1, k2
-        self.held_out, self.limit, self.prompts = held_out, limit, prompts
+        self.held_out, self.limit, self.prompts, self.encoding = held_out, limit, prompts, encoding
 
     @cached_property
     def documents(self) -> list[str]:
         if self.paths is None:
             texts = list(json.loads(shipped.read("shakespeare.json")).values())
         else:
-            texts = [read_text(path) for path in self.paths]
+            texts = [read_text(path, self.encoding) for path in self.paths]
         return cut(texts, [self.limit or sum(map(len, texts))])[0]
 
     @cached_property
@@ -120,21 +127,25 @@ class TextData(SequenceData):
         return StreamChunks(self.parts[part], self.rows, self.k1, k2, rank, world)
 
     def predict_dataloader(self) -> list[str]:
-        return list(self.prompts)
+        return list(self.prompts or [Vocabulary(self.spec["vocabulary"]).start])
 
 
-def read_text(path: str | Path) -> str:
-    """A text file's content.
+def read_text(path: str | Path, encoding: str = "utf-8") -> str:
+    """A text file's content, without a byte order mark.
 
     Raises:
-        InputError: no such file, not UTF-8, or empty.
+        InputError: no such file, another encoding, or empty.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding=encoding).removeprefix("\ufeff")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from None
+        raise InputError(
+            f"{path} is not {encoding.upper()} text: byte {error.start} cannot be read; set encoding"
+        ) from None
+    except (LookupError, ValueError) as error:  # no such encoding; a NUL in the path
+        raise InputError(f"cannot read {path}: {error}") from None
     if not text.strip():
         raise InputError(f"{path} is empty")
     return text
