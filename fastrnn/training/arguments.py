@@ -3,6 +3,8 @@
 import re
 from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -10,6 +12,15 @@ from fastrnn.training.errors import InputError
 
 LONGEST = 800  # characters of an error's line; some quote a whole file
 REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError)
+YAML = get_loader("yaml")
+
+
+def load_value(text: str) -> Any:
+    """A value as YAML has it; but one that begins with ``#`` is that text, and no comment."""
+    return text if text.startswith("#") and "\n" not in text else YAML(text)
+
+
+set_loader("yaml", load_value, (yaml.YAMLError,))
 
 
 class Parser(LightningArgumentParser):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrnn.training.cli import CONFIGS, main
+from fastrnn.training.cli import CONFIGS, main, run
 
 SHORT = [
     "--trainer.max_steps=3",
@@ -70,6 +70,21 @@ def test_validate_test_and_predict_take_a_checkpoint(
     assert "stack.hidden_size is 16 there, 24 here" in capsys.readouterr().err
 
 
+def test_a_spreadsheets_csv_is_read_by_pandas_options(tmp_path: Path) -> None:
+    path = tmp_path / "läst.csv"
+    rows = [f"{i % 28 + 1}.{i // 28 + 1:02}.2025;1.{i:03},5" for i in range(100)]
+    text = "# by hand\r\nTag;Läst\r\n" + "\r\n".join(rows).replace("1.050,5", "fehlt") + "\r\n"
+    path.write_bytes(text.encode("cp1252"))
+    form = ["--data.sep=;", "--data.decimal=,", "--data.thousands=.", "--data.encoding=cp1252"]
+    form += ["--data.comment=#", "--data.na_values=fehlt", "--data.missing=interpolate"]
+    form += ["--data.parse_dates=['Tag']", "--data.date_format=%d.%m.%Y"]
+    data = [f"--data.source={path}", "--data.columns=['Läst', 'Tag']", "--data.window=4", "--data.horizon=1"]
+    given = [f"--config={CONFIGS}/co2.yaml", *SHORT, f"--runs={tmp_path}", "--data.season=null"]
+    cli = run(["fit", *given, *data, *form, "--report.compare=false"])
+    assert cli.datamodule.table[:, 0].tolist() == [1000.5 + i for i in range(100)]
+    assert cli.datamodule.table[1, 1] - cli.datamodule.table[0, 1] == 86400
+
+
 def test_a_text_on_one_line_is_learnt_tested_and_continued(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -92,6 +107,7 @@ def test_a_text_on_one_line_is_learnt_tested_and_continued(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--config", "co2", "--data.sep=;;"], "sep must be one ASCII character, and no quote, got ';;'"),
         (["--config", "shakespear"], "no configuration shakespear: give a file, or one of adding"),
         (["--config", "co2", "--data.missing=raise"], "59 missing values, the first in line 8"),
         (["--config", "co2", "--model.stack.cell=lsmt"], "cell must be one of lstm, gru, rnn, rnn_relu, got"),

@@ -157,6 +157,7 @@ def test_unknown_characters_are_shown_with_their_position() -> None:
         ("a,b\n1,2\n", {"missing": "drop"}, "missing must be raise or interpolate, got 'drop'"),
         ("a,b\n1,2\n,3\n" + "1,2\n" * 50, {}, "1 missing values, the first in line 3, column a"),
         ("a,b\n1,2\n2,3\n3,4\n", {}, "train has 3 steps .* too short for a window of 8 and 2"),
+        ("a,b\n1,2\n\n,3\n" + "1,2\n" * 50, {}, "1 missing values, the first in line 4, column a"),
         ("a,b\n,2\n,3\n", {"missing": "interpolate"}, "column a .* has no values at all"),
     ],
 )

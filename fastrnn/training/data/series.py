@@ -1,9 +1,6 @@
 """Series of numbers in windows: past in, future out. Shipped series, or columns of a CSV file."""
 
-import csv
-import io
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +9,7 @@ import torch
 from fastrnn.training.data import shipped
 from fastrnn.training.data.batches import MOST_SEED, ShuffledBatches
 from fastrnn.training.data.module import SequenceData
+from fastrnn.training.data.table import CsvFormat, Table, parse_csv
 from fastrnn.training.data.text import read_text
 from fastrnn.training.errors import InputError, check_held_out, check_once, check_whole
 
@@ -31,6 +29,7 @@ class SeriesData(SequenceData):
         missing: ``raise`` or ``interpolate`` (linearly between known neighbours).
         batch_size: windows a batch, over all processes.
         seed: of the order in training.
+        csv: how the file is written, by pandas' names for it; see ``CsvFormat``.
 
     Raises:
         InputError: a size below 1, shares of 1 or more together, a column named twice; and, once the
@@ -48,8 +47,10 @@ class SeriesData(SequenceData):
         missing: str = "raise",
         batch_size: int = 64,
         seed: int = 0,
+        **csv: Any,
     ) -> None:
         super().__init__()
+        self.format = CsvFormat(**csv)
         if missing not in ("raise", "interpolate"):
             raise InputError(f"missing must be raise or interpolate, got {missing!r}")
         for name, size in (("window", window), ("horizon", horizon), ("batch_size", batch_size)):
@@ -68,10 +69,9 @@ class SeriesData(SequenceData):
     def table(self) -> torch.Tensor:
         """All values [N, I]."""
         known = self.source in SHIPPED
-        text = shipped.read(f"{self.source}.csv") if known else read_text(Path(self.source))
-        values = read_csv(text, self.columns, self.source)
-        values = fill(values, self.missing, self.columns or [], self.source)
-        return torch.tensor(values, dtype=torch.float32)
+        text = shipped.read(f"{self.source}.csv") if known else read_text(self.source, self.format.encoding)
+        table = parse_csv(text, self.columns, self.format, self.source)
+        return torch.tensor(fill(table, self.missing, self.source), dtype=torch.float32)
 
     @cached_property
     def parts(self) -> dict[str, torch.Tensor]:
@@ -111,47 +111,22 @@ class SeriesData(SequenceData):
         return ShuffledBatches(past, future, self.batch_size, seed, rank, world)
 
 
-def read_csv(text: str, columns: list[str] | None, name: str) -> np.ndarray:
-    """Columns of a CSV text with a header [N, I]; an empty cell is NaN.
-
-    Raises:
-        InputError: no rows, no such column, or a cell that is not a number.
-    """
-    reader = csv.DictReader(io.StringIO(text))
-    found = list(reader.fieldnames or [])
-    if not columns:
-        raise InputError(f"name the columns of {name} to use; there are {', '.join(found)}")
-    if absent := [c for c in columns if c not in found]:
-        raise InputError(f"{name} has no column {', '.join(absent)}; there are {', '.join(found)}")
-    rows = []
-    for line, row in enumerate(reader, 2):
-        if None in row:
-            raise InputError(f"line {line} of {name} has more cells than the header's {len(found)} columns")
-        try:
-            rows.append([float(row[c] or "nan") for c in columns])
-        except ValueError:
-            raise InputError(f"line {line} of {name} is not a number: {row}") from None
-    if not rows:
-        raise InputError(f"{name} has a header but no rows")
-    return np.array(rows)
-
-
-def fill(values: np.ndarray, missing: str, columns: list[str], name: str) -> np.ndarray:
+def fill(table: Table, missing: str, name: str) -> np.ndarray:
     """Values [N, I] without NaN: refused, or interpolated."""
-    gaps = np.isnan(values)
+    gaps = np.isnan(table.values)
     if not gaps.any():
-        return values
+        return table.values
     if missing != "interpolate":
-        row, column = np.argwhere(gaps)[0]
+        row, i = np.argwhere(gaps)[0]
         raise InputError(
-            f"{name} has {gaps.sum()} missing values, the first in line {row + 2}, column "
-            f"{columns[column]}; set missing to interpolate, or fill them"
+            f"{name} has {gaps.sum()} missing values, the first in line {table.lines[row]}, column "
+            f"{table.columns[i]}; set missing to interpolate, or fill them"
         )
-    values = values.copy()
+    values = table.values.copy()
     steps = np.arange(len(values))
-    for i in range(values.shape[1]):
+    for i, column in enumerate(table.columns):
         known = ~gaps[:, i]
         if not known.any():
-            raise InputError(f"column {columns[i]} of {name} has no values at all")
+            raise InputError(f"column {column} of {name} has no values at all")
         values[:, i] = np.interp(steps, steps[known], values[known, i])
     return values
