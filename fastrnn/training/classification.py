@@ -18,6 +18,7 @@ from fastrnn.training.data.batches import SequenceBatch
 from fastrnn.training.errors import InputError, check_name, check_number
 from fastrnn.training.optim import Optim
 from fastrnn.training.stack import Stack, run_padded
+from fastrnn.training.standardise import Standardise
 from fastrnn.training.tasks import SequenceTask
 
 POOLS = ("last", "mean", "max")
@@ -62,8 +63,7 @@ class SequenceClassifier(SequenceTask):
         self.classes = [str(c) for c in spec["classes"]]
         if len(self.classes) < 2:
             raise InputError(f"a classifier needs at least 2 classes, got {self.classes}")
-        self.register_buffer("mean", torch.tensor(spec["mean"]), persistent=False)
-        self.register_buffer("scale", torch.tensor(spec["scale"]), persistent=False)
+        self.standard = Standardise(spec)
         self.rnn = self.stack.build(len(spec["mean"]))
         self.dropout = nn.Dropout(dropout)
         count = len(self.classes)
@@ -80,7 +80,7 @@ class SequenceClassifier(SequenceTask):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Logits [B, C] of padded sequences x [T, B, I] with lengths [B]."""
-        x = (x - self.mean) / self.scale
+        x = self.standard(x).to(self.head.weight.dtype)
         if self.training and self.noise:
             x = x + self.noise * torch.randn_like(x)
         y, state = run_padded(self.rnn, x, lengths)

@@ -1,6 +1,7 @@
 """Forecasting and regression: values ahead of a sequence, several steps by feeding outputs back."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from fastrnn.training.data.batches import SequenceBatch
 from fastrnn.training.errors import InputError, check_name, check_number
 from fastrnn.training.optim import Optim
 from fastrnn.training.stack import Stack, run_padded
+from fastrnn.training.standardise import Standardise
 from fastrnn.training.tasks import SequenceTask
 
 COLUMNS = 8  # with a picture in the report
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+SHOWN = 4  # windows in the report
 
 
 class Forecaster(SequenceTask):
@@ -62,20 +65,22 @@ class Forecaster(SequenceTask):
         if self.stack.bidirectional:
             raise InputError("a forecaster cannot be bidirectional: it would see the future")
         self.error, self.centre, self.one_step = LOSSES[loss], centre, one_step
-        self.register_buffer("mean", torch.tensor(spec["mean"]), persistent=False)
-        self.register_buffer("scale", torch.tensor(spec["scale"]), persistent=False)
+        self.standard = Standardise(spec)
         self.rnn = self.stack.build(len(spec["mean"]))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(self.stack.output_size, int(spec["outputs"]))
         stages = ("val", "test")
-        self.rmse = nn.ModuleDict({s: MeanSquaredError(squared=False) for s in stages})
-        self.mae = nn.ModuleDict({s: MeanAbsoluteError() for s in stages})
-        self.naive = MeanSquaredError(squared=False)
-        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []  # past, future, predicted
+        rmse, mae = partial(MeanSquaredError, squared=False), MeanAbsoluteError
+        self.rmse, self.mae = (
+            nn.ModuleDict({s: make().set_dtype(torch.float64) for s in stages}) for make in (rmse, mae)
+        )
+        self.naive = rmse().set_dtype(torch.float64)
+        self._forget()
 
     def forward(self, x: Tensor, lengths: Tensor, steps: int = 1) -> Tensor:
         """The ``steps`` values [K, B, O] that follow the sequences x [T, B, I], in their units."""
-        return self._unscaled(self._scaled_forecast(x, lengths, steps)[0], x, lengths)
+        ahead = self._unscaled(self._scaled_forecast(x, lengths, steps)[0], x, lengths)
+        return ahead.to(torch.promote_types(x.dtype, self.head.weight.dtype))
 
     def _scaled_forecast(self, x: Tensor, lengths: Tensor, steps: int) -> tuple[Tensor, Tensor]:
         """K scaled values ahead [K, B, O], and one-step-ahead values of the window [T, B, O]."""
@@ -93,22 +98,24 @@ class Forecaster(SequenceTask):
         at = (lengths.to(x.device) - 1).view(1, -1, 1).expand(1, -1, x.shape[-1])
         return x.gather(0, at)
 
+    def _origin(self, x: Tensor, lengths: Tensor) -> Tensor | None:
+        return self._last(x, lengths) if self.centre else None
+
     def _scaled(self, values: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
-        if self.centre:
-            return (values - self._last(x, lengths)) / self.scale
-        return (values - self.mean) / self.scale
+        return self.standard(values, self._origin(x, lengths)).to(self.head.weight.dtype)
 
     def _unscaled(self, values: Tensor, x: Tensor, lengths: Tensor) -> Tensor:
         if "columns" not in self.spec:
             return values  # a regression's target is in its own units already
-        origin = self._last(x, lengths) if self.centre else self.mean
-        return values * self.scale + origin
+        return self.standard.undo(values, self._origin(x, lengths))
 
     def _losses(self, batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor]:
         """The training loss, its part ahead of the window, and the forecast [K, B, O] in the data's units."""
         ahead, inside = self._scaled_forecast(batch.x, batch.lengths, len(batch.y))
         series = "columns" in self.spec
-        target = self._scaled(batch.y, batch.x, batch.lengths) if series else batch.y
+        target = (
+            self._scaled(batch.y, batch.x, batch.lengths) if series else batch.y.to(self.head.weight.dtype)
+        )
         loss = end = self.error(ahead, target)
         if self.one_step and len(inside) > 1:
             known = self._scaled(batch.x, batch.x, batch.lengths)[1:]
@@ -128,7 +135,7 @@ class Forecaster(SequenceTask):
         self.log(f"{stage}/loss", loss, batch_size=batch.y.shape[1], sync_dist=True)
         self.rmse[stage].update(ahead, batch.y)
         self.mae[stage].update(ahead, batch.y)
-        self._shown.append((batch.x, batch.y, ahead))
+        self._show(batch.x, batch.y, ahead)
 
     def _finish(self, stage: str) -> None:
         self.log(f"{stage}/rmse", self.rmse[stage].compute(), prog_bar=True, sync_dist=True)
@@ -136,8 +143,22 @@ class Forecaster(SequenceTask):
         self.rmse[stage].reset()
         self.mae[stage].reset()
 
+    def _forget(self) -> None:
+        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []  # past, future, predicted [.., 1, I]
+        self._evaluated = 0  # windows so far
+        self._every = 1  # of so many windows one is shown
+
+    def _show(self, *parts: Tensor) -> None:
+        """Remembers a few windows of an evaluation [.., B, I], evenly spaced however many there are."""
+        size = parts[0].shape[1]
+        for i in range(-self._evaluated % self._every, size, self._every):
+            self._shown.append(tuple(part[:, i : i + 1].clone() for part in parts))
+        self._evaluated += size
+        while len(self._shown) > 2 * SHOWN:
+            self._shown, self._every = self._shown[::2], 2 * self._every
+
     def on_validation_epoch_start(self) -> None:
-        self._shown.clear()
+        self._forget()
 
     def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -146,7 +167,7 @@ class Forecaster(SequenceTask):
         self._finish("val")
 
     def on_test_epoch_start(self) -> None:
-        self._shown.clear()
+        self._forget()
 
     def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
         self._evaluate(batch, "test")
@@ -177,7 +198,7 @@ class Forecaster(SequenceTask):
         past, future, ahead = (
             torch.cat(parts, dim=1).cpu().double().numpy() for parts in zip(*self._shown, strict=True)
         )
-        some, columns = plots.spread(range(past.shape[1]), 4), self.spec["columns"]
+        some, columns = plots.spread(range(past.shape[1]), SHOWN), self.spec["columns"]
         drawn = plots.spread(range(len(columns)), COLUMNS)
         if len(drawn) < len(columns):
             yield "Forecasts", f"{len(drawn)} of {len(columns)} columns are drawn, evenly spaced."

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from fastrnn.training import (
     Vocabulary,
 )
 from fastrnn.training.data import shipped
-from fastrnn.training.data.batches import IGNORE
+from fastrnn.training.data.batches import IGNORE, WindowBatches
+from fastrnn.training.standardise import Standardise, mean_and_scale
 
 
 def test_shipped_files_match_their_manifest_and_say_where_they_come_from() -> None:
@@ -77,6 +80,69 @@ def test_series_parts_follow_in_time_and_targets_follow_windows() -> None:
     assert torch.equal(batch.x[1:, 0], batch.x[:-1, 1])
     assert torch.equal(batch.y[:-1, 1], batch.y[1:, 0])
     assert torch.equal(batch.y[0, 0], batch.x[-1, 1])
+
+
+def test_a_batch_of_windows_costs_the_same_from_a_long_series() -> None:
+    """What a batch reads and copies is its own windows; the order alone is as long as the series."""
+    series = torch.arange(2_000_000.0)[:, None].expand(-1, 3)  # one number a step: a copy would be 48 MB
+    batches = WindowBatches(series, window=100, horizon=10, size=32, seed=0)
+    assert len(batches) == -(-(2_000_000 - 109) // 32)
+    assert batches.batch(0, 7).x.shape == (100, 32, 3)
+    order = batches.order(0)
+    assert batches.order(0) is order
+    assert order.sort().values.equal(torch.arange(2_000_000 - 109))
+    assert not batches.order(1).equal(order)
+    x, lengths, y, weight = batches.batch(0, 7)
+    starts = batches.order(0)[7 * 32 : 8 * 32].float()
+    assert torch.equal(x[:, :, 0], starts + torch.arange(100.0)[:, None])
+    assert torch.equal(y[:, :, 0], starts + torch.arange(100.0, 110.0)[:, None])
+    assert lengths.tolist() == [100] * 32
+    assert weight == 1.0
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_processes_share_the_windows_of_a_batch(seed: int | None) -> None:
+    series = torch.randn(50, 2)
+    whole = WindowBatches(series, 5, 2, 8, seed).batch(1, 2)
+    parts = [WindowBatches(series, 5, 2, 8, seed, rank, 3).batch(1, 2) for rank in range(3)]
+    for rank, part in enumerate(parts):
+        assert torch.equal(part.x, whole.x[:, rank::3])
+        assert torch.equal(part.y, whole.y[:, rank::3])
+    assert sum(p.weight for p in parts) == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        1_700_000_000 + 60 * torch.arange(5000.0, dtype=torch.float64),  # a time stamp a minute
+        1e8 + torch.sin(torch.arange(5000.0, dtype=torch.float64)),
+        1e-30 * torch.randn(5000, dtype=torch.float64),
+        1e-200 * torch.randn(5000, dtype=torch.float64),
+        1e30 * torch.randn(5000, dtype=torch.float64),
+    ],
+)
+def test_large_and_small_values_survive_standardising(values: torch.Tensor) -> None:
+    found = mean_and_scale(values[:, None])
+    unit = Fraction(float(values.abs().max()))  # exact arithmetic, on numbers that float holds
+    exact = [Fraction(v) / unit for v in values.tolist()]
+    mean = sum(exact) / len(exact)
+    scale = math.sqrt(sum((v - mean) ** 2 for v in exact) / (len(exact) - 1)) * float(unit)
+    assert found["mean"] == pytest.approx([float(mean * unit)], rel=1e-12, abs=1e-12 * scale)
+    assert found["scale"] == pytest.approx([scale], rel=1e-7)
+    standard = Standardise(found).bfloat16()  # the model's precision is not that of mean and scale
+    scaled = standard(values[:, None])
+    assert scaled.dtype == torch.float64
+    assert scaled.std() == pytest.approx(1, rel=1e-6)
+    torch.testing.assert_close(standard.undo(scaled), values[:, None], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 5.0, 1e8 / 3, -1e-30])
+def test_a_column_that_is_constant_in_training_is_centred_only(value: float) -> None:
+    column = torch.full((999, 1), value, dtype=torch.float64)
+    assert mean_and_scale(column) == {"mean": [value], "scale": [1.0]}
+    assert mean_and_scale(column[:1]) == {"mean": [value], "scale": [1.0]}
+    rounded = torch.where(torch.arange(999)[:, None] % 2 == 0, column, column * (1 + 2**-52))
+    assert mean_and_scale(rounded)["scale"] == [1.0]
 
 
 def test_memory_problems_have_the_targets_they_state() -> None:
@@ -210,6 +276,11 @@ def arrays(*lengths: int, features: int = 2) -> list[np.ndarray]:
         ),
         ({"val": (arrays(2), [[0, 1]])}, r"label of val\[0\] must be one value, got \[0, 1\]"),
         ({"val": (arrays(2), [torch.eye(2)])}, r"label of val\[0\] must be one value"),
+        (
+            {"val": ([np.array([[1.0, -np.inf]])], ["a"])},
+            r"val\[0\] has -inf, infinite or .* step 0, feature 1",
+        ),
+        ({"val": ([np.array([[1.0, 2.0], [1e39, 2.0]])], ["a"])}, r"1e\+39, .* at step 1, feature 0"),
     ],
 )
 def test_unusable_arrays_are_named(parts: dict, words: str) -> None:
@@ -300,6 +371,16 @@ def test_sequences_are_taken_in_every_form(make: Callable[[np.ndarray], object])
     assert batch.x[:, 0].tolist() == numbers.tolist()
     stacked = LabelledData(*[(torch.from_numpy(np.stack([numbers, numbers + 1])), ["a", "b"])] * 3)
     assert torch.equal(stacked.batches("val", 0, 1).batch(0, 0).x, batch.x)
+
+
+def test_features_far_from_zero_keep_their_shape() -> None:
+    wave = 1e8 + np.sin(np.arange(40.0))
+    part = ([np.stack([half, np.ones(20)], 1) for half in (wave[:20], wave[20:])], ["a", "b"])
+    data = LabelledData(part, part, part)
+    batch = data.batches("val", 0, 1).batch(0, 0)  # in the given order
+    scaled = Standardise(data.spec)(batch.x).transpose(0, 1).flatten(0, 1)
+    np.testing.assert_allclose(scaled[:, 0], (wave - wave.mean()) / wave.std(ddof=1), atol=1e-6)
+    assert not scaled[:, 1].any()
 
 
 def test_a_model_keeps_its_own_numbers_for_new_data() -> None:

@@ -22,6 +22,8 @@ from fastrnn.training import (
     TextData,
 )
 from fastrnn.training.clipping import GradientClipping
+from fastrnn.training.data.batches import WindowBatches
+from fastrnn.training.forecasting import SHOWN
 from fastrnn.training.language import Sampling
 from fastrnn.training.speed import compare_backends
 
@@ -128,6 +130,50 @@ def test_seasonal_naive_forecast_is_the_value_one_season_before() -> None:
 
 
 SERIES = {"mean": [0.0], "scale": [1.0], "outputs": 1, "columns": ["a"], "season": None}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_a_series_far_from_zero_is_learnt_like_the_same_one_at_zero(tmp_path: Path, precision: str) -> None:
+    """1e8 + a wave, a time stamp, 1e-30 times the wave, and a column that changes after training only."""
+    found = []
+    for shift, unit, name in ((0, 1.0, "near"), (1e8, 1.0, "far"), (0, 1e-30, "small")):
+        rows = [f"{shift + unit * math.sin(i / 3)!r},{0.1 if i < 340 else 0.2}\n" for i in range(400)]
+        path = tmp_path / f"{name}.csv"
+        path.write_text("wave,still\n" + "".join(rows))
+        data = SeriesData(str(path), ["wave", "still"], window=20, horizon=2, held_out=(0.1, 0.1))
+        torch.manual_seed(0)
+        model = Forecaster(data.spec, Stack(hidden_size=8), Optim(lr=0.01))
+        run = trainer(tmp_path, max_epochs=2, precision=precision)
+        run.fit(model, datamodule=data)
+        (tested,) = run.test(model, datamodule=data, verbose=False)
+        shown = run.predict(model, datamodule=data)[0]
+        assert shown.dtype == torch.float64
+        found.append((tested, (shown[..., 0] - shift) / unit))
+    rough = 0.2 if precision == "bf16-mixed" else 1e-3
+    for tested, shown in found[1:]:
+        assert tested["test/loss"] == pytest.approx(found[0][0]["test/loss"], rel=rough)
+        torch.testing.assert_close(shown, found[0][1], rtol=0, atol=rough)
+    assert found[0][0]["test/loss"] < 1
+    # the RMSE of both columns together: of the wave alone where the other one's error is in its shadow
+    assert found[1][0]["test/rmse"] == pytest.approx(found[0][0]["test/rmse"], rel=rough)
+
+
+@pytest.mark.parametrize("count", [3, 8, 9, 64, 1000])
+def test_the_report_shows_windows_from_the_whole_evaluation_but_keeps_few(count: int) -> None:
+    series = torch.arange(count + 11.0)[:, None]
+    spec = {"mean": [0.0], "scale": [1.0], "outputs": 1, "columns": ["a"], "season": None}
+    model = Forecaster(spec, Stack(hidden_size=4)).eval()
+    model.log = lambda *args, **kwargs: None
+    for _ in range(2):  # an evaluation forgets the one before
+        model.on_validation_epoch_start()
+        for batch in WindowBatches(series, 10, 2, 7, None):
+            model.validation_step(batch, 0)
+        model.rmse["val"].reset()
+        first = [int(past[0, 0, 0]) for past, _, _ in model._shown]
+        assert len(first) <= 2 * SHOWN
+        assert len(first) >= min(count, SHOWN)
+        assert first == list(range(0, count, max(1, first[-1] // max(1, len(first) - 1))))
+        assert sum(v.untyped_storage().nbytes() for shown in model._shown for v in shown) < 4000
 
 
 def test_models_that_would_see_the_future_are_refused(text: TextData) -> None:

@@ -87,7 +87,50 @@ class Batches(ABC):
         self._resumed = True
 
 
-class ShuffledBatches(Batches):
+class ItemBatches(Batches):
+    """Batches of numbered items, in a new order each epoch.
+
+    Args:
+        count: items.
+        size: items a batch, over all processes.
+        seed: of the order; None keeps the given order.
+
+    Raises:
+        InputError: a size below 1.
+    """
+
+    def __init__(self, count: int, size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+        super().__init__(rank, world)
+        check_whole("batch_size", size)
+        self.count, self.size, self.seed = count, size, seed
+        self._order: tuple[int, Tensor] | None = None  # the last epoch, and its order
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.count, self.size)
+        return whole + (rest >= self.world)  # a rest that cannot give each process one is left out
+
+    def decisive(self) -> dict[str, Any]:
+        return {"batch_size": self.size, "seed": self.seed, "sequences": self.count}
+
+    @abstractmethod
+    def items(self, chosen: Tensor) -> SequenceBatch:
+        """A batch of the items of these numbers."""
+
+    def order(self, epoch: int) -> Tensor:
+        """The items' numbers [count]; made once an epoch, for it takes as long as there are items."""
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(self.count, generator=generator)
+        return self._order[1]
+
+    def batch(self, epoch: int, index: int) -> SequenceBatch:
+        part = slice(index * self.size, (index + 1) * self.size)
+        chosen = torch.arange(*part.indices(self.count)) if self.seed is None else self.order(epoch)[part]
+        mine = chosen[self.rank :: self.world]
+        return self.items(mine)._replace(weight=len(mine) * self.world / len(chosen))
+
+
+class ShuffledBatches(ItemBatches):
     """Sequences of different lengths with their targets, in a new order each epoch.
 
     Args:
@@ -109,29 +152,44 @@ class ShuffledBatches(Batches):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        super().__init__(rank, world)
-        check_whole("batch_size", size)
-        self.sequences, self.targets, self.size, self.seed = sequences, targets, size, seed
+        super().__init__(len(sequences), size, seed, rank, world)
+        self.sequences, self.targets = sequences, targets
 
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.sequences), self.size)
-        return whole + (rest >= self.world)  # a rest that cannot give each process one is left out
-
-    def decisive(self) -> dict[str, Any]:
-        return {"batch_size": self.size, "seed": self.seed, "sequences": len(self.sequences)}
-
-    def batch(self, epoch: int, index: int) -> SequenceBatch:
-        order = torch.arange(len(self.sequences))
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(order), generator=generator)
-        chosen = order[index * self.size : (index + 1) * self.size]
-        mine = chosen[self.rank :: self.world]
-        sequences = [self.sequences[i] for i in mine.tolist()]
-        y = self.targets[mine]  # [B] or [B, K, O]
+    def items(self, chosen: Tensor) -> SequenceBatch:
+        sequences = [self.sequences[i] for i in chosen.tolist()]
+        y = self.targets[chosen]  # [B] or [B, K, O]
         return SequenceBatch(
             x=pad_sequence(sequences),
             lengths=torch.tensor([len(s) for s in sequences]),
             y=y.transpose(0, 1).contiguous() if y.dim() == 3 else y,
-            weight=len(mine) * self.world / len(chosen),
         )
+
+
+class WindowBatches(ItemBatches):
+    """Every window of T steps of a series and the K steps after it, cut out when its turn comes.
+
+    Args:
+        series: [N, I].
+        window: known steps T.
+        horizon: steps ahead K.
+        size: windows a batch, over all processes.
+        seed: of the order; None keeps the order of time.
+    """
+
+    def __init__(
+        self,
+        series: Tensor,
+        window: int,
+        horizon: int,
+        size: int,
+        seed: int | None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        super().__init__(len(series) - window - horizon + 1, size, seed, rank, world)
+        self.series, self.window = series, window
+        self.steps = torch.arange(window + horizon)[:, None]
+
+    def items(self, chosen: Tensor) -> SequenceBatch:
+        x, y = self.series[chosen + self.steps].tensor_split([self.window])  # [T, B, I] and [K, B, I]
+        return SequenceBatch(x, torch.full((len(chosen),), self.window), y)

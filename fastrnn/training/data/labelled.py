@@ -16,6 +16,7 @@ from fastrnn.training.data import shipped
 from fastrnn.training.data.batches import MOST_SEED, ShuffledBatches
 from fastrnn.training.data.module import SequenceData
 from fastrnn.training.errors import InputError, check_whole, listing
+from fastrnn.training.standardise import mean_and_scale
 
 Labelled = tuple[list[Tensor], list[str]]  # sequences [T_i, I] and their class names
 
@@ -74,10 +75,8 @@ class LabelledData(SequenceData):
     @cached_property
     def spec(self) -> dict[str, Any]:
         sequences, labels = self.checked["train"]
-        steps = torch.cat(sequences)
         return {
-            "mean": steps.mean(0).tolist(),
-            "scale": steps.std(0).clamp_min(1e-8).tolist(),
+            **mean_and_scale(torch.cat(sequences)),
             "classes": in_order(set(labels)),
         }
 
@@ -92,7 +91,7 @@ class LabelledData(SequenceData):
 
 
 def as_labelled(name: str, arrays: Sequence[Any], labels: Sequence[Any]) -> Labelled:
-    """Arrays [T_i, I] as float32 tensors and labels as text, checked."""
+    """Arrays [T_i, I] as float64 tensors and labels as text, checked."""
     if len(shape := getattr(labels, "shape", (0,))) != 1:
         raise InputError(f"labels of {name} must be [N], one for each array; got {list(shape)}")
     arrays, labels = listed(f"arrays of {name}", arrays), listed(f"labels of {name}", labels)
@@ -101,13 +100,16 @@ def as_labelled(name: str, arrays: Sequence[Any], labels: Sequence[Any]) -> Labe
             f"{name} must hold as many labels as arrays, and at least one: "
             f"got {len(arrays)} arrays, {len(labels)} labels"
         )
-    sequences = [as_sequence(f"{name}[{i}]", a).float() for i, a in enumerate(arrays)]
+    sequences = [as_sequence(f"{name}[{i}]", a) for i, a in enumerate(arrays)]
     for i, sequence in enumerate(sequences):
         if sequence.dim() != 2 or not sequence.numel():
             raise InputError(f"{name}[{i}] must be [T, I], T > 0, I > 0; got {list(sequence.shape)}")
-        if not sequence.isfinite().all():
-            step, feature = (~sequence.isfinite()).nonzero()[0].tolist()
-            raise InputError(f"{name}[{i}] has a missing value at step {step}, feature {feature}")
+        for step, feature in (~sequence.float().isfinite()).nonzero()[:1].tolist():
+            value = float(sequence[step, feature])
+            what = (
+                "a missing value" if math.isnan(value) else f"{value:g}, infinite or too large for float32,"
+            )
+            raise InputError(f"{name}[{i}] has {what} at step {step}, feature {feature}")
     return sequences, [class_name(f"{name}[{i}]", label) for i, label in enumerate(labels)]
 
 

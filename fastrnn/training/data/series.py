@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from fastrnn.training.data import shipped
-from fastrnn.training.data.batches import MOST_SEED, ShuffledBatches
+from fastrnn.training.data.batches import MOST_SEED, WindowBatches
 from fastrnn.training.data.module import SequenceData
 from fastrnn.training.data.table import CsvFormat, Table, parse_csv
 from fastrnn.training.data.text import read_text
 from fastrnn.training.errors import InputError, check_held_out, check_once, check_whole
+from fastrnn.training.standardise import mean_and_scale
 
 SHIPPED = {"co2": ["co2"], "sunspots": ["sunspots"]}
 
@@ -67,11 +68,11 @@ class SeriesData(SequenceData):
 
     @cached_property
     def table(self) -> torch.Tensor:
-        """All values [N, I]."""
+        """All values, float64 [N, I]."""
         known = self.source in SHIPPED
         text = shipped.read(f"{self.source}.csv") if known else read_text(self.source, self.format.encoding)
         table = parse_csv(text, self.columns, self.format, self.source)
-        return torch.tensor(fill(table, self.missing, self.source), dtype=torch.float32)
+        return torch.tensor(fill(table, self.missing, self.source))
 
     @cached_property
     def parts(self) -> dict[str, torch.Tensor]:
@@ -95,20 +96,15 @@ class SeriesData(SequenceData):
     def spec(self) -> dict[str, Any]:
         train = self.parts["train"]
         return {
-            "mean": train.mean(0).tolist(),
-            "scale": train.std(0).clamp_min(1e-8).tolist(),
+            **mean_and_scale(train),
             "outputs": train.shape[1],
             "columns": self.columns,
             "season": self.season,
         }
 
-    def batches(self, part: str, rank: int, world: int) -> ShuffledBatches:
-        windows = self.parts[part].unfold(0, self.window + self.horizon, 1)  # [N, I, T+K]
-        windows = windows.transpose(1, 2)
-        past = list(windows[:, : self.window])
-        future = windows[:, self.window :]
+    def batches(self, part: str, rank: int, world: int) -> WindowBatches:
         seed = self.seed if part == "train" else None
-        return ShuffledBatches(past, future, self.batch_size, seed, rank, world)
+        return WindowBatches(self.parts[part], self.window, self.horizon, self.batch_size, seed, rank, world)
 
 
 def fill(table: Table, missing: str, name: str) -> np.ndarray:
