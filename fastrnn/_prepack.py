@@ -5,7 +5,6 @@ by the weights it computes with, and uses it while each of them is the tensor th
 address, with the same strides and version.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -14,6 +13,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+
+from ._warn import warn
 
 _Module = TypeVar("_Module", bound=nn.Module)
 Weights = Sequence[Sequence[Tensor]]  # w_ih, w_hh, b_ih, b_hh, w_hr of all directions of one layer
@@ -90,7 +91,7 @@ def find(weights: Weights, for_gradients: bool) -> Tensor | None:
         return packed
     reason = "a call needed gradients" if for_gradients else _CHANGED
     pack.undo(reason)
-    warnings.warn(f"fastrnn: prepack() is undone, because {reason}", stacklevel=2)
+    warn(f"prepack() is undone, because {reason}")
     return None
 
 

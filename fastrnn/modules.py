@@ -218,7 +218,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         B = _rows_of_first_step(batch_sizes, hx)
         hx = self._zeros(data, B) if hx is None else self.permute_hidden(hx, sorted_indices)
         weights = self._weights()
-        self._check_forward(data, hx, (B,), weights[0].dtype)
+        self._check_forward(data, hx, (B,), weights[0].dtype)  # type: ignore[arg-type]
         output, hidden = self._call(weights, data, batch_sizes, hx)
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(hidden, unsorted_indices)

@@ -431,6 +431,13 @@ def test_a_warning_points_at_the_line_of_the_caller(kind):
     assert "torch.no_grad()(model)(x)" in Path(__file__).read_text().splitlines()[said.lineno - 1]
 
 
+def test_the_warning_that_a_pack_is_undone_points_there_too():
+    ours = fastrnn.prepack(fastrnn.GRU(3, 4).eval())
+    with pytest.warns(UserWarning, match="prepack") as caught:
+        nn.Sequential(ours)(make_input("GRU"))
+    assert [w.filename for w in caught] == [__file__]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_quantize_dynamic_says_what_it_leaves_and_takes_it_after_to_torch():
     quantize_dynamic = torch.ao.quantization.quantize_dynamic
