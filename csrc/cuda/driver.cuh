@@ -320,7 +320,7 @@ class Driver {
   template <class S>
   void add_up_vectors(const BackwardDirection<S>& direction, const Acc<S>* shares, int64_t count,
                       const BackwardCall& call) const {
-    if (kInfo.vectors > 0)
+    if constexpr (kInfo.vectors > 0)
       device_.launch(add_up<S>, one_thread_each(vectors(call)),
                      AddUp<S>{shares, direction.du.data, count, vectors(call)});
   }
