@@ -63,6 +63,12 @@ class _Fused(nn.Module):
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, keywords)
         return super()._call_impl(*args, **keywords)
 
+    def __prepare_scriptable__(self):  # torch.jit.script asks for what it is to script
+        raise RuntimeError(
+            f"fastrnn: torch.jit.script does not take a fastrnn.{_torch_name(self)}; "
+            "call fastrnn.to_torch(model) first"
+        )
+
     def __setattr__(self, name: str, value) -> None:
         if name == "qconfig":  # torch.ao.quantization gives every module one
             warn(

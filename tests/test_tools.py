@@ -144,6 +144,18 @@ def test_onnx_exporters_take_what_they_take_of_torch_nn(dynamo, tmp_path):
     torch.testing.assert_close(torch.from_numpy(got[0]), ours(x)[0].detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_jit_script_is_refused_by_name_and_taken_after_to_torch(kind):
+    model = nn.Sequential(make_pair(kind)[1])
+    with pytest.raises(RuntimeError, match=rf"fastrnn\.{kind}.*to_torch"):
+        torch.jit.script(model)
+    assert type(model[0]) is getattr(fastrnn, kind)
+    x = make_input(kind)
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.script(fastrnn.to_torch(model))(x), expected)
+
+
 # ---- torch.fx ------------------------------------------------------------------------------------------
 
 
