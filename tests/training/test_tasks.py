@@ -158,6 +158,25 @@ def test_a_series_far_from_zero_is_learnt_like_the_same_one_at_zero(tmp_path: Pa
     assert found[1][0]["test/rmse"] == pytest.approx(found[0][0]["test/rmse"], rel=rough)
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_errors_are_measured_in_any_unit(unit: float) -> None:
+    """The square of either unit is beyond float32."""
+    wave = torch.sin(torch.arange(40, dtype=torch.float64))[:, None]
+    found = []
+    for scale in (1.0, unit):
+        torch.manual_seed(0)
+        model = Forecaster({**SERIES, "scale": [scale]}, Stack(hidden_size=4)).eval()
+        model.log = lambda name, value, into=found, **kwargs: into.append((name, float(value)))
+        model.on_test_epoch_start()
+        with torch.no_grad():
+            model.test_step(WindowBatches(scale * wave, 10, 2, 29, None).batch(0, 0), 0)
+        model.on_test_epoch_end()
+    near, far = dict(found[: len(found) // 2]), dict(found[len(found) // 2 :])
+    for name in ("test/rmse", "test/mae", "test/naive_rmse"):
+        assert 0.1 < near[name] < 10
+        assert far[name] / unit == pytest.approx(near[name], rel=1e-5)
+
+
 @pytest.mark.parametrize("count", [3, 8, 9, 64, 1000])
 def test_the_report_shows_windows_from_the_whole_evaluation_but_keeps_few(count: int) -> None:
     series = torch.arange(count + 11.0)[:, None]
