@@ -181,6 +181,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
             raise InputError(f"no checkpoint at {path}") from None
         except Exception as error:  # a damaged file fails in many ways
             raise InputError(f"{path} is not a readable checkpoint: {in_short(error)}") from error
+        if Path(path).name == ".temp.ckpt":  # the weights that Lightning's spawned processes hand back
+            return found
         keys = list(found) if isinstance(found, dict) else []
         if "state_dict" not in keys or "pytorch-lightning_version" not in keys:
             what = f"a dictionary of {', '.join(map(str, keys[:3]))}" if keys else f"a {type(found).__name__}"
