@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from fastrnn.reference import CELLS
+
 REPORTS = sorted(Path(__file__).parents[1].glob("build/objects/cuda/*.ptxas"))
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w*persistent\w*)' for '(?P<architecture>\w+)'.*?"
     r"(?P<spilled>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-# Without tensor cores a thread also reads the columns of others: a few words may go to memory.
-MOST_SPILLED = {"Ffma": 32, "TensorCore": 4}  # bytes: eight words, and one
+# Bytes that may go to memory, by the first of these that is in a kernel's name. Without tensor cores a thread
+# also reads the columns of others, and peepholes and their gradients take registers too.
+MOST_SPILLED = {"Ffma": 32, "LstmCellILb1E": 8, "TensorCore": 4}  # eight words, two, one
 
 
 def kernels():
@@ -23,9 +26,8 @@ def kernels():
 def test_the_weights_stay_in_registers():
     found = kernels()
     assert {m["architecture"] for m in found} >= {"sm_80", "sm_90"}
-    assert {report.stem for report in REPORTS} >= {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-    for multiply, most in MOST_SPILLED.items():
-        of_this = [m for m in found if multiply in m["name"]]
-        assert of_this
-        spilled = {m["name"] + " " + m["architecture"]: int(m["spilled"]) for m in of_this}
-        assert max(spilled.values()) <= most, {name: n for name, n in spilled.items() if n > most}
+    assert {report.stem for report in REPORTS} >= set(CELLS)
+    spilled = {m["name"] + " " + m["architecture"]: int(m["spilled"]) for m in found}
+    allowed = {name: next(n for part, n in MOST_SPILLED.items() if part in name) for name in spilled}
+    assert set(allowed.values()) == set(MOST_SPILLED.values())
+    assert not {name: n for name, n in spilled.items() if n > allowed[name]}
