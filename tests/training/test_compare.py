@@ -45,7 +45,8 @@ def folded(table: str) -> list[str]:
 
 
 def test_a_sweep_of_lists_and_long_values_is_shown(capsys: pytest.CaptureFixture) -> None:
-    show([{"data.columns": "[/a]", "model.stack.hidden_size_of_a_long_key": "y" * 150, "val/[loss]": 0.25}])
+    key = "model.stack.hidden_size_of_a_long_key"
+    show([{"data.columns": "[/a]", key: "y" * 150, "val/[loss]": 0.25, "failed": "", "sorted by": 0.25}])
     shown = capsys.readouterr().out
     assert "[/a]" in shown
     assert "[loss]" in shown
