@@ -349,11 +349,7 @@ class ScanGrad(torch.autograd.Function):
         with _without_autocast(tensors[4]):
             function = _reference_gradients(Form(*ctx.form), rows, ctx.wanted, tensors, present)
             outputs, pull = torch.func.vjp(function, *(tensors[i] for i in present))
-            found = pull(
-                tuple(
-                    torch.zeros_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True)
-                )
-            )
+            found = pull(_or_zeros(gradients, outputs))
         return (None,) * 12 + tuple(_replaced([None] * len(tensors), present, found))
 
     @staticmethod
@@ -475,14 +471,14 @@ def _reference_gradients(form: Form, rows, wanted: tuple, tensors, varying: list
             return _reference_outputs(form, rows, _replaced(inputs, chosen, chosen_inputs))
 
         results, pull = torch.func.vjp(outputs, *(inputs[i] for i in chosen))
-        return pull(
-            tuple(
-                torch.zeros_like(o) if g is None else g
-                for o, g in zip(results, gradients[: len(results)], strict=True)
-            )
-        )
+        return pull(_or_zeros(gradients[: len(results)], results))
 
     return function
+
+
+def _or_zeros(gradients: Iterable[Maybe], outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of the outputs, zeros for those that are missing."""
+    return tuple(torch.zeros_like(o) if g is None else g for g, o in zip(gradients, outputs, strict=True))
 
 
 def _present(tensors: Iterable[Maybe]) -> list[int]:

@@ -59,7 +59,7 @@ def test_an_output_changed_in_place_gives_the_gradients_of_a_changed_copy(kind, 
     x = torch.randn(4, 3, 3, dtype=torch.float64, requires_grad=True)
     found = []
     for in_place in (False, True):
-        y, states = flat(module(x))[0], flat(module(x))[1:]
+        y, *states = flat(module(x))
         loss = change(y, in_place).square().sum() + sum(s.sin().sum() for s in states)
         first = torch.autograd.grad(loss, [x, *module.parameters()], create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *module.parameters()])
