@@ -1,23 +1,12 @@
-// The operators of every cell, the module that Python imports, and what it can ask about the build. Kernels
+// The module that Python imports: the operators' schemas, and what can be asked about the build. Kernels
 // register themselves from cpu/ and cuda/.
-//
-//   torch.ops.fastrnn.<cell>           one layer: the scan over time of each direction
-//   torch.ops.fastrnn.<cell>_backward  back-propagation through it: gate gradients, never weight gradients
-//   torch.ops.fastrnn.<cell>_backward_in_place  the same, written over what the scan saved
-//   torch.ops.fastrnn.<cell>_products  gradients of weights and input from the gate gradients
-//   torch.ops.fastrnn.<cell>_pack      the weights in the form that the kernels stream, to be kept
-//   torch.ops.fastrnn.<cell>_packed    the scan over time with these
-//
-// x, y and all that is saved are rows [N, *]: dense time-major, dense batch-first or packed (batch_sizes).
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <string>
 #include <vector>
 
-#include "cells/registry.h"
-#include "common/schemas.h"
+#include "common/operators.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cuda/describe.h"
@@ -33,14 +22,8 @@ namespace {
 
 // {G, E, U, states, S, reuses_saved} of a cell, as CellInfo has them.
 std::vector<int64_t> cell_info(std::string name) {
-  std::vector<int64_t> numbers;
-  AllCells::each([&]<class Cell>() {
-    constexpr CellInfo info = Cell::kInfo;
-    if (name == info.name)
-      numbers = {info.gates, info.gradients(), info.vectors, info.states, info.saved, info.reuses_saved};
-  });
-  STD_TORCH_CHECK(!numbers.empty(), "fastrnn has no cell ", name);
-  return numbers;
+  const CellInfo& info = cell_named(name);
+  return {info.gates, info.gradients(), info.vectors, info.states, info.saved, info.reuses_saved};
 }
 
 std::string cpu_isa() { return instruction_set().name; }
@@ -81,16 +64,9 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "int multiprocessors, int shared_bytes) -> ";
   m.def(("cuda_plan" + cuda_scan + "str").c_str());
   m.def(("cuda_geometry" + cuda_scan + "int[]").c_str());
-  fastrnn::AllCells::each([&]<class Cell>() {
-    const std::string name = Cell::kInfo.name;
-    m.def((name + fastrnn::kForward).c_str());
-    m.def((name + "_backward" + fastrnn::kBackward).c_str());
-    if constexpr (Cell::kInfo.reuses_saved)
-      m.def((name + "_backward_in_place" + fastrnn::backward_in_place()).c_str());
-    m.def((name + "_products" + fastrnn::kProducts).c_str());
-    m.def((name + "_pack" + fastrnn::kPack).c_str());
-    m.def((name + "_packed" + fastrnn::kPacked).c_str());
-  });
+  fastrnn::define_scans(m);
+  m.def(fastrnn::kWeightGradients);
+  m.def(fastrnn::kPack);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {

@@ -12,7 +12,8 @@ from .reference import CELLS
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one layer does. ``operator`` is None where torch.nn's own path runs, for the stated reason."""
+    """What one layer does. ``operator`` is the cell of the kernel, None where torch.nn's own path runs, for
+    the stated reason."""
 
     module: str
     layer: int

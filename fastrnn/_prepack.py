@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ._warn import warn
 
 _Module = TypeVar("_Module", bound=nn.Module)
-Weights = Sequence[Sequence[Tensor]]  # w_ih, w_hh, b_ih, b_hh, w_hr of all directions of one layer
+Weights = Sequence[Tensor | None]  # of one layer, as the operators take them
 _CHANGED = "the weights have changed"
 
 
@@ -68,7 +68,7 @@ _owners = WeakIdKeyDictionary()  # module -> its Packs. Not in the module: pickl
 
 
 def _tensors(weights: Weights) -> list[Tensor]:
-    return [t for part in weights for t in part]
+    return [t for t in weights if t is not None]
 
 
 def _key(weights: Weights) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ def _key(weights: Weights) -> tuple[int, ...]:
 
 def _make(cell: str, weights: Weights, bfloat16: bool) -> Pack:
     with torch.no_grad():
-        packed = getattr(torch.ops.fastrnn, f"{cell}_pack").default(*weights, bfloat16)
+        packed = torch.ops.fastrnn.pack(cell, weights, bfloat16)
     return Pack(packed, "prepacked" + " as bfloat16" * bfloat16, [State.of(t) for t in _tensors(weights)])
 
 
@@ -124,7 +124,7 @@ def _check(name: str, module: nn.Module, weights: torch.dtype | None) -> None:
         raise RuntimeError(f"prepack is for inference: {name} is in training mode, call eval() first")
     own = {id(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
     for _, layer in module._scan_layers():  # type: ignore[operator]
-        for t in (t for part in layer for t in part):
+        for t in _tensors(layer):
             if id(t) not in own:
                 raise ValueError(f"prepack: a weight of {name} is computed at each call (parametrized)")
             if not t.is_cpu or t.dtype not in (torch.float32, torch.float64):

@@ -8,15 +8,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _cuda, _ops, reference
+from . import _autograd, _cuda, reference
 from ._warn import warn
 from .reference import CELLS
+from .rows import Rows
 
 __all__ = [
     "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh",
@@ -115,42 +115,6 @@ def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[
 # ---- Layers and stacks -------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
-    """How the rows [N, *] of a sequence are laid out, [T, B], [B, T] or packed, and which count."""
-
-    T: int
-    B: int
-    batch_first: bool = False
-    batch_sizes: Tensor | None = None  # packed: int64 [T] on the CPU
-    lengths: Tensor | None = None  # dense: int64 [B] on the CPU
-    reset: Tensor | None = None  # bool [N]
-
-    def dense(self, rows: Tensor) -> Tensor:
-        """[N, *] -> [T, B, *] or [B, T, *]."""
-        shape = (self.B, self.T) if self.batch_first else (self.T, self.B)
-        return rows.view(*shape, *rows.shape[1:])
-
-    def states(self, rows: Tensor) -> Tensor:
-        """[N, D, *] -> [T, D, B, *]: what hx takes, for every step."""
-        steps = self.dense(rows)
-        return steps.permute(1, 2, 0, 3) if self.batch_first else steps.transpose(1, 2)
-
-    def places(self) -> tuple[Tensor, Tensor]:
-        """The step of each row and its batch index (packed: its rank by length), both [N] on the CPU."""
-        if self.batch_sizes is not None:
-            return _ops.packed_places(self.batch_sizes, int(self.batch_sizes.sum()))
-        t, b = torch.meshgrid(
-            torch.arange(self.T, device="cpu"), torch.arange(self.B, device="cpu"), indexing="ij"
-        )
-        return (t.T.flatten(), b.T.flatten()) if self.batch_first else (t.flatten(), b.flatten())
-
-    def ends(self) -> Tensor:
-        """The number of steps of each batch index [B], on the CPU."""
-        if self.batch_sizes is not None:
-            return (self.batch_sizes[:, None] > torch.arange(self.B, device=self.batch_sizes.device)).sum(0)
-        return torch.full((self.B,), self.T, device="cpu") if self.lengths is None else self.lengths
-
-
 @dataclass(frozen=True)
 class StateGradients:
     """What back-propagation through one layer found for its states: the complete dL/dh_t and dL/dc_t, that
@@ -165,48 +129,39 @@ class StateGradients:
 StateHook = Callable[[StateGradients], object]
 
 
-def layer_weights(columns: Sequence[_ops.Tensors], has_biases: bool) -> _ops.Weights:
-    """Of one layer, from what torch keeps of each of its D directions, in torch's order: all w_ih [G*H, I],
-    all w_hh [G*H, P], then b_ih and b_hh [G*H] with biases, then w_hr [P, H] with a projection."""
-    w_ih, w_hh, *rest = columns
-    b_ih, b_hh = rest[:2] if has_biases else ((), ())
-    return _ops.Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else ())
-
-
 def stack_weights(
-    params: _ops.Tensors, has_biases: bool, num_layers: int, bidirectional: bool
-) -> list[_ops.Weights]:
-    """Of each layer, from all parameters in torch's order: one direction after the other."""
-    of_layer = len(params) // num_layers
-    each = of_layer // 2 if bidirectional else of_layer
-    return [
-        layer_weights([params[k + i : k + of_layer : each] for i in range(each)], has_biases)
-        for k in range(0, len(params), of_layer)
-    ]
+    params: Sequence[Tensor], has_biases: bool, num_layers: int, bidirectional: bool
+) -> list[_autograd.Weights]:
+    """Of each layer, from all parameters in torch's order, one direction after the other: w_ih [G*H, I],
+    w_hh [G*H, P], b_ih and b_hh [G*H] with biases, and w_hr [P, H] with a projection."""
+    each = len(params) // (num_layers * (2 if bidirectional else 1))
+    projected = each > (4 if has_biases else 2)
+    directions = []
+    for k in range(0, len(params), each):
+        w_ih, w_hh, *rest = params[k : k + each]
+        b_ih, b_hh = rest[:2] if has_biases else (None, None)
+        directions.append((w_ih, w_hh, b_ih, b_hh, rest[-1] if projected else None, None))
+    if not bidirectional:
+        return directions  # type: ignore[return-value]
+    return [(*there, *back) for there, back in zip(directions[::2], directions[1::2], strict=True)]
 
 
 def layer(
     name: str,
     x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: _ops.Weights,
+    states: Sequence[Tensor],
+    weights: _autograd.Weights,
     rows: Rows,
-    all_c: bool = False,
+    keep_history: bool = False,
     composed: bool = False,
-    listener: Callable[[Tensor, Tensor], object] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scans one cell over time: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H] if all_c).
-
-    x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None. ``composed`` makes it from torch operations, for what has
-    no kernel. ``listener`` as for ``_ops.scan``.
-    """
-    sequence = _ops.Sequence(*rows[2:])
-    x = _as(h0.dtype, x)
+    listener: _autograd.Listener | None = None,
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """Scans one cell over time, as ``_autograd.scan``. ``composed`` makes it from torch operations, for what
+    has no kernel."""
+    x = _as(states[0].dtype, x)
     if composed:
-        layout = sequence.layout(x.shape[0], h0.shape[1])
-        return reference.forward(CELLS[name], layout, x, h0, c0, *weights)
-    return _ops.scan(name, x, h0, c0, weights, sequence, all_c, listener)
+        return reference.forward(CELLS[name], rows, x, states, weights)
+    return _autograd.scan(name, x, states, weights, rows, keep_history, listener)
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
@@ -280,7 +235,7 @@ def _stack(
     name: str,
     x: Tensor,
     hx: Sequence[Tensor],
-    params: _ops.Tensors,
+    params: Sequence[Tensor],
     rows: Rows,
     has_biases: bool,
     num_layers: int,
@@ -299,15 +254,13 @@ def _stack(
     hx = [_as(dtype, h) for h in hx]
     results: list[tuple[Tensor, ...]] = []
     for index, weights in enumerate(stack_weights(params, has_biases, num_layers, bidirectional)):
-        h0, *c0 = hx if num_layers == 1 else [h[index * D : (index + 1) * D] for h in hx]
+        states = hx if num_layers == 1 else [h[index * D : (index + 1) * D] for h in hx]
         listener = None if state_hook is None else partial(_tell, state_hook, index, rows)
-        x, h, c, all_c = layer(
-            name, x, h0, c0[0] if c0 else None, weights, rows, return_states, composed, listener
-        )
+        x, last, history = layer(name, x, states, weights, rows, return_states, composed, listener)
         if return_states:
-            h = rows.states(x.unflatten(1, (D, -1)))
-            c = rows.states(all_c.transpose(0, 1)) if c0 else c
-        results.append((h, c)[: len(hx)])
+            every = (x.unflatten(1, (D, -1)), *(t.transpose(0, 1) for t in history))
+            last = [rows.states(t) for t in every]
+        results.append(tuple(last))
         if dropout > 0 and train and index < num_layers - 1:
             x = _dropout(x, dropout, rows)
     if num_layers == 1:
@@ -316,8 +269,9 @@ def _stack(
     return x, *(torch.cat(part, dim) for part in zip(*results, strict=True))
 
 
-def _tell(hook: StateHook, layer: int, rows: Rows, dh: Tensor, dc: Tensor) -> None:
-    hook(StateGradients(layer, rows, dh, dc if dc.dim() == 3 else None))
+def _tell(hook: StateHook, layer: int, rows: Rows, complete: Sequence[Tensor]) -> None:
+    dh, *others = complete
+    hook(StateGradients(layer, rows, dh, others[0] if others else None))
 
 
 def as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
@@ -327,7 +281,7 @@ def as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
 
 def _has_numbers(t: Tensor) -> bool:
     """Whether one may ask for them: not of a tensor that stands for others, nor of one without numbers."""
-    stands_for_others = _ops._is_traced() or torch.jit.is_tracing() or isinstance(t, FakeTensor)
+    stands_for_others = _autograd._is_traced() or torch.jit.is_tracing() or isinstance(t, FakeTensor)
     return not (stands_for_others or t.is_meta)
 
 
@@ -366,9 +320,9 @@ def _recurrent(
             raise ValueError("lengths, reset and return_states take dense sequences, not packed ones")
     else:
         x, hx, params, *options, batch_first = args
-    hidden = tuple(hx) if CELLS[name].has_c else (hx,)
+    hidden = tuple(hx) if CELLS[name].states > 1 else (hx,)
     torch_path = takes_torch_path(params[0], extended)
-    if state_hook is not None and (torch_path or _ops._is_traced()):
+    if state_hook is not None and (torch_path or _autograd._is_traced()):
         reason = torch_path_reason(params[0], extended)
         raise RuntimeError(
             "the gradients of the states come from the kernels in ordinary calls: "
@@ -457,34 +411,24 @@ def _check_cell(input: Tensor, hidden: Sequence[Tensor], w_ih: Tensor, w_hh: Ten
             )
 
 
-_ONE_STEP = _ops.Sequence(batch_first=False)
-
-
-def cell_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> list[Tensor]:
-    """Both or none, as the kernels take them: zeros for one that is missing."""
-    if b_ih is None:
-        return [] if b_hh is None else [torch.zeros_like(b_hh), b_hh]
-    return [b_ih, torch.zeros_like(b_ih) if b_hh is None else b_hh]
-
-
 def _cell(name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None):
     """``torch.<name>_cell``. Without units (H = 0) there is nothing to compute, and no kernel for it."""
     if w_hh.shape[-1] == 0 or takes_torch_path(w_ih):
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
-    hidden = tuple(hx) if CELLS[name].has_c else (hx,)
-    biases = cell_biases(b_ih, b_hh)
+    hidden = tuple(hx) if CELLS[name].states > 1 else (hx,)
+    weights = (w_ih, w_hh, b_ih, b_hh, None, None)
     _check_cell(input, hidden, w_ih, w_hh)
-    _check_attributes(input, hidden, (w_ih, w_hh, *biases))
-    w_ih, w_hh, *biases = lowered((w_ih, w_hh, *biases))
-    input, *hidden = lowered((input, *hidden))  # type: ignore[assignment]
+    _check_attributes(input, hidden, [w for w in weights if w is not None])
+    if input.is_cuda:
+        weights = tuple(None if w is None else lowered((w,))[0] for w in weights)  # type: ignore[assignment]
+        input, *hidden = lowered((input, *hidden))  # type: ignore[assignment]
     dtypes = _autocast_dtypes(name, input, hidden, w_hh, projected=False, dense=False)
     if dtypes is not None:
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
-    c0 = hidden[1].unsqueeze(0) if CELLS[name].has_c else None
-    one_layer = layer_weights([[w] for w in (w_ih, w_hh, *biases)], len(biases) > 0)
-    h, _, c, _ = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, one_layer, _ONE_STEP)
-    results = _autocast_results(dtypes, (h,), () if c0 is None else (c.squeeze(0),))
-    return results if CELLS[name].has_c else results[0]
+    states = [h.unsqueeze(0) for h in hidden]
+    h, (_, *others), _ = _autograd.scan(name, input, states, weights, Rows(1, input.shape[0]))
+    results = _autocast_results(dtypes, (h,), [state.squeeze(0) for state in others])
+    return results if others else results[0]
 
 
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None) -> tuple[Tensor, Tensor]:

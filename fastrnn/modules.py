@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from . import _ops, _prepack, functional
+from . import _autograd, _prepack, functional
 from ._warn import warn
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -156,7 +156,7 @@ class _Recurrent(_Fused, nn.RNNBase):
             self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
         return weights
 
-    def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
+    def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
         """The cell and the weights of each layer."""
         layers = functional.stack_weights(self._weights(), self.bias, self.num_layers, self.bidirectional)
         return [(self.mode.lower(), weights) for weights in layers]
@@ -250,11 +250,9 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
     def _cell_name(self) -> str:
         return f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else self._cell
 
-    def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
+    def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
         """The cell and the weights of its one layer."""
-        biases = functional.cell_biases(self.bias_ih, self.bias_hh)
-        params = [self.weight_ih, self.weight_hh, *biases]
-        return [(self._cell_name(), functional.layer_weights([[p] for p in params], bool(biases)))]
+        return [(self._cell_name(), (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None, None))]
 
     def forward(self, input: Tensor, hx=None):
         """input [B, I] or [I], hx [B, H] or [H], zeros if None -> h; of an LSTMCell hx = (h, c) -> (h, c)."""

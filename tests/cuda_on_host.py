@@ -73,7 +73,11 @@ def build(
     system = [pybind11.get_include(), sysconfig.get_paths()["include"], *include_paths()]
     includes = [STABLE_ABI, f"-I{csrc}", *(f"-isystem{path}" for path in system)]
     torch = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
-    kernels = ["testing/primitives.cpp", *(f"testing/cuda_{cell}.cpp" for cell in cells)]
+    kernels = [
+        "testing/primitives.cpp",
+        "testing/cuda_scans.cpp",
+        *(f"testing/cuda_{cell}.cpp" for cell in cells),
+    ]
     out.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: str, flags: list[str], suffix: str) -> Path:

@@ -6,7 +6,8 @@ import torch
 import way_back
 from torch import Tensor
 
-from fastrnn.reference import CELLS, Layout
+from fastrnn.reference import CELLS
+from fastrnn.rows import Rows
 
 CELL_NAMES = list(CELLS)
 
@@ -31,10 +32,9 @@ class Scan:
     batch_first: bool
 
     @property
-    def layout(self) -> Layout:
-        return Layout(
-            self.x.shape[0], self.h0.shape[1], self.batch_first, self.batch_sizes, self.lengths, self.reset
-        )
+    def layout(self) -> Rows:
+        B = self.h0.shape[1]
+        return Rows.of(self.x.shape[0], B, self.batch_first, self.batch_sizes, self.lengths, self.reset)
 
     def map(self, f) -> "Scan":
         """f on every tensor of numbers."""
@@ -60,39 +60,69 @@ class Scan:
     def rows(self) -> tuple:
         return (self.batch_sizes, self.lengths, self.reset, self.batch_first)
 
-    def arguments(self, save: int = 1) -> tuple:
-        return (self.x, self.h0, self.c0, *self.weights, *self.rows, save)
+    @property
+    def states(self) -> list[Tensor]:
+        return [self.h0] if self.c0 is None else [self.h0, self.c0]
 
-    def kernel(self, save: int = 1) -> tuple[Tensor, ...]:
-        return getattr(torch.ops.fastrnn, self.name)(*self.arguments(save))
+    @property
+    def slots(self) -> list[Tensor | None]:
+        """The weights as the operators take them: one direction after the other."""
+        return [part[d] if part else None for d in range(len(self.w_ih)) for part in self.weights]
+
+    def arguments(self, save: int = 1, packed: Tensor | None = None) -> tuple:
+        slots = self.slots if packed is None else []
+        return (self.name, self.x, self.states, slots, packed, *self.rows, save)
+
+    # The results of the operators in one row: y, h_n, c_n, saved, every c; [0] in the place of those that are
+    # missing.
+
+    def kernel(
+        self, save: int = 1, packed: Tensor | None = None, operators=torch.ops.fastrnn
+    ) -> tuple[Tensor, ...]:
+        y, last, history, saved = operators.scan(*self.arguments(save, packed))
+        none = y.new_empty(0)
+        return y, last[0], *(last[1:] or [none]), *(saved or [none]), *(history or [none])
 
     def reference(self) -> tuple[Tensor, ...]:
-        return way_back.forward(self.name, self.layout, self.x, self.h0, self.c0, *self.weights)
+        return way_back.forward(self.name, self.layout, self.x, self.states, self.slots)
 
     def backward_arguments(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple:
         """outputs are those of the forward scan, gradients theirs (None: not wanted)."""
         y, _, _, saved, saved_c = outputs
         dy, dh_n, dc_n, _, dall_c = gradients
+        more, saves = len(self.states) > 1, CELLS[self.name].saved > 0
         return (
-            dy, dh_n, dc_n, dall_c, saved, saved_c, y, self.h0, self.c0, self.w_hh, self.w_hr, self.u,
-            *self.rows, keep,
+            self.name, dy, [dh_n, dc_n] if more else [dh_n], [dall_c] if more else [], y,
+            [saved_c] if more else [], saved if saves else None, self.states, self.slots, *self.rows, keep,
         )  # fmt: skip
 
-    def kernel_backward(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple[Tensor, ...]:
-        operator = getattr(torch.ops.fastrnn, self.name + "_backward")
-        return operator(*self.backward_arguments(outputs, gradients, keep))
+    def kernel_backward(
+        self, outputs: tuple, gradients: tuple, keep: bool = True, operators=torch.ops.fastrnn
+    ) -> tuple[Tensor, ...]:
+        """dgates, dh0, dc0, dL/dh_t, dL/dc_t and du [D, U, H]."""
+        dgates, *others = operators.scan_backward.default(*self.backward_arguments(outputs, gradients, keep))
+        return dgates, *self._in_a_row(*others)
 
-    def kernel_backward_in_place(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple:
+    def _in_a_row(self, dstates: list, complete: list, du: list) -> tuple[Tensor, ...]:
+        none = dstates[0].new_empty(0)
+        dc0, dh, dc = dstates[1:] or [none], complete[:1] or [none], complete[1:] or [none]
+        return dstates[0], *dc0, *dh, *dc, torch.stack(du) if du else none
+
+    def kernel_backward_in_place(
+        self, outputs: tuple, gradients: tuple, keep: bool = True, operators=torch.ops.fastrnn
+    ) -> tuple:
         """The same, from a copy of the saved activations that the gate gradients are written over."""
         outputs = (*outputs[:3], outputs[3].clone(), outputs[4])
-        operator = getattr(torch.ops.fastrnn, self.name + "_backward_in_place")
-        nothing, *others = operator(*self.backward_arguments(outputs, gradients, keep))
-        assert nothing.numel() == 0
-        return outputs[3], *others
+        others = operators.scan_backward.over(*self.backward_arguments(outputs, gradients, keep))
+        return outputs[3], *self._in_a_row(*others)
 
     def reference_backward(self, outputs: tuple, gradients: tuple, keep: bool = True) -> tuple[Tensor, ...]:
-        arguments = self.backward_arguments(outputs, gradients)[: -len(self.rows) - 1]
-        return way_back.backward(self.name, self.layout, *arguments, keep)
+        y, _, _, saved, all_c = outputs
+        dy, dh_n, dc_n, _, dall_c = gradients
+        return way_back.backward(
+            self.name, self.layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, self.h0, self.c0, self.w_hh,
+            self.w_hr, self.u, keep,
+        )  # fmt: skip
 
     def gradients(self, outputs: tuple, wanted: str = "all", seed: int = 1) -> tuple:
         """Random gradients of y, h_n, c_n and every c (saved has none); ``wanted`` is a key of ``kept``."""
@@ -139,7 +169,7 @@ def make_scan(
         name,
         normal(N, I),
         normal(D, B, width),
-        normal(D, B, H) if cell.has_c else None,
+        normal(D, B, H) if cell.states > 1 else None,
         [normal(cell.gates * H, I) for _ in range(D)],
         [normal(cell.gates * H, width, scale=bound) for _ in range(D)],
         [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias else [],

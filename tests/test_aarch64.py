@@ -12,7 +12,7 @@ import pytest
 import torch
 from scans import Scan
 
-from fastrnn import _ops
+from fastrnn import _operators
 from fastrnn.reference import CELLS
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -50,7 +50,7 @@ def make(name, T, B, I, H, P):
     G, W = CELLS[name].gates, P or H
     return Scan(
         name, filled(1, 1, T * B, I), filled(2, 1, 1, B, W),
-        filled(3, 1, 1, B, H) if CELLS[name].has_c else None,
+        filled(3, 1, 1, B, H) if CELLS[name].states > 1 else None,
         [filled(4, 0.3, G * H, I)], [filled(5, 0.3, G * H, W)], [filled(6, 1, G * H)], [filled(7, 1, G * H)],
         [filled(8, 0.3, W, H)] if P else [],
         [filled(10, 0.3, CELLS[name].vectors, H)] if CELLS[name].vectors else [], None, None, None, False,
@@ -63,8 +63,8 @@ def expected(scan):
     y, h_n, c_n = outputs[:3]
     dy = filled(9, 1, *y.shape)
     dgates, dh0, dc0, _, _, du = scan.reference_backward(outputs, (dy, None, None, None, None))
-    dx, dw_ih, dw_hh, db_ih, db_hh = _ops.composed_products(
-        CELLS[scan.name], dgates, scan.x, y, scan.h0, scan.w_ih, *scan.rows, True, True
+    (dx,), (dw_ih, dw_hh, db_ih, db_hh) = _operators.composed_weight_gradients(
+        scan.name, dgates, scan.x, y, scan.states, scan.slots, *scan.rows, True, True
     )
     return [y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh, *([du] if scan.u else [])]
 
@@ -85,7 +85,7 @@ def test_aarch64_kernels_equal_the_reference(drive, name, shape, threads, dtype,
     printed = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
     numbers = torch.tensor([float(line) for line in printed.split()], dtype=torch.float64)
     wanted = expected(make(name, T, B, I, H, P))
-    if not CELLS[name].has_c:  # drive leaves c as it was filled
+    if not CELLS[name].states > 1:  # drive leaves c as it was filled
         wanted[2], wanted[5] = filled(3, 1, B, H), torch.zeros(B, H)
     for got, want in zip(numbers.split([w.numel() for w in wanted]), wanted, strict=True):
         assert (got - want.flatten()).abs().max() <= tolerance * want.abs().max().clamp_min(1)

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import _ops
+from fastrnn import _autograd
 from fastrnn.reference import CELLS
 
 CASES = [(name, None, form) for name in CELL_NAMES for form in ("time_major", "batch_first", "packed")]
@@ -24,18 +24,15 @@ CASES += [("lstm", 2, form) for form in FORMS] + [
 
 
 def differentiable(name, T, B, H, D=1, **options):
-    """(function of its tensors, the tensors) for _ops.scan."""
+    """(function of its tensors, the tensors) for _autograd.scan."""
     scan = make_scan(name, T, B, H, D=D, **options)
-    counts = [len(part) for part in scan.weights]
-    sequence = _ops.Sequence(scan.batch_first, scan.batch_sizes, scan.lengths, scan.reset)
+    S = len(scan.states)
 
-    def function(x, h0, c0, *rest):
-        ends = list(itertools.accumulate(counts))
-        lists = [list(rest[e - n : e]) for e, n in zip(ends, counts, strict=True)]
-        y, h_n, c_n, _ = _ops.scan(name, x, h0, c0, _ops.Weights(*lists), sequence)
-        return (y, h_n, c_n) if c0 is not None else (y, h_n)
+    def function(x, *rest):
+        y, last, _ = _autograd.scan(name, x, rest[:S], rest[S:], scan.layout)
+        return (y, *last)
 
-    tensors = [scan.x, scan.h0, scan.c0, *itertools.chain(*scan.weights)]
+    tensors = [scan.x, *scan.states, *scan.slots]
     return function, tuple(None if t is None else t.requires_grad_() for t in tensors)
 
 
@@ -95,16 +92,13 @@ OPCHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
 def test_opcheck_accepts_the_operators_of_a_scan(name, P, form, dtype):
     for D, B, save in ((1, 3, 1), (2, 1, 0), (1, 2, 2)):
         scan = make_scan(name, 4, B, 5, D=D, P=P, dtype=dtype, **FORMS[form])
-        torch.library.opcheck(
-            getattr(torch.ops.fastrnn, name).default, scan.arguments(save), test_utils=OPCHECKS
-        )
+        torch.library.opcheck(torch.ops.fastrnn.scan.default, scan.arguments(save), test_utils=OPCHECKS)
         outputs = scan.kernel()
         for wanted in ("all", "first", "y"):
             arguments = scan.backward_arguments(outputs, scan.gradients(outputs, wanted), wanted == "all")
-            for ending in ("_backward", "_backward_in_place") if CELLS[name].in_place else ("_backward",):
-                torch.library.opcheck(
-                    getattr(torch.ops.fastrnn, name + ending).default, arguments, test_utils=OPCHECKS
-                )
+            for overload in ("default", "over") if CELLS[name].reuses_saved else ("default",):
+                operator = getattr(torch.ops.fastrnn.scan_backward, overload)
+                torch.library.opcheck(operator, arguments, test_utils=OPCHECKS)
 
 
 # ---- Modules -----------------------------------------------------------------------------------------

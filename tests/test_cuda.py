@@ -18,7 +18,7 @@ from scans import CELL_NAMES, FORMS, make_scan
 from torch import nn
 
 import fastrnn
-from fastrnn import _cuda, _ops, functional
+from fastrnn import _cuda, _operators, functional
 
 WHERE = os.environ.get("FASTRNN_TEST_DEVICE", "cuda")
 DEVICE = "cuda" if WHERE == "cuda" else "cpu"
@@ -58,25 +58,18 @@ def kernels_or_nothing(request, monkeypatch):
 def host_kernels(monkeypatch) -> None:
     """The CUDA kernels on the CPU, as those of an H200, in the place of the CPU's."""
 
-    def operator(name: str):
-        function = getattr(torch.ops.fastrnn_cuda_on_host, name)
-        tf32 = lambda: torch.backends.cudnn.rnn.fp32_precision == "tf32"  # noqa: E731
-        return lambda *arguments: function(*arguments, tf32(), *H200, True, 0, 0)
+    def on_h200(operator):
+        def call(*arguments):
+            kernels.HOST.configure(torch.backends.cudnn.rnn.fp32_precision == "tf32", *H200, True, 0, 0)
+            return operator(*arguments)
 
-    def products(name: str):
-        def composed(dgates, *arguments):
-            found = _ops.composed_products(_ops.CELLS[name], dgates, *arguments)
-            return tuple(dgates.new_empty(0) if p is None else p for p in found)
-
-        return composed
+        return call
 
     monkeypatch.setattr(functional, "_KERNEL_DTYPES", tuple(set(DTYPES.values())))
-    for name in CELL_NAMES:
-        monkeypatch.setitem(_ops._FORWARD, name, operator(name))
-        monkeypatch.setitem(_ops._BACKWARD, name, operator(name + "_backward"))
-        if name in _ops._IN_PLACE:
-            monkeypatch.setitem(_ops._IN_PLACE, name, operator(name + "_backward_in_place"))
-        monkeypatch.setitem(_ops._PRODUCTS, name, products(name))
+    monkeypatch.setattr(_operators, "scan", on_h200(kernels.HOST.scan))
+    monkeypatch.setattr(_operators, "scan_backward", on_h200(kernels.HOST.scan_backward.default))
+    monkeypatch.setattr(_operators, "scan_backward_over", on_h200(kernels.HOST.scan_backward.over))
+    monkeypatch.setattr(_operators, "weight_gradients", _operators.composed_weight_gradients)
 
 
 def compute_in(numbers: str) -> torch.dtype:
@@ -421,9 +414,8 @@ class RealDevice(kernels.Device):
     where: str = "cuda"
     operators = torch.ops.fastrnn
 
-    def arguments(self, numbers: str) -> tuple:
+    def take(self, numbers: str) -> None:
         compute_in(numbers)
-        return ()
 
 
 REAL = RealDevice()

@@ -10,6 +10,7 @@ from scans import CELL_NAMES, FORMS, make_scan
 
 from fastrnn.reference import CELLS
 
+HOST = torch.ops.fastrnn_cuda_on_host
 ORDERS = {"fifo": 0, "lifo": 1, "random": 2, "starve": 3}
 H200 = (132, 227 << 10)  # multiprocessors, bytes of shared memory of a block
 NUMBERS = {
@@ -31,11 +32,14 @@ class Device:
     order: str = "fifo"
     seed: int = 0
     where: str = "cpu"
-    operators = torch.ops.fastrnn_cuda_on_host
+    operators = HOST
 
-    def arguments(self, numbers: str) -> tuple:
-        tf32 = NUMBERS[numbers][1]
-        return tf32, self.multiprocessors, self.shared_bytes, self.one_block, ORDERS[self.order], self.seed
+    def take(self, numbers: str) -> None:
+        """From now on the operators run on this device."""
+        self.operators.configure(
+            NUMBERS[numbers][1], self.multiprocessors, self.shared_bytes, self.one_block,
+            ORDERS[self.order], self.seed,
+        )  # fmt: skip
 
     def plan(self, forward: bool, numbers: str, scan, T: int, B: int, H: int, D: int) -> str:
         return torch.ops.fastrnn.cuda_plan(
@@ -62,11 +66,12 @@ def close(numbers: str, name: str, found: torch.Tensor, expected: torch.Tensor) 
 
 def run(device: Device, numbers: str, scan, wanted: str = "all", save: int = 1) -> None:
     """Forward, and backward from the reference's own results, rounded as they would be stored."""
-    dtype, operators, arguments = NUMBERS[numbers][0], device.operators, device.arguments(numbers)
+    dtype, operators = NUMBERS[numbers][0], device.operators
+    device.take(numbers)
     exact = scan.map(lambda t: t.to(dtype).double())
     stored = exact.to(device.where, dtype)
     expected = exact.reference()
-    found = getattr(operators, scan.name)(*stored.arguments(save), *arguments)
+    found = stored.kernel(save, operators=operators)
     names = ("y", "h_n", "c_n", "saved", "saved_c")
     written = {0: names[:3], 1: names, 2: (*names[:3], "saved_c")}[save]
     for name, a, b in zip(names, found, expected, strict=True):
@@ -79,9 +84,7 @@ def run(device: Device, numbers: str, scan, wanted: str = "all", save: int = 1) 
     gradients = tuple(
         None if t is None else t.to(device.where, dtype) for t in exact.gradients(expected, wanted)
     )
-    found = getattr(operators, scan.name + "_backward")(
-        *stored.backward_arguments(outputs, gradients), *arguments
-    )
+    found = stored.kernel_backward(outputs, gradients, operators=operators)
     expected = exact.reference_backward(
         tuple(t.cpu().double() for t in outputs),
         tuple(None if t is None else t.cpu().double() for t in gradients),
@@ -126,16 +129,14 @@ def test_every_form_in_both_directions(cell, path, form):
 
 @pytest.mark.parametrize("form", ["time_major", "lengths_batch_first", "packed"])
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("cell", [name for name, cell in CELLS.items() if cell.in_place])
+@pytest.mark.parametrize("cell", [name for name, cell in CELLS.items() if cell.reuses_saved])
 def test_gate_gradients_may_be_written_over_what_was_saved(cell, path, form):
     scan = make_scan(cell, 4, 7, 33, D=2, dtype=torch.float32, **FORMS[form])
-    operators, device = torch.ops.fastrnn_cuda_on_host, PATHS[path].arguments("f32")
-    outputs = getattr(operators, cell)(*scan.arguments(), *device)
-    arguments = scan.backward_arguments(outputs, scan.gradients(outputs))
-    expected = getattr(operators, cell + "_backward")(*arguments, *device)
-    nothing, *others = getattr(operators, cell + "_backward_in_place")(*arguments, *device)
-    assert nothing.numel() == 0
-    for a, b in zip((outputs[3], *others), expected, strict=True):
+    PATHS[path].take("f32")
+    outputs = scan.kernel(operators=HOST)
+    arguments = outputs, scan.gradients(outputs)
+    expected = scan.kernel_backward(*arguments, operators=HOST)
+    for a, b in zip(scan.kernel_backward_in_place(*arguments, operators=HOST), expected, strict=True):
         assert torch.equal(a, b)
 
 
@@ -184,7 +185,7 @@ def test_no_bias_nothing_saved_and_few_gradients(path):
 def test_one_step_and_no_rows(cell):
     run(ONE_BLOCK, "f32", make_scan(cell, 1, 5, 17))
     none = make_scan(cell, 3, 0, 17, D=2, dtype=torch.float32)
-    outputs = getattr(torch.ops.fastrnn_cuda_on_host, cell)(*none.arguments(), *ONE_BLOCK.arguments("f32"))
+    outputs = none.kernel(operators=HOST)
     assert outputs[0].shape == (0, 34)
     assert torch.equal(outputs[1], none.h0)
 
@@ -194,8 +195,8 @@ def test_one_step_and_no_rows(cell):
 def test_not_a_number_stays_in_its_row(cell, path):
     scan = make_scan(cell, 3, 4, 20, dtype=torch.float32)
     scan.x[4 + 2, 0] = torch.nan  # of row 2, from step 1 on
-    arguments = PATHS[path].arguments("f32")
-    y = getattr(torch.ops.fastrnn_cuda_on_host, cell)(*scan.arguments(False), *arguments)[0].view(3, 4, 20)
+    PATHS[path].take("f32")
+    y = scan.kernel(0, operators=HOST)[0].view(3, 4, 20)
     broken = y.isnan().any(-1)
     assert broken.tolist() == [[False] * 4] + [[False, False, True, False]] * 2
 
@@ -208,12 +209,11 @@ def test_not_a_number_stays_in_its_row(cell, path):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_every_schedule_gives_the_same_bits(cell, numbers, order):
     scan = make_scan(cell, 4, 9, 40, D=2, lengths=True, reset=True, dtype=NUMBERS[numbers][0])
-    operators = torch.ops.fastrnn_cuda_on_host
     found = []
     for device in (MANY_BLOCKS, replace(MANY_BLOCKS, order=order, seed=3)):
-        outputs = getattr(operators, cell)(*scan.arguments(), *device.arguments(numbers))
-        arguments = scan.backward_arguments(outputs, scan.gradients(outputs))
-        gradients = getattr(operators, cell + "_backward")(*arguments, *device.arguments(numbers))
+        device.take(numbers)
+        outputs = scan.kernel(operators=HOST)
+        gradients = scan.kernel_backward(outputs, scan.gradients(outputs), operators=HOST)
         found.append((*outputs, *gradients))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)

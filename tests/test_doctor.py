@@ -99,7 +99,7 @@ def test_a_missing_library_is_explained(broken_package):
 
 def test_a_build_older_than_the_sources_is_explained(broken_package):
     shutil.copy(PACKAGE / "_C.abi3.so", broken_package)
-    with (broken_package / "_ops.py").open("a") as sources:
+    with (broken_package / "_operators.py").open("a") as sources:
         sources.write('raise RuntimeError("operator fastrnn::new does not exist")\n')
     result = run("-m", "fastrnn", "doctor", cwd=broken_package.parent)
     assert result.returncode == 1

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import _ops, functional
+from fastrnn import _operators, functional
 from fastrnn.reference import CELLS
 
 MASK = (torch.arange(12).view(4, 3, 1) % 5 != 0).double()
@@ -314,11 +314,11 @@ def test_the_products_of_cuda_take_nothing_from_the_padding(name, form):
     outputs = scan.kernel()
     dgates = scan.kernel_backward(outputs, scan.gradients(outputs))[0]
     poisoned = scan.x.masked_fill(scan.layout.without_padding(torch.ones(20, 1)) == 0, torch.nan)
-    for products in (_ops.products_of_torch, _ops.composed_products):
-        arguments = (CELLS[name], dgates, scan.x, outputs[0], scan.h0, scan.w_ih, *scan.rows, True, True)
-        expected = products(*arguments)
-        found = products(*arguments[:2], poisoned, *arguments[3:])
-        for a, b in zip(found, expected, strict=True):
+    for products in (_operators.weight_gradients_of_torch, _operators.composed_weight_gradients):
+        arguments = (name, dgates, scan.x, outputs[0], scan.states, scan.slots, *scan.rows, True, True)
+        (dx,), dweights = products(*arguments)
+        (found_dx,), found_dweights = products(*arguments[:2], poisoned, *arguments[3:])
+        for a, b in zip((found_dx, *found_dweights), (dx, *dweights), strict=True):
             assert torch.equal(a, b)
 
 

@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,15 +19,15 @@ from fastrnn import _prepack
 
 
 class Operators(TorchDispatchMode):
-    """The fastrnn operators that were called."""
+    """The cells that were scanned, and whether their weights were packed."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastrnn":
-            self.names.append(func._schema.name.removeprefix("fastrnn::"))
+        if func is torch.ops.fastrnn.scan.default:
+            self.names.append(args[0] + "_packed" * (args[4] is not None))
         return func(*args, **(kwargs or {}))
 
 
@@ -55,10 +56,9 @@ def served(*args, cls=fastrnn.LSTM, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_packed_weights_give_the_same_bits_in_every_form(name, form, dtype):
     scan = make_scan(name, 30, 7, 50, D=2, dtype=dtype, **FORMS[form])  # rows enough to pack in each call
-    packed = getattr(torch.ops.fastrnn, f"{name}_pack")(*scan.weights, False)
+    packed = torch.ops.fastrnn.pack(name, scan.slots, False)
     for save in (0, 1, 2):
-        arguments = (scan.x, scan.h0, scan.c0, packed, *scan.rows, save)
-        got = getattr(torch.ops.fastrnn, f"{name}_packed")(*arguments)
+        got = scan.kernel(save, packed)
         assert all(torch.equal(a, b) for a, b in zip(got, scan.kernel(save), strict=True))
 
 
@@ -66,8 +66,8 @@ def test_packed_weights_give_the_same_bits_in_every_form(name, form, dtype):
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (3, 2), (1, 40), (60, 5)])
 def test_packed_weights_agree_with_the_reference_with_few_rows_and_many(T, B, P):
     scan = make_scan("lstm", T, B, 45, D=2, P=P, bias=P is None)
-    packed = torch.ops.fastrnn.lstm_pack(*scan.weights, False)
-    got = torch.ops.fastrnn.lstm_packed(scan.x, scan.h0, scan.c0, packed, *scan.rows, 1)
+    packed = torch.ops.fastrnn.pack("lstm", scan.slots, False)
+    got = scan.kernel(1, packed)
     for a, b in zip(got, scan.reference(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
@@ -78,8 +78,8 @@ def test_packed_weights_agree_with_the_reference_with_few_rows_and_many(T, B, P)
 def test_bfloat16_is_the_scan_with_weights_rounded_to_it(name, H, B):
     scan = make_scan(name, 30, B, H, dtype=torch.float32)
     scan.w_hh[0][0, 0] = float("nan")
-    packed = getattr(torch.ops.fastrnn, f"{name}_pack")(*scan.weights, True)
-    got = getattr(torch.ops.fastrnn, f"{name}_packed")(scan.x, scan.h0, scan.c0, packed, *scan.rows, 0)
+    packed = torch.ops.fastrnn.pack(name, scan.slots, True)
+    got = scan.kernel(0, packed)
     scan.w_ih, scan.w_hh = ([w.bfloat16().float() for w in part] for part in (scan.w_ih, scan.w_hh))
     for a, b in zip(got, scan.kernel(False), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -88,35 +88,35 @@ def test_bfloat16_is_the_scan_with_weights_rounded_to_it(name, H, B):
 @pytest.mark.parametrize("name", CELL_NAMES)
 def test_the_operators_keep_their_promises_to_torch(name):
     scan = make_scan(name, 3, 2, 5, dtype=torch.float32)
-    pack = getattr(torch.ops.fastrnn, f"{name}_pack").default
-    torch.library.opcheck(pack, (*scan.weights, True))
-    arguments = (scan.x, scan.h0, scan.c0, pack(*scan.weights, False), *scan.rows, 1)
-    torch.library.opcheck(getattr(torch.ops.fastrnn, f"{name}_packed").default, arguments)
+    pack = torch.ops.fastrnn.pack.default
+    torch.library.opcheck(pack, (name, scan.slots, True))
+    arguments = scan.arguments(1, pack(name, scan.slots, False))
+    torch.library.opcheck(torch.ops.fastrnn.scan.default, arguments)
 
 
 def test_what_is_no_pack_for_this_call_is_refused():
     scan = make_scan("lstm", 3, 2, 5, dtype=torch.float32)
-    packed = torch.ops.fastrnn.lstm_pack(*scan.weights, False)
+    packed = torch.ops.fastrnn.pack("lstm", scan.slots, False)
 
-    def call(packed, scan=scan, operator=torch.ops.fastrnn.lstm_packed):
-        return operator(scan.x, scan.h0, scan.c0, packed, *scan.rows, 0)
+    def call(packed, scan=scan):
+        return scan.kernel(0, packed)
 
     call(packed)
     foreign = packed.clone()
     foreign[:16] = torch.tensor(list(b"mmx".ljust(16, b"\0")), dtype=torch.uint8)
     for wrong in (packed[:-64], foreign, torch.zeros(4096, dtype=torch.uint8), packed.view(torch.int32)):
-        with pytest.raises(RuntimeError, match="packed must be the result of fastrnn::lstm_pack"):
+        with pytest.raises(RuntimeError, match="packed must be the result of fastrnn::pack for lstm"):
             call(wrong)
     with pytest.raises(RuntimeError, match="packed must be the result"):
         call(packed, scan.map(torch.Tensor.double))
     gru = make_scan("gru", 3, 2, 5, dtype=torch.float32)
-    with pytest.raises(RuntimeError, match="packed must be the result of fastrnn::gru_pack"):
-        call(packed, gru, torch.ops.fastrnn.gru_packed)
+    with pytest.raises(RuntimeError, match="packed must be the result of fastrnn::pack for gru"):
+        call(packed, gru)
     scan.x = torch.randn(6, 4)
     with pytest.raises(RuntimeError, match=r"x must be \[N, I\] = \[6, 3\], got \[6, 4\]"):
         call(packed)
     with pytest.raises(RuntimeError, match="only float32"):
-        torch.ops.fastrnn.lstm_pack(*scan.map(torch.Tensor.double).weights, True)
+        torch.ops.fastrnn.pack("lstm", scan.map(torch.Tensor.double).slots, True)
 
 
 HEADER = 128  # bytes: 16 that name the kernels, then int64 fields, D among them
@@ -127,14 +127,13 @@ HEADER = 128  # bytes: 16 that name the kernels, then int64 fields, D among them
 )
 def test_a_pack_with_one_damaged_byte_in_its_header_is_refused(name, P, bfloat16):
     scan = make_scan(name, 3, 2, 5, P=P, dtype=torch.float32)
-    packed = getattr(torch.ops.fastrnn, f"{name}_pack")(*scan.weights, bfloat16)
-    operator = getattr(torch.ops.fastrnn, f"{name}_packed")
+    packed = torch.ops.fastrnn.pack(name, scan.slots, bfloat16)
     for place in range(HEADER):
         for flips in (1, 2, 3, 0x40, 0x80, 0xFF):
             damaged = packed.clone()
             damaged[place] ^= flips
             with pytest.raises(RuntimeError, match=r"packed must be the result|must be \["):
-                operator(scan.x, scan.h0, scan.c0, damaged, *scan.rows, 0)
+                scan.kernel(0, damaged)
 
 
 @pytest.mark.parametrize("value", [-(2**63), -(2**40), -1, 0, 1, 3, 40, 2**31, 2**40, 2**61, 2**63 - 1])
@@ -142,31 +141,31 @@ def test_a_pack_with_one_damaged_byte_in_its_header_is_refused(name, P, bfloat16
 def test_a_pack_with_a_damaged_size_is_refused(field, value):
     """Even where the call and the number of bytes go with it."""
     scan = make_scan("lstm", 3, 2, 1, I=1, dtype=torch.float32)
-    packed = torch.ops.fastrnn.lstm_pack(*scan.weights, False)
+    packed = torch.ops.fastrnn.pack("lstm", scan.slots, False)
     before = packed[:HEADER].view(torch.int64)[field].item()
     damaged = torch.cat([packed[:HEADER], *[packed[HEADER:]] * (value if 0 < value <= 40 else 1)])
     damaged[:HEADER].view(torch.int64)[field] = value
     states = [scan.h0, torch.zeros(value, 2, 1)] if 0 < value <= 40 else [scan.h0]
     for h0 in states if value != before else ():
         with pytest.raises(RuntimeError, match=r"packed must be the result|must be \["):
-            torch.ops.fastrnn.lstm_packed(scan.x, h0, h0.clone(), damaged, *scan.rows, 0)
+            replace(scan, h0=h0, c0=h0.clone()).kernel(0, damaged)
 
 
 def test_a_pack_of_two_sizes_at_once_that_overflow_is_refused():
     scan = make_scan("rnn_tanh", 3, 2, 5, dtype=torch.float32)
-    packed = torch.ops.fastrnn.rnn_tanh_pack(*scan.weights, False)
+    packed = torch.ops.fastrnn.pack("rnn_tanh", scan.slots, False)
     sizes = packed[:HEADER].view(torch.int64)
     sizes[(sizes == 5).nonzero().flatten()] = 2**34  # H and P: H * P is 0 in 64 bits but for the padding
     with pytest.raises(RuntimeError, match="packed must be the result"):
-        torch.ops.fastrnn.rnn_tanh_packed(scan.x, scan.h0, None, packed, *scan.rows, 0)
+        scan.kernel(0, packed)
 
 
 def test_a_pack_that_begins_between_two_numbers_is_refused():
     scan = make_scan("gru", 3, 2, 5, dtype=torch.float32)
-    packed = torch.ops.fastrnn.gru_pack(*scan.weights, False)
+    packed = torch.ops.fastrnn.pack("gru", scan.slots, False)
     moved = torch.empty(len(packed) + 1, dtype=torch.uint8)[1:].copy_(packed)
     with pytest.raises(RuntimeError, match="packed must be aligned"):
-        torch.ops.fastrnn.gru_packed(scan.x, scan.h0, None, moved, *scan.rows, 0)
+        scan.kernel(0, moved)
 
 
 # ---- Modules -----------------------------------------------------------------------------------------

@@ -1,14 +1,11 @@
 """The products after the backward scan, as an operator and as torch operations, and what they give."""
 
-from functools import partial
-
 import pytest
 import torch
 from scans import CELL_NAMES, FORMS, make_scan
 
 import fastrnn
-from fastrnn import _ops
-from fastrnn.reference import CELLS
+from fastrnn import _operators
 
 NAMES = ("dx", "dw_ih", "dw_hh", "db_ih", "db_hh")
 
@@ -17,28 +14,28 @@ def arguments(name, form, T=5, B=3, H=7, D=2, dtype=torch.float64, **options):
     scan = make_scan(name, T, B, H, D=D, dtype=dtype, **FORMS[form], **options)
     outputs = scan.kernel()
     dgates = scan.kernel_backward(outputs, scan.gradients(outputs, "all"))[0]
-    x, h0, _, w_ih, *_, batch_sizes, lengths, reset, batch_first, _ = scan.arguments(True)
-    return dgates, x, outputs[0], h0, w_ih, batch_sizes, lengths, reset, batch_first
+    return name, dgates, scan.x, outputs[0], scan.states, scan.slots, *scan.rows
 
 
-def assert_composed(name, products, given, tolerance):
-    ours = products(*given, True, True)
-    theirs = _ops.composed_products(CELLS[name], *given, True, True)
-    for what, a, b in zip(NAMES, ours, theirs, strict=True):
+def assert_composed(products, given, tolerance):
+    (dx,), dweights = products(*given, True, True)
+    (dx_composed,), dweights_composed = _operators.composed_weight_gradients(*given, True, True)
+    ours, theirs = [dx, *dweights], [dx_composed, *dweights_composed]
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        what = NAMES[0] if i == 0 else NAMES[1 + (i - 1) % 4]
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, w=what: f"{w}: {m}")
     return ours
 
 
-def assert_operator_is_composed(name, given, tolerance):
-    assert_composed(name, getattr(torch.ops.fastrnn, f"{name}_products"), given, tolerance)
+def assert_operator_is_composed(given, tolerance):
+    assert_composed(torch.ops.fastrnn.weight_gradients, given, tolerance)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize(("T", "B", "H", "D"), [(1, 1, 3, 1), (1, 2, 17, 2), (5, 3, 7, 1), (5, 3, 7, 2)])
 def test_what_cuda_takes_equals_torch_operations(name, form, T, B, H, D):
-    products = partial(_ops.products_of_torch, CELLS[name])
-    found = assert_composed(name, products, arguments(name, form, T, B, H, D), 1e-11)
+    found = assert_composed(_operators.weight_gradients_of_torch, arguments(name, form, T, B, H, D), 1e-11)
     assert len({t.untyped_storage().data_ptr() for t in found}) == len(found)
 
 
@@ -46,21 +43,21 @@ def test_what_cuda_takes_equals_torch_operations(name, form, T, B, H, D):
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 3), (1, 2, 17), (5, 3, 7), (9, 65, 33), (40, 13, 65)])
 def test_the_operator_equals_torch_operations(name, form, T, B, H):
-    assert_operator_is_composed(name, arguments(name, form, T, B, H), 1e-11)
+    assert_operator_is_composed(arguments(name, form, T, B, H), 1e-11)
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (3, 1), (1, 3), (2, 2), (9, 33)])
 def test_threads_share_the_products_of_wide_layers(name, T, B, threads):
     # Enough work for several threads, however few the rows; the last units and columns are ragged.
-    assert_operator_is_composed(name, arguments(name, "time_major", T, B, 301), 1e-10)
+    assert_operator_is_composed(arguments(name, "time_major", T, B, 301), 1e-10)
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize(("inputs", "weights"), [(True, True), (True, False), (False, True)])
 def test_opcheck_accepts_the_operator(name, inputs, weights):
     torch.library.opcheck(
-        getattr(torch.ops.fastrnn, f"{name}_products").default,
+        torch.ops.fastrnn.weight_gradients.default,
         (*arguments(name, "time_major"), inputs, weights),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )

@@ -6,8 +6,9 @@ import pytest
 import torch
 from scans import CELL_NAMES, FORMS, make_scan
 
-from fastrnn import _ops
-from fastrnn.reference import CELLS, Layout
+from fastrnn import _operators
+from fastrnn.reference import CELLS
+from fastrnn.rows import Rows
 
 ODD_SIZES = (1, 3, 7, 17, 65, 129)
 NAMES = ("y", "h_n", "c_n", "saved", "saved_c")
@@ -37,7 +38,7 @@ def assert_scan_is_reference(scan, wanted=("all",)):
         for keep in (True, False):
             found = scan.kernel_backward(expected, gradients, keep)
             assert_same(found, scan.reference_backward(expected, gradients, keep), GRADIENT_NAMES)
-            if CELLS[scan.name].in_place:
+            if CELLS[scan.name].reuses_saved:
                 in_place = scan.kernel_backward_in_place(expected, gradients, keep)
                 assert_same(in_place, found, GRADIENT_NAMES, tolerance=0)
 
@@ -117,15 +118,15 @@ def test_an_empty_batch_gives_empty_results(name, batch_first):
     assert [tuple(o.shape) for o in outputs] == [
         (0, 10),
         (2, 0, 5),
-        (2, 0, 5) if cell.has_c else (0,),
-        (2, 0, cell.saved * 5),
-        (2, 0, 5) if cell.has_c else (0,),
+        (2, 0, 5) if cell.states > 1 else (0,),
+        (2, 0, cell.saved * 5) if cell.saved else (0,),
+        (2, 0, 5) if cell.states > 1 else (0,),
     ]
     dgates, dh0, _, dh, dc, du = scan.kernel_backward(outputs, scan.gradients(outputs))
     assert dgates.shape == (2, 0, cell.gradients * 5)
     assert dh0.shape == (2, 0, 5)
     assert dh.shape == (2, 0, 5)
-    assert dc.shape == ((2, 0, 5) if cell.has_c else (0,))
+    assert dc.shape == ((2, 0, 5) if cell.states > 1 else (0,))
     assert du.tolist() == torch.zeros(2 if cell.vectors else 0, cell.vectors, 5).tolist()
 
 
@@ -145,7 +146,7 @@ def test_the_way_back_is_the_derivative_of_the_reference(name):
         detached = scan.map(torch.Tensor.detach)
         dgates, dh0, *_ = detached.reference_backward(tuple(o.detach() for o in outputs), gradients)
         cell = CELLS[name]
-        dgx = [_ops.input_gradients(cell, dgates[d]) for d in range(2)]
+        dgx = [_operators.input_gradients(cell, dgates[d]) for d in range(2)]
         dx = sum(dgx[d] @ detached.w_ih[d] for d in range(2))
         torch.testing.assert_close(dx, expected[0])
         torch.testing.assert_close(dh0, expected[1])
@@ -157,7 +158,7 @@ def test_the_way_back_is_the_derivative_of_the_reference(name):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_kept_gradients_are_the_derivatives_by_every_state(name, form, monkeypatch):
     """Autograd by the h_t and c_t inside the forward specification is the independent judge."""
-    assemble, made = Layout.assemble, []
+    assemble, made = Rows.assemble, []
 
     def listed(layout, steps):
         made.append(steps)
@@ -168,15 +169,15 @@ def test_the_kept_gradients_are_the_derivatives_by_every_state(name, form, monke
         scan.x.requires_grad_()
         made.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(Layout, "assemble", listed)
+            patch.setattr(Rows, "assemble", listed)
             outputs = scan.reference()
         gradients = scan.gradients(outputs, "first")
-        of_direction = 2 if CELLS[name].has_c else 1  # lists: h and, of an LSTM, c
+        of_direction = 2 if CELLS[name].states > 1 else 1  # lists: h and, of an LSTM, c
         detached = scan.map(torch.Tensor.detach)
         found = detached.kernel_backward(tuple(o.detach() for o in outputs), gradients)[3:5]
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
         ends, given = zip(*pairs, strict=True)
-        for which, kept in zip((0, 1), found, strict=True) if CELLS[name].has_c else [(0, found[0])]:
+        for which, kept in zip((0, 1), found, strict=True) if CELLS[name].states > 1 else [(0, found[0])]:
             for d in range(2):
                 states = made[d * of_direction + which]
                 expected = torch.autograd.grad(ends, states, given, retain_graph=True, materialize_grads=True)

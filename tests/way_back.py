@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from fastrnn import _ops, reference
+from fastrnn import _operators, reference
 from fastrnn.reference import CELLS
 
 # (x [G], a [G]), and with vectors of parameters (c_{t-1}, *u) -> the saved activations [S] of one step.
@@ -89,23 +89,25 @@ BACK = {
 }
 
 
-def forward(name, layout, x, h0, c0, *weights):
-    """The operator ``fastrnn::<cell>`` with everything saved; shapes as in csrc/common/schemas.h."""
-    cell, saves, none = CELLS[name], [], h0.new_empty(0)
+def forward(name, layout, x, states, weights):
+    """The operator ``fastrnn::scan`` with everything kept: y, h_n, c_n, saved, every c ([0]: missing)."""
+    cell, saves, none = CELLS[name], [], x.new_empty(0)
 
-    def step(x, a, h, c, *u):
-        save = SAVED[name](x, a, *((c, *u) if u else ()))
-        saves.append(torch.cat(save, -1) if save else h[:, :0])
-        return cell.step(x, a, h, c, *u)
+    def step(x, a, states, *u):
+        save = SAVED[name](x, a, *((states[1], *u) if u else ()))
+        saves.append(torch.cat(save, -1) if save else none)
+        return cell.step(x, a, states, *u)
 
-    y, h_n, c_n, all_c = reference.forward(replace(cell, step=step), layout, x, h0, c0, *weights)
+    y, (h_n, *others), history = reference.forward(replace(cell, step=step), layout, x, states, weights)
     by_direction = saves[: layout.T], saves[layout.T :][::-1]
-    saved = torch.stack([layout.assemble(by_direction[d]) for d in range(len(h0))])
-    return y, h_n, none if c_n is None else c_n, saved, none if all_c is None else all_c
+    saved = (
+        [torch.stack([layout.assemble(by_direction[d]) for d in range(len(h_n))])] if cell.saved else [none]
+    )
+    return y, h_n, *(others or [none]), *saved, *(history or [none])
 
 
 def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, u, keep):
-    """The operator ``fastrnn::<cell>_backward``; shapes as in csrc/common/schemas.h."""
+    """The operator ``fastrnn::scan_backward``: dgates, dh0, dc0, dL/dh_t, dL/dc_t, du ([0]: missing)."""
     cell = CELLS[name]
     D, _, P = h0.shape
     H = w_hh[0].shape[0] // cell.gates
@@ -117,7 +119,7 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
         y_d = y[:, d * P : (d + 1) * P]
         dh = dh_n[d][batch] if dh_n is not None else torch.zeros_like(h0[d])
         dc = None
-        if cell.has_c:
+        if cell.states > 1:
             dc = dc_n[d][batch] if dc_n is not None else torch.zeros_like(c0[d])
         dgates, dhs, dcs = ([None] * layout.T for _ in range(3))
         order = list(range(layout.T)) if d == 0 else list(reversed(range(layout.T)))
@@ -136,11 +138,11 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
             dh_t = dh[:n] + dy[rows][:, d * P : (d + 1) * P] if dy is not None else dh[:n]
             dhs[t] = dh_t
             c = c_prev = dc_t = None
-            if cell.has_c:
+            if cell.states > 1:
                 c, c_prev = all_c[d][rows], previous(all_c[d], c0[d])
                 dc_t = dc[:n] + dall_c[d][rows] if dall_c is not None else dc[:n]
             gates, direct, dcs[t], dc_prev, *shares = BACK[name](
-                saved[d][rows].split(H, -1),
+                saved[d][rows].split(H, -1) if cell.saved else (),
                 y_d[rows],
                 previous(y_d, h0[d]),
                 c,
@@ -152,23 +154,23 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
             for k, share in enumerate(shares):
                 du[d][k] += share.sum(0)
             dgates[t] = torch.cat(gates, -1)
-            dh_prev = _ops.recurrent_gradients(cell, dgates[t]) @ w_hh[d]
+            dh_prev = _operators.recurrent_gradients(cell, dgates[t]) @ w_hh[d]
             if direct is not None:
                 dh_prev = dh_prev + direct
             dh = torch.cat((layout.keep(rows, dh_prev), dh[n:]))
-            dc = torch.cat((layout.keep(rows, dc_prev), dc[n:])) if cell.has_c else None
+            dc = torch.cat((layout.keep(rows, dc_prev), dc[n:])) if cell.states > 1 else None
         all_dgates.append(layout.assemble(dgates))
         all_dh.append(layout.assemble(dhs))
         dh0.append(dh[back])
-        if cell.has_c:
+        if cell.states > 1:
             all_dc.append(layout.assemble(dcs))
             dc0.append(dc[back])
     none = h0.new_empty(0)
     return (
         torch.stack(all_dgates),
         torch.stack(dh0),
-        torch.stack(dc0) if cell.has_c else none,
+        torch.stack(dc0) if cell.states > 1 else none,
         torch.stack(all_dh) if w_hr or keep else none,
-        torch.stack(all_dc) if cell.has_c and keep else none,
+        torch.stack(all_dc) if cell.states > 1 and keep else none,
         torch.stack(du) if du else none,
     )

@@ -12,18 +12,20 @@
 
 namespace fastrnn {
 
-/// The states of a cell: h, which W_hh multiplies, and c beside it.
+/// The states of a cell: h, which W_hh multiplies, and what lives beside it, such as an LSTM's c.
 enum State { kH, kC };
 
+constexpr int kMaxStates = 4;
+
 /// A set of states, as CellInfo has it.
-constexpr unsigned only(State state) { return 1u << state; }
+constexpr unsigned only(int state) { return 1u << state; }
 
 /// The numbers of a cell. Drivers, operators and Python read them here and infer nothing from one another.
 struct CellInfo {
   const char* name;           // in torch.ops.fastrnn
   int gates;                  // G: blocks of H rows in W_ih and W_hh
   int split = 0;              // how many of the last gates take the products with x and with h apart
-  int states = 1;             // h alone, or h and c
+  int states = 1;             // h, and what lives beside it
   unsigned reads_before = 0;  // states of step t-1 that the step reads, besides the product with W_hh
   unsigned reads_after = 0;   // states of step t that backward reads
   int vectors = 0;            // U: vectors of parameters, one number a unit
@@ -31,9 +33,8 @@ struct CellInfo {
   bool reuses_saved = false;  // backward may write the gate gradients over the saved numbers
   bool projects = false;      // takes a W_hr, which projects h
 
-  FASTRNN_INLINE constexpr bool has_c() const { return states > kC; }
-  FASTRNN_INLINE constexpr bool before(State state) const { return reads_before >> state & 1; }
-  FASTRNN_INLINE constexpr bool after(State state) const { return reads_after >> state & 1; }
+  FASTRNN_INLINE constexpr bool before(int state) const { return reads_before >> state & 1; }
+  FASTRNN_INLINE constexpr bool after(int state) const { return reads_after >> state & 1; }
 
   /// E: gate gradients of a unit. Those of the recurrent parts of the split gates come first, then one for
   /// each gate, which of a split gate is its input part's: so the G of x lie side by side, and the G of the
@@ -76,7 +77,8 @@ struct BackwardUnit {
   V u[array_length(kInfo.vectors)];  // the unit's numbers in the vectors of parameters
   V before[kInfo.states];               // states of step t-1, those that are read
   V after[kInfo.states];                // states of step t, those that are read
-  V dafter[kInfo.states];  // dL/dh_t, complete; in: dL/dc_t by way of step t+1 and the outputs, out: complete
+  // dL/d(after). Of h it is complete; of the others in: by way of step t+1 and the outputs, out: complete
+  V dafter[kInfo.states];
   V dbefore[kInfo.states];  // out: dL/d(before) of the states that are read, without the product with W_hh
   V du[array_length(kInfo.vectors)];  // out: this row's share of dL/du
   V dgates[kInfo.gradients()];  // out: dL/d(gate before its activation), in CellInfo's order
@@ -85,12 +87,14 @@ struct BackwardUnit {
 /// Whether the drivers can run a cell with these numbers.
 constexpr bool is_valid(const CellInfo& cell) {
   const bool counts = cell.gates > 0 && cell.split >= 0 && cell.split <= cell.gates && cell.vectors >= 0;
-  const bool state_counts = cell.states == 1 || cell.states == 2;
-  const bool reads_states = (cell.reads_before | cell.reads_after) < 1u << cell.states;
-  const bool carries_c = cell.has_c() == cell.before(kC);  // the gradient of c passes through the cell alone
+  const bool state_counts = cell.states >= 1 && cell.states <= kMaxStates;
+  const unsigned all = (1u << cell.states) - 1, but_h = all & ~only(kH);
+  const bool reads_states = (cell.reads_before | cell.reads_after) <= all;
+  // The gradients of the states beside h pass through the cell alone.
+  const bool carries_states = (cell.reads_before & but_h) == but_h;
   const bool reads_h = cell.before(kH) || cell.after(kH);  // a projected h is not the cell's own
   const bool fits = cell.saved == cell.gradients();
-  return counts && state_counts && reads_states && carries_c && !(cell.projects && reads_h) &&
+  return counts && state_counts && reads_states && carries_states && !(cell.projects && reads_h) &&
          (fits || !cell.reuses_saved);
 }
 

@@ -24,6 +24,14 @@ struct CellList {
   }
 };
 
+/// f.operator()<Cell>() for the cell with these numbers.
+template <class Cells, class F>
+FASTRNN_INLINE void with_cell(const CellInfo& cell, F f) {
+  Cells::each([&]<class Cell>() {
+    if (&Cell::kInfo == &cell) f.template operator()<Cell>();
+  });
+}
+
 using AllCells = CellList<Lstm, LstmPeephole, Gru, RnnTanh, RnnRelu>;
 
 }  // namespace fastrnn

@@ -17,6 +17,7 @@ namespace fastrnn {
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
+using MaybeTensors = std::vector<MaybeTensor>;
 
 inline std::string to_string(const std::vector<int64_t>& sizes) {
   std::string text = "[";
@@ -32,7 +33,7 @@ inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
 /// Checks shape, dtype and device against those of the whole call.
 class Arguments {
  public:
-  Arguments(const Tensor& like, int64_t directions) : like_(like), directions_(directions) {}
+  explicit Arguments(const Tensor& like) : like_(like) {}
 
   void check(const Tensor& tensor, const char* name, const char* letters,
              const std::vector<int64_t>& expected) const {
@@ -48,16 +49,8 @@ class Arguments {
         " must be on the device of h0");
   }
 
-  void check_each(const Tensors& tensors, const char* name, const char* letters,
-                  const std::vector<int64_t>& expected) const {
-    STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == directions_, name,
-                    " must have one tensor for each direction, got ", tensors.size(), " for ", directions_);
-    for (const Tensor& tensor : tensors) check(tensor, name, letters, expected);
-  }
-
  private:
   const Tensor& like_;
-  int64_t directions_;
 };
 
 /// A row's units must lie side by side; rows may be any distance apart.
@@ -70,6 +63,10 @@ inline Tensor with_rows(const Tensor& matrix) {
 /// with_rows and one distance between all rows, for [D, N, *].
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline MaybeTensor contiguous_if(const MaybeTensor& tensor) {
+  return tensor ? MaybeTensor(as_contiguous(*tensor)) : std::nullopt;
 }
 
 /// Uninitialised, with the dtype and device of `like`. The shim, because the dispatcher costs 2 us a tensor.

@@ -3,86 +3,103 @@
 #pragma once
 #include <tuple>
 
-#include "cells/cell.h"
+#include "cells/registry.h"
 #include "common/arguments.h"
 
 namespace fastrnn {
 
-template <class S>
-Weights<S> weights_of(const Tensors& w_ih, const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh,
-                      const Tensors& w_hr, const Tensors& u, int64_t direction) {
-  const auto d = static_cast<size_t>(direction);
-  const auto vector = [d](const Tensors& biases) {
-    return biases.empty() ? nullptr : static_cast<const S*>(biases[d].const_data_ptr());
-  };
-  return {.w_ih = w_ih.empty() ? Rows<const S>{} : rows<S>(w_ih[d]),
-          .w_hh = rows<S>(w_hh[d]),
-          .b_ih = vector(b_ih),
-          .b_hh = vector(b_hh),
-          .w_hr = w_hr.empty() ? Rows<const S>{} : rows<S>(w_hr[d]),
-          .u = u.empty() ? Rows<const S>{} : rows<S>(u[d])};
-}
+/// What an operator takes for each direction, one slot after the other; those that a call has not are none.
+enum Slot { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kWeightHr, kVectors, kSlots };
 
-inline Tensors each_with_rows(const Tensors& matrices) {
-  Tensors result;
-  for (const Tensor& matrix : matrices) result.push_back(with_rows(matrix));
-  return result;
-}
-
-inline Tensors each_contiguous(const Tensors& vectors) {
-  Tensors result;
-  for (const Tensor& vector : vectors) result.push_back(as_contiguous(vector));
-  return result;
-}
-
-inline MaybeTensor contiguous_if(const MaybeTensor& tensor) {
-  return tensor ? MaybeTensor(as_contiguous(*tensor)) : std::nullopt;
-}
-
-/// Rows of one direction of [D, N, *], or none.
-template <class S>
-Rows<const S> optional_rows(const MaybeTensor& tensor, int64_t d) {
-  return tensor ? direction_rows<const S>(*tensor, d) : Rows<const S>{};
-}
-
-/// The sizes that all arguments must agree on, read off h0 and W_hh.
+/// The sizes that all arguments agree on.
 struct Sizes {
-  int64_t D, B, P, H, G;
+  int64_t D, B, I, H, P;
 };
 
-inline void check_c0(const CellInfo& cell, const Arguments& arguments, const MaybeTensor& c0,
-                     const Sizes& sizes) {
-  STD_TORCH_CHECK(c0.has_value() == cell.has_c(), cell.name, " takes ", cell.has_c() ? "a c0" : "no c0");
-  if (c0) arguments.check(*c0, "c0", "[D, B, H]", {sizes.D, sizes.B, sizes.H});
-}
+/// The weights of one layer.
+class LayerWeights {
+ public:
+  LayerWeights(const CellInfo& cell, const Tensor& like, MaybeTensors&& slots) : tensors_(std::move(slots)) {
+    const auto count = static_cast<int64_t>(tensors_.size());
+    STD_TORCH_CHECK(count == kSlots || count == kMaxDirections * kSlots,
+                    "weights must be w_ih, w_hh, b_ih, b_hh, w_hr, u of 1 or 2 directions, got ", count);
+    D = count / kSlots;
+    for (size_t i = kSlots; i < tensors_.size(); ++i)
+      STD_TORCH_CHECK(tensors_[i].has_value() == tensors_[i - kSlots].has_value(), name(int64_t(i)),
+                      " must be there in each direction");
+    const int64_t G = cell.gates;
+    STD_TORCH_CHECK(has(kWeightIh) && at(kWeightIh).dim() == 2, "w_ih must be matrices [G*H, I]");
+    STD_TORCH_CHECK(has(kWeightHh) && at(kWeightHh).dim() == 2, "w_hh must be matrices [G*H, P]");
+    H = at(kWeightIh).size(0) / G, I = at(kWeightIh).size(1), P = at(kWeightHh).size(1);
+    STD_TORCH_CHECK(H > 0 && P > 0, "H and P must be positive, got ", H, " and ", P);
+    STD_TORCH_CHECK(!has(kWeightHr) || cell.projects, cell.name, " has no projection");
+    STD_TORCH_CHECK(has(kWeightHr) || H == P, "h must be as wide as the hidden size");
+    STD_TORCH_CHECK(has(kVectors) == (cell.vectors > 0), cell.name,
+                    cell.vectors ? " takes vectors u" : " takes no vectors u");
+    const Arguments arguments(like);
+    for (int64_t d = 0; d < D; ++d) {
+      const auto check = [&](Slot slot, const char* letters, const std::vector<int64_t>& expected) {
+        if (has(slot)) arguments.check(at(slot, d), name(slot), letters, expected);
+      };
+      check(kWeightIh, "[G*H, I]", {G * H, I}), check(kWeightHh, "[G*H, P]", {G * H, P});
+      check(kBiasIh, "[G*H]", {G * H}), check(kBiasHh, "[G*H]", {G * H});
+      check(kWeightHr, "[P, H]", {P, H}), check(kVectors, "[U, H]", {cell.vectors, H});
+    }
+    for (MaybeTensor& tensor : tensors_)
+      if (tensor) tensor = tensor->dim() == 1 ? as_contiguous(*tensor) : with_rows(*tensor);
+    projected = has(kWeightHr);
+  }
 
-inline Sizes check_weights(const CellInfo& cell, const Tensor& h0, const MaybeTensor& c0, const Tensors& w_hh,
-                           const Tensors& w_hr, const Tensors& u) {
-  STD_TORCH_CHECK(h0.dim() == 3, "h0 must be [D, B, P]");
-  const int64_t D = h0.size(0), B = h0.size(1), P = h0.size(2), G = cell.gates;
-  STD_TORCH_CHECK(D >= 1 && D <= kMaxDirections, "h0 must have 1 or 2 directions, got ", D);
-  STD_TORCH_CHECK(!w_hh.empty() && w_hh[0].dim() == 2, "w_hh must be matrices [G*H, P]");
-  const int64_t H = w_hh[0].size(0) / G;
-  STD_TORCH_CHECK(H > 0 && P > 0, "H and P must be positive, got ", H, " and ", P);
-  const Arguments arguments(h0, D);
-  arguments.check_each(w_hh, "w_hh", "[G*H, P]", {G * H, P});
-  STD_TORCH_CHECK(w_hr.empty() || cell.projects, cell.name, " has no projection");
-  STD_TORCH_CHECK(!w_hr.empty() || H == P, "h0 must be as wide as the hidden size");
-  if (!w_hr.empty()) arguments.check_each(w_hr, "w_hr", "[P, H]", {P, H});
-  STD_TORCH_CHECK(!u.empty() || cell.vectors == 0, cell.name, " takes vectors u");
-  if (!u.empty()) arguments.check_each(u, "u", "[U, H]", {cell.vectors, H});
-  const Sizes sizes{D, B, P, H, G};
-  check_c0(cell, arguments, c0, sizes);
-  return sizes;
-}
+  int64_t D, I, H, P;
+  bool projected;
 
-inline void check_inputs(const Arguments& arguments, const Sizes& sizes, int64_t I, const Tensors& w_ih,
-                         const Tensors& b_ih, const Tensors& b_hh) {
-  const int64_t GH = sizes.G * sizes.H;
-  arguments.check_each(w_ih, "w_ih", "[G*H, I]", {GH, I});
-  STD_TORCH_CHECK(b_ih.empty() == b_hh.empty(), "b_ih and b_hh come together or not at all");
-  if (!b_ih.empty()) arguments.check_each(b_ih, "b_ih", "[G*H]", {GH});
-  if (!b_hh.empty()) arguments.check_each(b_hh, "b_hh", "[G*H]", {GH});
+  /// In the form that pack() gives them; the tensors are then none.
+  struct Packed {
+    const char* panels = nullptr;
+    bool pairs = false;  // they hold bfloat16
+  } packed;
+  LayerWeights(int64_t D_, int64_t I_, int64_t H_, int64_t P_, bool projected_, Packed packed_)
+      : D(D_), I(I_), H(H_), P(P_), projected(projected_), packed(packed_), tensors_(size_t(D_ * kSlots)) {}
+
+  bool has(Slot slot) const { return tensors_[slot].has_value(); }
+  const Tensor& at(Slot slot, int64_t direction = 0) const {
+    return *tensors_[size_t(direction * kSlots + slot)];
+  }
+
+  template <class S>
+  Weights<S> of(int64_t d) const {
+    const auto matrix = [&](Slot slot) { return has(slot) ? rows<S>(at(slot, d)) : Rows<const S>{}; };
+    const auto vector = [&](Slot slot) {
+      return has(slot) ? static_cast<const S*>(at(slot, d).const_data_ptr()) : nullptr;
+    };
+    return {matrix(kWeightIh), matrix(kWeightHh), vector(kBiasIh),
+            vector(kBiasHh),   matrix(kWeightHr), matrix(kVectors)};
+  }
+
+ private:
+  static const char* name(int64_t slot) {
+    constexpr const char* kNames[kSlots] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "u"};
+    return kNames[slot % kSlots];
+  }
+
+  MaybeTensors tensors_;
+};
+
+/// h [D, B, P] and the others [D, B, H], contiguous.
+inline Tensors check_states(const CellInfo& cell, const LayerWeights& weights, const Tensors& states) {
+  STD_TORCH_CHECK(static_cast<int>(states.size()) == cell.states, cell.name, " has ", cell.states,
+                  " states, got ", states.size());
+  STD_TORCH_CHECK(states[kH].dim() == 3, "h0 must be [D, B, P]");
+  const Arguments arguments(states[kH]);
+  const int64_t B = states[kH].size(1);
+  Tensors checked;
+  for (const Tensor& state : states) {
+    const bool is_h = checked.empty();
+    arguments.check(state, is_h ? "h0" : "c0", is_h ? "[D, B, P]" : "[D, B, H]",
+                    {weights.D, B, is_h ? weights.P : weights.H});
+    checked.push_back(as_contiguous(state));
+  }
+  return checked;
 }
 
 inline int64_t rows_in(const Tensor& x, const char* name, const char* letters) {
@@ -90,175 +107,215 @@ inline int64_t rows_in(const Tensor& x, const char* name, const char* letters) {
   return x.size(0);
 }
 
-/// What a forward scan writes beside y and the last states.
-enum Save : int64_t { kNothing, kForBackward, kEveryCellState };
+/// How the rows of a sequence lie, as every operator takes it.
+struct RowArguments {
+  const MaybeTensor &batch_sizes, &lengths, &reset;
+  bool batch_first;
 
-/// fastrnn::<cell>
-struct ForwardCall {
+  SequenceLayout layout(const Tensor& like, int64_t N, int64_t B) const {
+    if (reset) Arguments(like).check_device(*reset, "reset");
+    return {N, B, batch_sizes, lengths, reset, batch_first};
+  }
+};
+
+/// What a forward scan keeps beside y and the last states.
+enum Keep : int64_t { kNothing, kForBackward, kHistory };
+
+/// What the problems of both scans have in common.
+struct ScanCall {
   const CellInfo& cell;
+  const LayerWeights& weights;
+  Tensors states;  // before the first step
   Sizes sizes;
-  int64_t N, I;
+  int64_t N;
   SequenceLayout layout;
-  Tensor x, h0;
-  Tensors w_ih, w_hh, b_ih, b_hh, w_hr, u;
-  bool has_c, save_gates, save_c;
-  Tensor y, h_n, c_n, saved, saved_c;  // results
 
-  /// With packed weights, whose sizes are checked already.
-  ForwardCall(const CellInfo& cell_, const Sizes& sizes_, const Tensor& x_, const Tensor& h0_,
-              const MaybeTensor& c0, const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-              const MaybeTensor& reset, bool batch_first, int64_t save)
+  ScanCall(const CellInfo& cell_, const LayerWeights& weights_, const Tensors& states_, const Tensor& rows,
+           const char* name, const char* letters, const RowArguments& given)
       : cell(cell_),
-        sizes(sizes_),
-        N(rows_in(x_, "x", "[N, I]")),
-        I(x_.size(1)),
-        layout(N, sizes.B, batch_sizes, lengths, reset, batch_first),
-        x(with_rows(x_)),
-        h0(as_contiguous(h0_)),
-        has_c(c0.has_value()),
-        save_gates(save == kForBackward),
-        save_c(has_c && save != kNothing) {
-    const auto [D, B, P, H, G] = sizes;
-    const Arguments arguments(h0_, D);
-    arguments.check(x_, "x", "[N, I]", {N, I});
-    if (reset) arguments.check_device(*reset, "reset");
-    y = empty({N, D * P}, h0), h_n = empty({D, B, P}, h0);
-    STD_TORCH_CHECK(save >= kNothing && save <= kEveryCellState, "save must be 0, 1 or 2, got ", save);
-    saved = save_gates ? empty({D, N, cell.saved * H}, h0) : empty({0}, h0);
-    saved_c = save_c ? empty({D, N, H}, h0) : empty({0}, h0);
-    c_n = has_c ? torch::stable::clone(as_contiguous(*c0)) : empty({0}, h0);
+        weights(weights_),
+        states(check_states(cell_, weights_, states_)),
+        sizes{weights_.D, states[kH].size(1), weights_.I, weights_.H, weights_.P},
+        N(rows_in(rows, name, letters)),
+        layout(given.layout(rows, N, sizes.B)) {}
+
+  const Tensor& like() const { return states[kH]; }
+  int64_t width(int state) const { return state == kH ? sizes.P : sizes.H; }
+
+  template <class Problem>
+  Problem describe(const Sequence& sequence) const {
+    Problem problem{};
+    problem.sequence = sequence, problem.H = sizes.H, problem.P = sizes.P;
+    problem.directions = static_cast<int>(sizes.D);
+    return problem;
   }
 
-  ForwardCall(const CellInfo& cell_, const Tensor& x_, const Tensor& h0_, const MaybeTensor& c0,
-              const Tensors& w_ih_, const Tensors& w_hh_, const Tensors& b_ih_, const Tensors& b_hh_,
-              const Tensors& w_hr_, const Tensors& u_, const MaybeTensor& batch_sizes,
-              const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, int64_t save)
-      : ForwardCall(cell_, check_weights(cell_, h0_, c0, w_hh_, w_hr_, u_), x_, h0_, c0, batch_sizes, lengths,
-                    reset, batch_first, save) {
-    check_inputs(Arguments(h0_, sizes.D), sizes, I, w_ih_, b_ih_, b_hh_);
-    w_ih = each_with_rows(w_ih_), w_hh = each_with_rows(w_hh_), w_hr = each_with_rows(w_hr_);
-    u = each_with_rows(u_);
-    b_ih = each_contiguous(b_ih_), b_hh = each_contiguous(b_hh_);
-  }
-
+  /// The columns of direction d in rows [N, D*P].
   template <class S>
-  ForwardDirection<S> direction(int64_t d) const {
-    const int64_t D = sizes.D, P = sizes.P;
-    return {.weights = w_hh.empty() ? Weights<S>{} : weights_of<S>(w_ih, w_hh, b_ih, b_hh, w_hr, u, d),
-            .h0 = direction_rows<const S>(h0, d),
-            .y = {static_cast<S*>(y.mutable_data_ptr()) + d * P, D * P},
-            .h_n = direction_rows<S>(h_n, d),
-            .c = has_c ? direction_rows<S>(c_n, d) : Rows<S>{},
-            .saved = save_gates ? direction_rows<S>(saved, d) : Rows<S>{},
-            .saved_c = save_c ? direction_rows<S>(saved_c, d) : Rows<S>{}};
+  Rows<S> columns(const Tensor& y, int64_t d) const {
+    return {static_cast<S*>(y.data_ptr()) + d * sizes.P, y.stride(0)};
+  }
+};
+
+/// fastrnn::scan
+struct ForwardCall : ScanCall {
+  Tensor x, y;
+  Tensors last, history, saved;  // results beside y
+
+  ForwardCall(const CellInfo& cell_, const LayerWeights& weights_, const Tensor& x_, const Tensors& states_,
+              const RowArguments& given, int64_t keep)
+      : ScanCall(cell_, weights_, states_, x_, "x", "[N, I]", given), x(with_rows(x_)) {
+    const auto [D, B, I, H, P] = sizes;
+    STD_TORCH_CHECK(keep >= kNothing && keep <= kHistory, "keep must be 0, 1 or 2, got ", keep);
+    Arguments(like()).check(x_, "x", "[N, I]", {N, I});
+    y = empty({N, D * P}, like());
+    last.push_back(empty({D, B, P}, like()));
+    for (int k = 1; k < cell.states; ++k) {
+      last.push_back(torch::stable::clone(states[size_t(k)]));
+      if (keep != kNothing) history.push_back(empty({D, N, H}, like()));
+    }
+    if (keep == kForBackward && cell.saved > 0) saved.push_back(empty({D, N, cell.saved * H}, like()));
   }
 
   template <class S>
   ForwardProblem<S> problem(const Sequence& sequence) const {
-    ForwardProblem<S> problem{{sequence, sizes.H, sizes.P, static_cast<int>(sizes.D), {}, {}},
-                              rows<S>(x),
-                              I,
-                              !w_hr.empty(),
-                              nullptr,
-                              false};
-    for (int64_t d = 0; d < sizes.D; ++d) problem.direction[d] = direction<S>(d);
+    auto problem = describe<ForwardProblem<S>>(sequence);
+    problem.x = rows<S>(x), problem.I = sizes.I, problem.projected = weights.projected;
+    problem.packed = weights.packed.panels, problem.pairs = weights.packed.pairs;
+    for (int64_t d = 0; d < sizes.D; ++d) {
+      ForwardDirection<S>& direction = problem.direction[d];
+      direction.weights = weights.of<S>(d);
+      direction.h0 = direction_rows<const S>(states[kH], d);
+      direction.history[kH] = columns<S>(y, d);
+      for (size_t k = 0; k < last.size(); ++k) direction.last[k] = direction_rows<S>(last[k], d);
+      for (size_t k = 0; k < history.size(); ++k) direction.history[k + 1] = direction_rows<S>(history[k], d);
+      if (!saved.empty()) direction.saved = direction_rows<S>(saved[0], d);
+    }
     return problem;
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {y, h_n, c_n, saved, saved_c}; }
+  std::tuple<Tensor, Tensors, Tensors, Tensors> results() const { return {y, last, history, saved}; }
 };
 
-/// fastrnn::<cell>_backward, and <cell>_backward_in_place
-struct BackwardCall {
-  const CellInfo& cell;
-  Sizes sizes;
-  int64_t N;
-  SequenceLayout layout;
-  Tensor saved, saved_c, y, h0;
-  MaybeTensor dy, dsaved_c, c0;
-  Tensors w_hh, w_hr, u;
-  bool with_dh, with_dc, in_place;
-  Tensor dgates, dh0, dc0, dh, dc, du;  // results
+/// fastrnn::scan_backward and its overload that writes over what was saved
+struct BackwardCall : ScanCall {
+  Tensor y;
+  Tensors history;
+  MaybeTensor saved;
+  MaybeTensors doutput;  // of every state
+  bool over;
+  Tensor dgates;  // results
+  Tensors dstates, complete, du;
 
-  BackwardCall(const CellInfo& cell_, const MaybeTensor& dy_, const MaybeTensor& dh_n,
-               const MaybeTensor& dc_n, const MaybeTensor& dsaved_c_, const Tensor& saved_,
-               const Tensor& saved_c_, const Tensor& y_, const Tensor& h0_, const MaybeTensor& c0_,
-               const Tensors& w_hh_, const Tensors& w_hr_, const Tensors& u_, const MaybeTensor& batch_sizes,
-               const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep,
-               bool in_place_)
-      : cell(cell_),
-        sizes(check_weights(cell_, h0_, c0_, w_hh_, w_hr_, u_)),
-        N(rows_in(y_, "y", "[N, D*P]")),
-        layout(N, sizes.B, batch_sizes, lengths, reset, batch_first),
-        saved(as_contiguous(saved_)),
-        saved_c(as_contiguous(saved_c_)),
+  BackwardCall(const CellInfo& cell_, const LayerWeights& weights_, const MaybeTensor& dy,
+               const MaybeTensors& dlast, const MaybeTensors& dhistory, const Tensor& y_,
+               const Tensors& history_, const MaybeTensor& saved_, const Tensors& states_,
+               const RowArguments& given, bool keep, bool over_)
+      : ScanCall(cell_, weights_, states_, y_, "y", "[N, D*P]", given),
         y(as_contiguous(y_)),
-        h0(as_contiguous(h0_)),
-        dy(dy_ ? MaybeTensor(with_rows(*dy_)) : std::nullopt),
-        dsaved_c(contiguous_if(dsaved_c_)),
-        c0(contiguous_if(c0_)),
-        w_hh(each_with_rows(w_hh_)),
-        w_hr(each_with_rows(w_hr_)),
-        u(each_with_rows(u_)),
-        with_dh(keep || !w_hr_.empty()),
-        with_dc(keep && c0_),
-        in_place(in_place_) {
-    const auto [D, B, P, H, G] = sizes;
-    const Arguments arguments(h0_, D);
-    const auto check = [&](const MaybeTensor& tensor, const char* name, const char* letters,
-                           const std::vector<int64_t>& expected) {
-      if (tensor) arguments.check(*tensor, name, letters, expected);
-    };
+        saved(contiguous_if(saved_)),
+        over(over_) {
+    const auto [D, B, I, H, P] = sizes;
+    const Arguments arguments(like());
+    const auto others = static_cast<size_t>(cell.states - 1);
+    STD_TORCH_CHECK(dlast.size() == others + 1 && dhistory.size() == others && history_.size() == others,
+                    cell.name, " has ", cell.states, " states, got ", dlast.size(),
+                    " gradients of the last ones, ", dhistory.size(), " of the others' histories and ",
+                    history_.size(), " histories");
+    STD_TORCH_CHECK(saved.has_value() == (cell.saved > 0), cell.name,
+                    cell.saved ? " wants what was saved" : " saves nothing");
+    STD_TORCH_CHECK(!over || (cell.reuses_saved && saved_->is_contiguous()),
+                    "only contiguous numbers of a cell that reuses them can be written over");
     arguments.check(y_, "y", "[N, D*P]", {N, D * P});
-    if (reset) arguments.check_device(*reset, "reset");
-    arguments.check(saved_, "saved", "[D, N, S*H]", {D, N, cell.saved * H});
-    if (c0_) arguments.check(saved_c_, "saved_c", "[D, N, H]", {D, N, H});
-    check(dy_, "dy", "[N, D*P]", {N, D * P});
-    check(dh_n, "dh_n", "[D, B, P]", {D, B, P});
-    check(dc_n, "dc_n", "[D, B, H]", {D, B, H});
-    check(dsaved_c_, "dsaved_c", "[D, N, H]", {D, N, H});
-    const auto initial = [&](const MaybeTensor& given, int64_t width) {
-      return given ? torch::stable::clone(as_contiguous(*given))
-                   : torch::stable::new_zeros(h0, {D, B, width});
-    };
-    STD_TORCH_CHECK(!in_place || saved_.is_contiguous(), "saved must be contiguous to be written over");
-    dgates = in_place ? saved : empty({D, N, cell.gradients() * H}, h0);
-    dh0 = initial(dh_n, P);
-    dc0 = c0 ? initial(dc_n, H) : empty({0}, h0);
-    dh = with_dh ? empty({D, N, P}, h0) : empty({0}, h0);
-    dc = with_dc ? empty({D, N, H}, h0) : empty({0}, h0);
-    du = cell.vectors ? torch::stable::new_zeros(h0, {D, cell.vectors, H}) : empty({0}, h0);
-  }
-
-  template <class S>
-  BackwardDirection<S> direction(int64_t d) const {
-    const int64_t D = sizes.D, P = sizes.P;
-    return {.weights = weights_of<S>({}, w_hh, {}, {}, w_hr, u, d),
-            .dy = dy ? Rows<const S>{static_cast<const S*>(dy->const_data_ptr()) + d * P, dy->stride(0)}
-                     : Rows<const S>{},
-            .dsaved_c = optional_rows<S>(dsaved_c, d),
-            .saved = direction_rows<const S>(saved, d),
-            .saved_c = c0 ? direction_rows<const S>(saved_c, d) : Rows<const S>{},
-            .y = {static_cast<const S*>(y.const_data_ptr()) + d * P, D * P},
-            .h0 = direction_rows<const S>(h0, d),
-            .c0 = optional_rows<S>(c0, d),
-            .dgates = direction_rows<S>(dgates, d),
-            .du = cell.vectors ? direction_rows<S>(du, d) : Rows<S>{},
-            .dh = direction_rows<S>(dh0, d),
-            .dc = c0 ? direction_rows<S>(dc0, d) : Rows<S>{},
-            .dh_rows = with_dh ? direction_rows<S>(dh, d) : Rows<S>{},
-            .dc_rows = with_dc ? direction_rows<S>(dc, d) : Rows<S>{}};
+    if (saved) arguments.check(*saved, "saved", "[D, N, S*H]", {D, N, cell.saved * H});
+    if (dy) arguments.check(*dy, "dy", "[N, D*P]", {N, D * P});
+    doutput.push_back(dy ? MaybeTensor(with_rows(*dy)) : std::nullopt);
+    for (size_t k = 0; k < others; ++k) {
+      arguments.check(history_[k], "history", "[D, N, H]", {D, N, H});
+      history.push_back(as_contiguous(history_[k]));
+      if (dhistory[k]) arguments.check(*dhistory[k], "dhistory", "[D, N, H]", {D, N, H});
+      doutput.push_back(contiguous_if(dhistory[k]));
+    }
+    for (int k = 0; k < cell.states; ++k) {
+      const std::vector<int64_t> shape{D, B, width(k)};
+      const MaybeTensor& given = dlast[size_t(k)];
+      if (given) arguments.check(*given, "dlast", k == kH ? "[D, B, P]" : "[D, B, H]", shape);
+      dstates.push_back(given ? torch::stable::clone(as_contiguous(*given))
+                              : torch::stable::new_zeros(like(), shape));
+      if (keep || (k == kH && weights.projected)) complete.push_back(empty({D, N, width(k)}, like()));
+    }
+    dgates = over ? *saved : empty({D, N, cell.gradients() * H}, like());
+    for (int64_t d = 0; d < D && cell.vectors > 0; ++d)
+      du.push_back(torch::stable::new_zeros(like(), {cell.vectors, H}));
   }
 
   template <class S>
   BackwardProblem<S> problem(const Sequence& sequence) const {
-    BackwardProblem<S> problem{sequence, sizes.H, sizes.P, static_cast<int>(sizes.D), {}, {}};
-    for (int64_t d = 0; d < sizes.D; ++d) problem.direction[d] = direction<S>(d);
+    auto problem = describe<BackwardProblem<S>>(sequence);
+    for (int64_t d = 0; d < sizes.D; ++d) {
+      BackwardDirection<S>& direction = problem.direction[d];
+      direction.weights = weights.of<S>(d);
+      direction.history[kH] = columns<const S>(y, d);
+      if (doutput[kH]) direction.doutput[kH] = columns<const S>(*doutput[kH], d);
+      for (size_t k = 0; k < states.size(); ++k) {
+        direction.initial[k] = direction_rows<const S>(states[k], d);
+        direction.dstate[k] = direction_rows<S>(dstates[k], d);
+        if (k > kH) direction.history[k] = direction_rows<const S>(history[k - 1], d);
+        if (k > kH && doutput[k]) direction.doutput[k] = direction_rows<const S>(*doutput[k], d);
+        if (k < complete.size()) direction.complete[k] = direction_rows<S>(complete[k], d);
+      }
+      if (saved) direction.saved = direction_rows<const S>(*saved, d);
+      direction.dgates = direction_rows<S>(dgates, d);
+      if (!du.empty()) direction.du = {static_cast<S*>(du[size_t(d)].mutable_data_ptr()), sizes.H};
+    }
     return problem;
   }
+};
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> results() const {
-    return {in_place ? empty({0}, h0) : dgates, dh0, dc0, dh, dc, du};
+/// fastrnn::weight_gradients
+struct ProductsCall : ScanCall {
+  Tensor dgates, x, y;
+  Tensors dx, dweights;  // results: dx [N, I] or none; dw_ih, dw_hh, db_ih, db_hh of each direction, or none
+
+  ProductsCall(const CellInfo& cell_, const LayerWeights& weights_, const Tensor& dgates_, const Tensor& x_,
+               const Tensor& y_, const Tensors& states_, const RowArguments& given, bool inputs,
+               bool wants_weights)
+      : ScanCall(cell_, weights_, states_, x_, "x", "[N, I]", given),
+        dgates(as_contiguous(dgates_)),
+        x(with_rows(x_)),
+        y(as_contiguous(y_)) {
+    const auto [D, B, I, H, P] = sizes;
+    const int64_t GH = cell.gates * H;
+    const Arguments arguments(like());
+    arguments.check(dgates_, "dgates", "[D, N, E*H]", {D, N, cell.gradients() * H});
+    arguments.check(x_, "x", "[N, I]", {N, I});
+    arguments.check(y_, "y", "[N, D*P]", {N, D * P});
+    if (inputs) dx.push_back(empty({N, I}, like()));
+    for (int64_t d = 0; d < D && wants_weights; ++d) {
+      dweights.push_back(empty({GH, I}, like())), dweights.push_back(empty({GH, P}, like()));
+      dweights.push_back(empty({GH}, like())), dweights.push_back(empty({GH}, like()));
+    }
+  }
+
+  template <class S>
+  ProductsProblem<S> problem(const Sequence& sequence) const {
+    auto problem = describe<ProductsProblem<S>>(sequence);
+    problem.x = rows<S>(x), problem.I = sizes.I, problem.weights = !dweights.empty();
+    if (!dx.empty()) problem.dx = {static_cast<S*>(dx[0].mutable_data_ptr()), sizes.I};
+    for (int64_t d = 0; d < sizes.D; ++d) {
+      ProductsDirection<S>& direction = problem.direction[d];
+      direction.weights = weights.of<S>(d);
+      direction.dgates = direction_rows<const S>(dgates, d);
+      direction.y = columns<const S>(y, d);
+      direction.h0 = direction_rows<const S>(states[kH], d);
+      if (dweights.empty()) continue;
+      const auto of = [&](size_t slot) {
+        return static_cast<S*>(dweights[size_t(d) * 4 + slot].mutable_data_ptr());
+      };
+      direction.dw_ih = {of(kWeightIh), sizes.I}, direction.dw_hh = {of(kWeightHh), sizes.P};
+      direction.db_ih = of(kBiasIh), direction.db_hh = of(kBiasHh);
+    }
+    return problem;
   }
 };
 

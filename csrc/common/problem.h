@@ -4,7 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#include "common/inline.h"
+#include "cells/cell.h"
 
 namespace fastrnn {
 
@@ -59,28 +59,24 @@ template <class S>
 struct ForwardDirection {
   Weights<S> weights;
   Rows<const S> h0;  // [B, P]
-  Rows<S> y;  // [N, P], its columns of the concatenated output
-  Rows<S> h_n;  // [B, P]
-  Rows<S> c;  // [B, H] in: c0; out: c_n. Only with a cell state
-  Rows<S> saved;  // [N, S*H] activated gates, gate-major; null without gradients
-  Rows<S> saved_c;  // [N, H] every c_t; null where not wanted or without a cell state
+  Rows<S> last[kMaxStates];  // [B, *] out: each state at its row's end; in, but for h: the initial one
+  Rows<S> history[kMaxStates];  // [N, *] each state of every step: h, the direction's columns of y; others or
+                                // null
+  Rows<S> saved;  // [N, S*H] what backward reads besides, one vector of units after the other; null without
+                  // gradients
 };
 
 template <class S>
 struct BackwardDirection {
   Weights<S> weights;
-  Rows<const S> dy;  // [N, P] or null
-  Rows<const S> dsaved_c;  // [N, H] dL/dc_t where every c_t is an output, or null
+  Rows<const S> initial[kMaxStates];  // [B, *] each state before the first step
+  Rows<const S> history[kMaxStates];  // [N, *] each state of every step; of h the direction's columns of y
+  Rows<const S> doutput[kMaxStates];  // [N, *] dL/d(history) where that is an output, or null
   Rows<const S> saved;  // [N, S*H]
-  Rows<const S> saved_c;  // [N, H]
-  Rows<const S> y;  // [N, P]
-  Rows<const S> h0, c0;  // [B, P], [B, H]
   Rows<S> dgates;  // [N, E*H] out
   Rows<S> du;  // [U, H] out; null without vectors of parameters
-  Rows<S> dh;  // [B, P] in: dL/dh_n; out: dL/dh_0
-  Rows<S> dc;  // [B, H] in: dL/dc_n; out: dL/dc_0
-  Rows<S> dh_rows;  // [N, P] out: complete dL/dh_t; with projection or where kept, else null
-  Rows<S> dc_rows;  // [N, H] out: complete dL/dc_t; where kept, else null
+  Rows<S> dstate[kMaxStates];  // [B, *] in: dL/d(last); out: dL/d(initial)
+  Rows<S> complete[kMaxStates];  // [N, *] out: dL/d(state of every step) with all later steps; or null
 };
 
 /// The products over all steps at once that follow the backward scan.

@@ -50,7 +50,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       const TeamRows rows = this->rows_of(team);
       for (int64_t i = 0; i < rows.count(sequence.B); ++i)
         copy_row(dh_buffer(team)[i],
-                 problem.direction[this->direction_of(team)].dh[sequence.batch(rows.position(i))], problem.P);
+                 problem.direction[this->direction_of(team)].dstate[kH][sequence.batch(rows.position(i))],
+                 problem.P);
       if constexpr (kInfo.vectors > 0)
         __builtin_memset(du_buffer(team), 0, kInfo.vectors * problem.H * sizeof(S));
     }
@@ -122,9 +123,9 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       const int64_t row = sequence.row(t, rows.position(i));
       each_vector<S>(first, end - first, [&](auto io, int64_t u, int64_t) {
         V<S> v = io.load(dh[i] + u);
-        if (dir.dy) v += io.load(dir.dy[row] + u);
+        if (dir.doutput[kH]) v += io.load(dir.doutput[kH][row] + u);
         io.store(complete[i] + u, v);
-        io.store(dir.dh_rows[row] + u, v);
+        io.store(dir.complete[kH][row] + u, v);
       });
     }
   }
@@ -170,7 +171,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const int64_t t_prev = this->time(d, s - 1), rows_prev = s > 0 ? sequence.rows(t_prev) : 0;
     const Rows<S> dgates_now = dgates_buffer(team, s);
     S* const du = du_buffer(team);
-    const bool add_dy = dir.dy && !projected(), keep_dh = dir.dh_rows && !projected();
+    const bool add_dy = dir.doutput[kH] && !projected(), keep_dh = dir.complete[kH] && !projected();
     for (int64_t k = 0; k < n; ++k) {
       const int64_t i = i_begin + k, position = rows.position(i), b = sequence.batch(position);
       const int64_t row = sequence.row(t, position);
@@ -186,24 +187,24 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         BackwardUnit<Cell, V<S>> s;
         for (int j = 0; j < kInfo.saved; ++j) s.saved[j] = io.load(saved_row + j * H + u);
         for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = io.load(dir.weights.u[k] + u);
-        if constexpr (kInfo.after(kH)) s.after[kH] = io.load(dir.y[row] + u);
-        if constexpr (kInfo.before(kH)) s.before[kH] = previous(dir.h0, dir.y);
-        if constexpr (kInfo.after(kC)) s.after[kC] = io.load(dir.saved_c[row] + u);
-        if constexpr (kInfo.has_c()) {
-          s.before[kC] = previous(dir.c0, dir.saved_c);
-          s.dafter[kC] = io.load(dir.dc[b] + u);
-          if (dir.dsaved_c) s.dafter[kC] += io.load(dir.dsaved_c[row] + u);
+        for (int k = 0; k < kInfo.states; ++k) {
+          if (kInfo.after(k)) s.after[k] = io.load(dir.history[k][row] + u);
+          if (kInfo.before(k)) s.before[k] = previous(dir.initial[k], dir.history[k]);
         }
         s.dafter[kH] = io.load(dh_rows[k] + offset);
-        if (add_dy) s.dafter[kH] += io.load(dir.dy[row] + u);
-        if (keep_dh) io.store(dir.dh_rows[row] + u, s.dafter[kH]);
+        if (add_dy) s.dafter[kH] += io.load(dir.doutput[kH][row] + u);
+        if (keep_dh) io.store(dir.complete[kH][row] + u, s.dafter[kH]);
+        for (int k = 1; k < kInfo.states; ++k) {
+          s.dafter[k] = io.load(dir.dstate[k][b] + u);
+          if (dir.doutput[k]) s.dafter[k] += io.load(dir.doutput[k][row] + u);
+        }
         Cell::template backward<Math<S>>(s);
         for (int e = 0; e < kInfo.gradients(); ++e) io.store(dgates_row + e * H + u, s.dgates[e]);
         for (int g = 0; g < G; ++g)
           io.store(dgates_now[i] + g * H + u, s.dgates[kInfo.gradient_of_recurrent(g)]);
-        if constexpr (kInfo.has_c()) {
-          if (dir.dc_rows) io.store(dir.dc_rows[row] + u, s.dafter[kC]);
-          io.store(dir.dc[b] + u, forgets ? V<S>{} : s.dbefore[kC]);
+        for (int k = 1; k < kInfo.states; ++k) {
+          if (dir.complete[k]) io.store(dir.complete[k][row] + u, s.dafter[k]);
+          io.store(dir.dstate[k][b] + u, forgets ? V<S>{} : s.dbefore[k]);
         }
         if constexpr (kInfo.before(kH)) io.store(dh_rows[k] + offset, s.dbefore[kH]);
         for (int v = 0; v < kInfo.vectors; ++v) {
@@ -247,12 +248,13 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const TeamRows rows = this->rows_of(team);
     for (int64_t i = 0; i < rows.count(sequence.B); ++i) {
       const int64_t position = rows.position(i);
-      copy_row(dir.dh[sequence.batch(position)], dh_buffer(team)[i], problem.P);
+      copy_row(dir.dstate[kH][sequence.batch(position)], dh_buffer(team)[i], problem.P);
       for (int64_t t = sequence.last_step(position) + 1; sequence.counts && t < sequence.T; ++t) {
         const int64_t row = sequence.row(t, position);
         __builtin_memset(dir.dgates[row], 0, kInfo.gradients() * problem.H * sizeof(S));
-        if (dir.dh_rows) __builtin_memset(dir.dh_rows[row], 0, problem.P * sizeof(S));
-        if (dir.dc_rows) __builtin_memset(dir.dc_rows[row], 0, problem.H * sizeof(S));
+        for (int k = 0; k < kInfo.states; ++k)
+          if (dir.complete[k])
+            __builtin_memset(dir.complete[k][row], 0, (k == kH ? problem.P : problem.H) * sizeof(S));
       }
     }
   }

@@ -149,7 +149,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         else
           copy_row(h, dir.h0[b], problem.P);
       }
-      if (zero && kInfo.has_c()) __builtin_memset(dir.c[b], 0, problem.H * sizeof(S));
+      for (int k = 1; k < kInfo.states && zero; ++k)
+        __builtin_memset(dir.last[k][b], 0, problem.H * sizeof(S));
     }
   }
 
@@ -257,15 +258,16 @@ class Forward : public Scan<S, ForwardProblem<S>> {
 
   void finish(int team, int64_t s, int64_t block, int64_t i, int64_t n, const S* product) {
     const ForwardDirection<S>& dir = problem.direction[this->direction_of(team)];
+    constexpr bool kMore = kInfo.states > 1;
     if (dir.saved)
-      cells<true, kInfo.has_c()>(team, s, block, i, n, product);
-    else if (dir.saved_c)
-      cells<false, kInfo.has_c()>(team, s, block, i, n, product);
+      cells<true, kMore>(team, s, block, i, n, product);
+    else if (kMore && dir.history[kInfo.states - 1])
+      cells<false, kMore>(team, s, block, i, n, product);
     else
       cells<false, false>(team, s, block, i, n, product);
   }
 
-  template <bool kSaveGates, bool kSaveC>
+  template <bool kSaveGates, bool kKeepStates>
   void cells(int team, int64_t s, int64_t block, int64_t i_begin, int64_t n, const S* product) {
     const int d = this->direction_of(team);
     const ForwardDirection<S>& dir = problem.direction[d];
@@ -282,11 +284,14 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       const S* const sums = product + k * kProducts * width;
       // The state after this step is forgotten before the next one begins.
       const bool forget = position < rows_after && sequence.resets(this->time(d, s + 1), position);
-      S* const y_row = projected ? nullptr : dir.y[row];
+      S* const y_row = projected ? nullptr : dir.history[kH][row];
       S* const h_row = projected ? m[i] : h_next[i];
-      S* const c_row = kInfo.has_c() ? dir.c[b] : nullptr;
       S* const saved_row = kSaveGates ? dir.saved[row] : nullptr;
-      S* const saved_c_row = kSaveC ? dir.saved_c[row] : nullptr;
+      S *state_row[kInfo.states], *history_row[kInfo.states];
+      for (int k = 1; k < kInfo.states; ++k) {
+        state_row[k] = dir.last[k][b];
+        if constexpr (kKeepStates) history_row[k] = dir.history[k][row];
+      }
       const auto cell = [&](auto io, int64_t u, int64_t offset) FASTRNN_LAMBDA_INLINE {
         const auto gate = [&](int product) FASTRNN_LAMBDA_INLINE {
           return io.load(bias + product * H + u) + load(sums + product * width + offset);
@@ -296,12 +301,12 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         for (int g = 0; g < kInfo.split; ++g) s.x[g] = gate(G + g);
         for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = io.load(vectors + k * H + u);
         if constexpr (kInfo.before(kH)) s.before[kH] = io.load(h_now[i] + u);
-        if constexpr (kInfo.has_c()) s.before[kC] = io.load(c_row + u);
+        for (int k = 1; k < kInfo.states; ++k) s.before[k] = io.load(state_row[k] + u);
         Cell::template forward<Math<S>>(s);
         for (int j = 0; kSaveGates && j < kInfo.saved; ++j) io.store(saved_row + j * H + u, s.saved[j]);
-        if constexpr (kInfo.has_c()) {
-          if constexpr (kSaveC) io.store(saved_c_row + u, s.after[kC]);
-          io.store(c_row + u, forget ? V<S>{} : s.after[kC]);
+        for (int k = 1; k < kInfo.states; ++k) {
+          if constexpr (kKeepStates) io.store(history_row[k] + u, s.after[k]);
+          io.store(state_row[k] + u, forget ? V<S>{} : s.after[k]);
         }
         if (!projected) io.store(y_row + u, s.after[kH]);
         io.store(h_row + u, forget && !projected ? V<S>{} : s.after[kH]);
@@ -332,7 +337,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
                                false);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t position = rows.position(i);
-        copy_row(dir.y[sequence.row(t, position)] + first, h_next[i] + first, count);
+        copy_row(dir.history[kH][sequence.row(t, position)] + first, h_next[i] + first, count);
         if (position < rows_after && sequence.resets(this->time(d, s + 1), position))
           __builtin_memset(h_next[i] + first, 0, count * sizeof(S));
       }
@@ -344,17 +349,18 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const ForwardDirection<S>& dir = problem.direction[d];
     for (int64_t position = 0; position < sequence.B; ++position) {
       const int64_t b = sequence.batch(position), last = sequence.last_step(position);
-      const S* const h = last < 0 ? dir.h0[b] : dir.y[sequence.row(d == 0 ? last : 0, position)];
-      copy_row(dir.h_n[b], h, problem.P);
+      const S* const h = last < 0 ? dir.h0[b] : dir.history[kH][sequence.row(d == 0 ? last : 0, position)];
+      copy_row(dir.last[kH][b], h, problem.P);
       for (int64_t t = last + 1; sequence.counts && t < sequence.T; ++t)
         clear_row(dir, sequence.row(t, position));
     }
   }
 
   void clear_row(const ForwardDirection<S>& dir, int64_t row) const {
-    __builtin_memset(dir.y[row], 0, problem.P * sizeof(S));
+    __builtin_memset(dir.history[kH][row], 0, problem.P * sizeof(S));
+    for (int k = 1; k < kInfo.states; ++k)
+      if (dir.history[k]) __builtin_memset(dir.history[k][row], 0, problem.H * sizeof(S));
     if (dir.saved) __builtin_memset(dir.saved[row], 0, kInfo.saved * problem.H * sizeof(S));
-    if (dir.saved_c) __builtin_memset(dir.saved_c[row], 0, problem.H * sizeof(S));
   }
 
   bool turns_ = false, far_ = false;

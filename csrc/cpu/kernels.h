@@ -6,15 +6,25 @@
 namespace fastrnn {
 
 /// Each returns false when there is no memory for its working arrays; pack returns the size in bytes.
+template <class S>
+struct Kernels {
+  bool (*forward)(const ForwardProblem<S>&);
+  bool (*backward)(const BackwardProblem<S>&);
+  bool (*products)(const ProductsProblem<S>&);
+  int64_t (*pack)(const PackProblem<S>&);
+};
+
 struct CellKernels {
-  bool (*forward_f32)(const ForwardProblem<float>&);
-  bool (*forward_f64)(const ForwardProblem<double>&);
-  bool (*backward_f32)(const BackwardProblem<float>&);
-  bool (*backward_f64)(const BackwardProblem<double>&);
-  bool (*products_f32)(const ProductsProblem<float>&);
-  bool (*products_f64)(const ProductsProblem<double>&);
-  int64_t (*pack_f32)(const PackProblem<float>&);
-  int64_t (*pack_f64)(const PackProblem<double>&);
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <class S>
+  const Kernels<S>& of() const {
+    if constexpr (std::is_same_v<S, float>)
+      return f32;
+    else
+      return f64;
+  }
 };
 
 struct InstructionSet {

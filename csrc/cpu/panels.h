@@ -78,11 +78,10 @@ class Panels {
   void pack_vectors(const Weights<S>& w) const {
     for (int k = 0; k < U; ++k) __builtin_memcpy(u + k * H_, w.u[k], H_ * sizeof(S));
     __builtin_memset(bias, 0, kProducts * H_ * sizeof(S));
-    if (!w.b_ih) return;
     for (int gate = 0; gate < G; ++gate)
       for (int64_t u = 0; u < H_; ++u) {
-        bias[gate * H_ + u] += w.b_hh[gate * H_ + u];
-        bias[input_product(gate) * H_ + u] += w.b_ih[gate * H_ + u];
+        if (w.b_hh) bias[gate * H_ + u] += w.b_hh[gate * H_ + u];
+        if (w.b_ih) bias[input_product(gate) * H_ + u] += w.b_ih[gate * H_ + u];
       }
   }
 

@@ -22,11 +22,6 @@ extern TorchCuda torch_cuda;
 /// Whether torch lets recurrent layers round float32 to tf32 (torch.backends.cudnn.rnn.fp32_precision).
 bool tf32_is_allowed();
 
-/// Whether this call rounds to tf32. Asked for float32 alone, because the answer takes Python's lock.
-inline bool takes_tf32(const Tensor& like) {
-  return like.scalar_type() == torch::headeronly::ScalarType::Float && tf32_is_allowed();
-}
-
 inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastrnn: ", what, ": ", cudaGetErrorString(error));
 }
@@ -38,9 +33,12 @@ class CudaDevice {
     TORCH_ERROR_CODE_CHECK(torch_cuda.current_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
     limits = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    // Asked for float32 alone, because the answer takes Python's lock.
+    tf32 = like.scalar_type() == torch::headeronly::ScalarType::Float && tf32_is_allowed();
   }
 
   DeviceLimits limits;
+  bool tf32;
 
   template <class Parameters>
   void launch(void (*kernel)(Parameters), const Grid& grid, const Parameters& parameters) const {

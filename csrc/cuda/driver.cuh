@@ -1,6 +1,7 @@
 // The scans of a call on a device: which path it takes, and its launches in their order. The device is a
 // class, for there are two: CUDA (operators.cuh), and the CPU that runs the kernels in the tests. It has
 //   limits                                   DeviceLimits
+//   tf32                                     whether float32 is rounded to it
 //   launch(kernel, Grid, parameters)
 //   multiply(out, a, b), multiply_add(out, addend, a, b)   torch's matrix products
 //   copy(numbers, count) -> Tensor           int64 numbers of the host on the device
@@ -8,7 +9,7 @@
 #pragma once
 #include <type_traits>
 
-#include "common/calls.h"
+#include "common/operators.h"
 #include "cuda/persistent_backward.cuh"
 #include "cuda/persistent_forward.cuh"
 #include "cuda/step.cuh"
@@ -95,17 +96,17 @@ struct ExchangeMemory {
 template <class Device, class Cell>
 class Driver {
  public:
-  Driver(Device& device, bool tf32) : device_(device), tf32_(tf32) {}
+  explicit Driver(Device& device) : device_(device) {}
 
   void forward(const ForwardCall& call) {
     if (call.N == 0) return copy_states(call);
     // mutant: rows-of-no-step-not-cleared
-    if (call.layout.get().counts) clear({call.y, call.saved, call.saved_c});
+    if (call.layout.get().counts) clear({call.y}), clear(call.history), clear(call.saved);
     const DeviceSequence<Device> sequence(device_, call.layout.get());
-    with_storage(call.h0, [&]<class S>(S) {
+    with_storage(call.y, [&]<class S>(S) {
       const auto problem = call.template problem<S>(sequence.get());
       Tensors gates_x;
-      for (int64_t d = 0; d < call.sizes.D; ++d) gates_x.push_back(input_gates(call, size_t(d)));
+      for (int64_t d = 0; d < call.sizes.D; ++d) gates_x.push_back(input_gates(call, d));
       if (forward_persistent(call, problem, gates_x)) return;
       for (int64_t d = 0; d < call.sizes.D; ++d) forward_steps(call, problem, gates_x[size_t(d)], d);
     });
@@ -114,11 +115,11 @@ class Driver {
   void backward(const BackwardCall& call) {
     if (call.N == 0) return;
     if (call.layout.get().counts) {
-      if (!call.in_place) clear({call.dgates});
-      clear({call.dh, call.dc});
+      if (!call.over) clear({call.dgates});
+      clear(call.complete);
     }
     const DeviceSequence<Device> sequence(device_, call.layout.get());
-    with_storage(call.h0, [&]<class S>(S) {
+    with_storage(call.y, [&]<class S>(S) {
       const auto problem = call.template problem<S>(sequence.get());
       if (backward_persistent(call, problem)) return;
       for (int64_t d = 0; d < call.sizes.D; ++d) backward_steps(call, problem, d);
@@ -133,21 +134,21 @@ class Driver {
     for (Tensor& tensor : tensors) torch::stable::zero_(tensor);
   }
   static void copy_states(const ForwardCall& call) {  // of a batch of none
-    Tensor h_n = call.h_n;
-    torch::stable::copy_(h_n, call.h0);
+    Tensor h_n = call.last[kH];
+    torch::stable::copy_(h_n, call.states[kH]);
   }
   static Grid one_thread_each(int64_t count) {
     return {(count + kStepThreads - 1) / kStepThreads, kStepThreads, 0, false};
   }
 
   /// [N, G*H] = x W_ih^T + b_ih
-  Tensor input_gates(const ForwardCall& call, size_t d) {
-    Tensor gates = empty({call.N, G * call.sizes.H}, call.h0);
-    const Tensor w = torch::stable::transpose(call.w_ih[d], 0, 1);
-    if (call.b_ih.empty())
+  Tensor input_gates(const ForwardCall& call, int64_t d) {
+    Tensor gates = empty({call.N, G * call.sizes.H}, call.y);
+    const Tensor w = torch::stable::transpose(call.weights.at(kWeightIh, d), 0, 1);
+    if (!call.weights.has(kBiasIh))
       device_.multiply(gates, call.x, w);
     else
-      device_.multiply_add(gates, call.b_ih[d], call.x, w);
+      device_.multiply_add(gates, call.weights.at(kBiasIh, d), call.x, w);
     return gates;
   }
 
@@ -169,10 +170,10 @@ class Driver {
   bool forward_persistent(const ForwardCall& call, const ForwardProblem<S>& problem, const Tensors& gates_x) {
     bool done = false;
     if constexpr (!std::is_same_v<S, double>)
-      with_multiply<S>(tf32_, [&]<class M>(M) {
-        const Choice choice = persistent<S>(problem, true, M::kArithmetic, !call.w_hr.empty());
+      with_multiply<S>(device_.tf32, [&]<class M>(M) {
+        const Choice choice = persistent<S>(problem, true, M::kArithmetic, call.weights.projected);
         if (choice.form == Form::kNone) return;
-        const ExchangeMemory memory(device_, choice.geometry, problem.directions, call.h0);
+        const ExchangeMemory memory(device_, choice.geometry, problem.directions, call.y);
         PersistentForward<S> p{problem, {}, choice.geometry, memory.exchange, memory.arrived};
         for (size_t d = 0; d < gates_x.size(); ++d) p.gates_x[d] = rows<S>(gates_x[d]);
         const Grid grid = grid_of(choice, true, M::kArithmetic, problem.directions);
@@ -189,10 +190,10 @@ class Driver {
   bool backward_persistent(const BackwardCall& call, const BackwardProblem<S>& problem) {
     bool done = false;
     if constexpr (!std::is_same_v<S, double>)
-      with_multiply<S>(tf32_, [&]<class M>(M) {
-        const Choice choice = persistent<S>(problem, false, M::kArithmetic, !call.w_hr.empty());
+      with_multiply<S>(device_.tf32, [&]<class M>(M) {
+        const Choice choice = persistent<S>(problem, false, M::kArithmetic, call.weights.projected);
         if (choice.form == Form::kNone) return;
-        const ExchangeMemory memory(device_, choice.geometry, problem.directions, call.h0);
+        const ExchangeMemory memory(device_, choice.geometry, problem.directions, call.y);
         const Grid grid = grid_of(choice, false, M::kArithmetic, problem.directions);
         const int64_t shares = choice.geometry.replicas * (grid.threads / choice.geometry.units);
         const Tensor du = shares_of_vectors<S>(call, problem.directions * shares);
@@ -213,26 +214,24 @@ class Driver {
   void forward_steps(const ForwardCall& call, const ForwardProblem<S>& problem, const Tensor& gates_x,
                      int64_t d) {
     const Sequence& host = call.layout.get();
-    const auto [D, B, P, H, gates] = call.sizes;
-    const Tensor& like = call.h0;
-    const Tensor h = accumulators<S>({B, P}, like);
-    const Tensor c = kInfo.has_c() ? accumulators<S>({B, H}, like) : empty({0}, like);
+    const auto [D, B, I, H, P] = call.sizes;
+    const Tensor& like = call.y;
+    const Tensor h = accumulators<S>({B, P}, like), others = accumulators<S>({kInfo.states - 1, B, H}, like);
     const Tensor h_in = empty({B, P}, like), gates_h = empty({B, G * H}, like);
-    const bool projects = !call.w_hr.empty();
+    const bool projects = call.weights.projected;
     const Tensor hidden = empty({projects ? B : 0, H}, like), projected = empty({projects ? B : 0, P}, like);
-    const Tensor w_hh = torch::stable::transpose(call.w_hh[size_t(d)], 0, 1);
-    ForwardStep<S> p{
-        .sequence = problem.sequence,
-        .direction = problem.direction[d],
-        .states = {pointer<Acc<S>>(h), kInfo.has_c() ? pointer<Acc<S>>(c) : nullptr, pointer<S>(h_in)},
-        .H = H,
-        .P = P,
-        .t = -1,
-        .t_next = d == 0 ? 0 : host.T - 1,
-        .gates_x = pointer<S>(gates_x),
-        .gates_h = pointer<S>(gates_h),
-        .hidden = projects ? pointer<S>(hidden) : nullptr,
-        .projected = projects ? pointer<S>(projected) : nullptr};
+    const Tensor w_hh = torch::stable::transpose(call.weights.at(kWeightHh, d), 0, 1);
+    ForwardStep<S> p{.sequence = problem.sequence,
+                     .direction = problem.direction[d],
+                     .states = {pointer<Acc<S>>(h), pointer<Acc<S>>(others), pointer<S>(h_in), kInfo.states},
+                     .H = H,
+                     .P = P,
+                     .t = -1,
+                     .t_next = d == 0 ? 0 : host.T - 1,
+                     .gates_x = pointer<S>(gates_x),
+                     .gates_h = pointer<S>(gates_h),
+                     .hidden = projects ? pointer<S>(hidden) : nullptr,
+                     .projected = projects ? pointer<S>(projected) : nullptr};
     const Grid states = one_thread_each(B * larger(int(P), int(H)));
     device_.launch(begin_forward<S>, states, p);
     for (int64_t step = 0; step < host.T; ++step) {
@@ -250,7 +249,7 @@ class Driver {
           if (n > 0) {
             Tensor out = first_rows(projected, n);
             device_.multiply(out, first_rows(hidden, n),
-                             torch::stable::transpose(call.w_hr[size_t(d)], 0, 1));
+                             torch::stable::transpose(call.weights.at(kWeightHr, d), 0, 1));
           }
           device_.launch(forward_projected<S>, one_thread_each(B * P), p);
         }
@@ -261,11 +260,11 @@ class Driver {
   template <class S>
   void backward_steps(const BackwardCall& call, const BackwardProblem<S>& problem, int64_t d) {
     const Sequence& host = call.layout.get();
-    const auto [D, B, P, H, gates] = call.sizes;
-    const Tensor& like = call.h0;
-    const bool projects = !call.w_hr.empty();
+    const auto [D, B, I, H, P] = call.sizes;
+    const Tensor& like = call.y;
+    const bool projects = call.weights.projected;
     const Tensor dh = empty({B, P}, like), dgates_h = empty({B, G * H}, like);
-    const Tensor dc = kInfo.has_c() ? accumulators<S>({B, H}, like) : empty({0}, like);
+    const Tensor dothers = accumulators<S>({kInfo.states - 1, B, H}, like);
     const Tensor direct = empty({kInfo.before(kH) ? B : 0, H}, like);
     const Tensor dh_complete = empty({projects ? B : 0, P}, like),
                  dh_hidden = empty({projects ? B : 0, H}, like);
@@ -277,7 +276,8 @@ class Driver {
                       .P = P,
                       .t = 0,
                       .dh = pointer<S>(dh),
-                      .dc = kInfo.has_c() ? pointer<Acc<S>>(dc) : nullptr,
+                      .dothers = pointer<Acc<S>>(dothers),
+                      .states = kInfo.states,
                       .direct = kInfo.before(kH) ? pointer<S>(direct) : nullptr,
                       .dgates_h = pointer<S>(dgates_h),
                       .dh_complete = projects ? pointer<S>(dh_complete) : nullptr,
@@ -293,14 +293,15 @@ class Driver {
         if (projects) {
           device_.launch(backward_projected<S>, one_thread_each(n * P), p);
           Tensor out = first_rows(dh_hidden, n);
-          device_.multiply(out, first_rows(dh_complete, n), call.w_hr[size_t(d)]);
+          device_.multiply(out, first_rows(dh_complete, n), call.weights.at(kWeightHr, d));
         }
       device_.launch(backward_step<Cell, S>, one_thread_each(n * H), p);
       Tensor out = first_rows(dh, n);
       if constexpr (kInfo.before(kH))
-        device_.multiply_add(out, first_rows(direct, n), first_rows(dgates_h, n), call.w_hh[size_t(d)]);
+        device_.multiply_add(out, first_rows(direct, n), first_rows(dgates_h, n),
+                             call.weights.at(kWeightHh, d));
       else
-        device_.multiply(out, first_rows(dgates_h, n), call.w_hh[size_t(d)]);
+        device_.multiply(out, first_rows(dgates_h, n), call.weights.at(kWeightHh, d));
     }
     device_.launch(end_backward<S>, states, p);
     add_up_vectors(problem.direction[d], p.du, B, call);
@@ -311,7 +312,7 @@ class Driver {
   /// `count` shares [U, H] of dL/du, zero.
   template <class S>
   Tensor shares_of_vectors(const BackwardCall& call, int64_t count) const {
-    const Tensor shares = accumulators<S>({count * vectors(call)}, call.h0);
+    const Tensor shares = accumulators<S>({count * vectors(call)}, call.y);
     // mutant: driver-shares-not-cleared
     if (kInfo.vectors > 0) device_.clear(shares.mutable_data_ptr(), shares.numel() * sizeof(Acc<S>));
     return shares;
@@ -339,7 +340,44 @@ class Driver {
   }
 
   Device& device_;
-  const bool tf32_;
+};
+
+/// The scans of the cells that are compiled for a device: each in a file of its own, which adds itself.
+template <class Device>
+struct Drivers {
+  struct Scans {
+    void (*forward)(Device&, const ForwardCall&);
+    void (*backward)(Device&, const BackwardCall&);
+  };
+  static inline Scans of[AllCells::kCount];
+
+  template <class Cell>
+  static bool add() {
+    of[AllCells::index<Cell>()] = {
+        [](Device& device, const ForwardCall& call) { Driver<Device, Cell>(device).forward(call); },
+        [](Device& device, const BackwardCall& call) { Driver<Device, Cell>(device).backward(call); }};
+    return true;
+  }
+
+  static const Scans& of_cell(const CellInfo& cell) {
+    const Scans* found = nullptr;
+    with_cell<AllCells>(cell, [&]<class Cell>() { found = &of[AllCells::index<Cell>()]; });
+    STD_TORCH_CHECK(found && found->forward, "the kernels of ", cell.name, " were not compiled");
+    return *found;
+  }
+
+  // What the operators call (operators.h).
+  static void forward(const ForwardCall& call) {
+    Device device(call.y);
+    of_cell(call.cell).forward(device, call);
+  }
+  static void backward(const BackwardCall& call) {
+    Device device(call.y);
+    of_cell(call.cell).backward(device, call);
+  }
+  static LayerWeights unpack(const CellInfo&, const Tensor&, const Tensor&) {
+    STD_TORCH_CHECK(false, "packed weights are for the CPU");
+  }
 };
 
 }  // namespace fastrnn

@@ -1,4 +1,3 @@
-#include "cells/lstm.h"
-#include "cuda/operators.cuh"
+#include "cuda/device.h"
 
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) { fastrnn::register_operators<fastrnn::LstmPeephole>(m); }
+static const bool added = fastrnn::Drivers<fastrnn::CudaDevice>::add<fastrnn::LstmPeephole>();

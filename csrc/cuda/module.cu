@@ -49,6 +49,10 @@ bool tf32_is_allowed() {
 
 }  // namespace fastrnn
 
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) {
+  fastrnn::register_scans<fastrnn::Drivers<fastrnn::CudaDevice>>(m);
+}
+
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C_cuda() {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
   const Share mine(units, place, kShape.threads());
   const int j = place.first_unit + mine.unit;
   const BackwardDirection<S>& d = p.problem.direction[place.direction];
-  const BackwardColumns<S> columns(d, j);
+  const BackwardColumns<S, kInfo.states> columns(d, j);
   // mutant: gates-not-in-whole-chunks
   const int gate_numbers = g.chunks / G * M::kInChunk;  // H, in whole chunks
 
@@ -56,10 +56,10 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     });
   });
 
-  // Of each pair of the thread: its row, counted from the first one of a step; dL/dh and dL/dc by way of the
+  // Of each pair of the thread: its row, counted from the first one of a step; dL/d(states) by way of the
   // later steps; and dL/dh beside the product.
   int offset[kShape.pairs] = {};
-  float dh[kShape.pairs] = {}, dc[kShape.pairs] = {}, direct[kShape.pairs] = {};
+  float dstate[kShape.pairs][kInfo.states] = {}, direct[kShape.pairs] = {};
   float u[array_length(kInfo.vectors)], du[array_length(kInfo.vectors)] = {};
 #pragma unroll
   for (int k = 0; k < kInfo.vectors; ++k) u[k] = mine.row(0) < place.rows ? load(d.weights.u[k][j]) : 0.f;
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
     if (mine.row(i) >= place.rows) break;
     const int batch = steps.batch(mine.row(i));
     offset[i] = steps.offset(mine.row(i));
-    dh[i] = load(d.dh[batch][j]);
-    dc[i] = kInfo.has_c() ? load(d.dc[batch][j]) : 0.f;
+#pragma unroll
+    for (int k = 0; k < kInfo.states; ++k) dstate[i][k] = load(d.dstate[k][batch][j]);
   }
   __syncthreads();  // mutant: backward-without-barrier-before-steps
 
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
       if (mine.row(i) >= active) break;  // mutant: rows-yet-to-begin
       float sum[1];
       total<kShape, kOneBlock>(sum, g, partial, mine.unit, mine.row(i));
-      dh[i] = sum[0] + direct[i];  // mutant: no-direct-gradient
+      dstate[i][kH] = sum[0] + direct[i];  // mutant: no-direct-gradient
     }
   };
 
@@ -117,11 +117,12 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
       if (b >= active) break;
       const int row = start + offset[i];
       const bool zero = steps.resets(row);
-      const auto s = inputs[i].backward(columns, row, zero, u, dh[i], dc[i]);
+      const auto s = inputs[i].backward(columns, row, zero, u, dstate[i][kH], dstate[i]);
 #pragma unroll
       for (int k = 0; k < kInfo.vectors; ++k) du[k] += s.du[k];  // mutant: vectors-count-the-last-row-alone
       if constexpr (kInfo.before(kH)) direct[i] = s.dbefore[kH];
-      if constexpr (kInfo.has_c()) dc[i] = s.dbefore[kC];
+#pragma unroll
+      for (int k = 1; k < kInfo.states; ++k) dstate[i][k] = s.dbefore[k];
 #pragma unroll
       for (int e = 0; e < kInfo.gradients(); ++e) dgates[i][e] = s.dgates[e];
       Elem* const to = reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride()) + j;
@@ -146,8 +147,8 @@ __global__ void __launch_bounds__(shape_of(kForm, false, M::kArithmetic, Cell::k
   for (int i = 0; i < kShape.pairs; ++i) {
     if (mine.row(i) >= place.rows) break;
     const int batch = steps.batch(mine.row(i));
-    d.dh[batch][j] = store<S>(dh[i]);
-    if constexpr (kInfo.has_c()) d.dc[batch][j] = store<S>(dc[i]);
+#pragma unroll
+    for (int k = 0; k < kInfo.states; ++k) d.dstate[k][batch][j] = store<S>(dstate[i][k]);
   }
   if (kInfo.vectors > 0 && mine.row(0) < place.rows) {
     // mutant: shares-of-vectors-in-one-place

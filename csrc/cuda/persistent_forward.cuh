@@ -35,7 +35,10 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kI
   const int j = place.first_unit + mine.unit;
   const ForwardDirection<S>& d = p.problem.direction[place.direction];
   const Column<const S> gates_x(p.gates_x[place.direction], j);
-  const Column<S> y(d.y, j), saved_gates(d.saved, j), saved_c(d.saved_c, j);
+  const Column<S> saved_gates(d.saved, j);
+  Column<S> history[kInfo.states];
+#pragma unroll
+  for (int k = 0; k < kInfo.states; ++k) history[k] = {d.history[k], j};
 
   const SharedMemory offsets = shared_memory(kForm, kShape, g);
   float* const partial = dev::shared<float>(offsets.partial);
@@ -59,12 +62,12 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kI
 
   // Of each pair of the thread:
   int offset[kShape.pairs] = {};  // its row, counted from the first one of a step
-  float h[kShape.pairs] = {}, c[kShape.pairs] = {}, bias[G], u[array_length(kInfo.vectors)];
+  float state[kShape.pairs][kInfo.states] = {}, bias[G], u[array_length(kInfo.vectors)];
   const auto publish = [&](int step, int i) {
     const int b = mine.row(i);
     reinterpret_cast<Elem*>(exchange.columns(step) + b * g.stride())[j] =
         // mutant: reset-does-not-reach-the-product
-        M::element(steps.resets_if_any(step, b, offset[i]) ? 0.f : h[i]);
+        M::element(steps.resets_if_any(step, b, offset[i]) ? 0.f : state[i][kH]);
   };
 #pragma unroll
   for (int gate = 0; gate < G; ++gate)
@@ -76,8 +79,9 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kI
     if (mine.row(i) >= place.rows) break;
     const int batch = steps.batch(mine.row(i));
     offset[i] = steps.offset(mine.row(i));
-    h[i] = load(d.h0[batch][j]);  // mutant: h0-in-another-order
-    c[i] = kInfo.has_c() ? load(d.c[batch][j]) : 0.f;
+    state[i][kH] = load(d.h0[batch][j]);  // mutant: h0-in-another-order
+#pragma unroll
+    for (int k = 1; k < kInfo.states; ++k) state[i][k] = load(d.last[k][batch][j]);
     publish(0, i);
   }
   exchange.arrive();
@@ -98,16 +102,18 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kI
     __syncthreads();  // mutant: forward-without-barrier-after-product
 
     float saved[kShape.pairs][array_length(kInfo.saved)];
-    // Signal the other blocks first; none of them reads y or saved, so these stores may come after.
+    // Signal the other blocks first; none of them reads history or saved, so these stores may come after.
     const auto keep = [&](int i) {
       const int row = start + offset[i];
-      y[row] = store<S>(h[i]);
+      history[kH][row] = store<S>(state[i][kH]);
       if (saved_gates) {
         S* const to = &saved_gates[row];
 #pragma unroll
         for (int k = 0; k < kInfo.saved; ++k) to[k * H] = store<S>(saved[i][k]);
       }
-      if (kInfo.has_c() && saved_c) saved_c[row] = store<S>(c[i]);
+#pragma unroll
+      for (int k = 1; k < kInfo.states; ++k)
+        if (history[k]) history[k][row] = store<S>(state[i][k]);
     };
 #pragma unroll
     for (int i = 0; i < kShape.pairs; ++i) {
@@ -120,15 +126,15 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kI
 #pragma unroll
         // mutant: no-bias
         for (int gate = 0; gate < G; ++gate) s.set_gate(gate, load(input[i][gate]), sums[gate] + bias[gate]);
+        const bool zero = steps.resets(start + offset[i]);
+#pragma unroll
         // mutant: reset-does-not-reach-c, reset-does-not-reach-h
-        if (steps.resets(start + offset[i])) h[i] = c[i] = 0;
-        s.before[kH] = h[i];
-        if constexpr (kInfo.has_c()) s.before[kC] = c[i];
+        for (int k = 0; k < kInfo.states; ++k) s.before[k] = zero ? 0.f : state[i][k];
 #pragma unroll
         for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = u[k];
         Cell::template forward<Math>(s);
-        h[i] = s.after[kH];
-        if constexpr (kInfo.has_c()) c[i] = s.after[kC];
+#pragma unroll
+        for (int k = 0; k < kInfo.states; ++k) state[i][k] = s.after[k];
 #pragma unroll
         for (int k = 0; k < kInfo.saved; ++k) saved[i][k] = s.saved[k];
       }
@@ -148,8 +154,8 @@ __global__ void __launch_bounds__(shape_of(kForm, true, M::kArithmetic, Cell::kI
   for (int i = 0; i < kShape.pairs; ++i) {
     if (mine.row(i) >= place.rows) break;
     const int batch = steps.batch(mine.row(i));
-    d.h_n[batch][j] = store<S>(h[i]);
-    if constexpr (kInfo.has_c()) d.c[batch][j] = store<S>(c[i]);
+#pragma unroll
+    for (int k = 0; k < kInfo.states; ++k) d.last[k][batch][j] = store<S>(state[i][k]);
   }
 }
 

@@ -1,4 +1,3 @@
-#include "cells/rnn.h"
-#include "cuda/operators.cuh"
+#include "cuda/device.h"
 
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CUDA, m) { fastrnn::register_operators<fastrnn::RnnRelu>(m); }
+static const bool added = fastrnn::Drivers<fastrnn::CudaDevice>::add<fastrnn::RnnRelu>();

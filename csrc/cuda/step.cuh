@@ -11,9 +11,10 @@ constexpr int kStepThreads = 256;
 /// States between the steps.
 template <class S>
 struct StepStates {
-  Acc<S>* h;  // [B, P]
-  Acc<S>* c;  // [B, H], or null
-  S* h_in;    // [B, P] what the next product takes: h as it is stored, or zero before a reset
+  Acc<S>* h;       // [B, P]
+  Acc<S>* others;  // [states - 1, B, H] those beside h, or null
+  S* h_in;         // [B, P] what the next product takes: h as it is stored, or zero before a reset
+  int states;
 };
 
 template <class S>
@@ -35,7 +36,7 @@ __device__ void publish(const ForwardStep<S>& p, int64_t b, int64_t j) {
   p.states.h_in[b * p.P + j] = store<S>(zero ? Acc<S>{} : p.states.h[b * p.P + j]);
 }
 
-/// Before the first step: [B, P] states from h0, [B, H] from c0.
+/// Before the first step: [B, P] states from h0, [B, H] from the other initial ones.
 template <class S>
 __global__ void __launch_bounds__(kStepThreads) begin_forward(const ForwardStep<S> p) {
   const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
@@ -44,8 +45,9 @@ __global__ void __launch_bounds__(kStepThreads) begin_forward(const ForwardStep<
     p.states.h[i] = load(p.direction.h0[p.sequence.batch(b)][j]);
     publish(p, b, j);
   }
-  if (p.states.c && i < p.sequence.B * p.H)
-    p.states.c[i] = load(p.direction.c[p.sequence.batch(i / p.H)][i % p.H]);
+  const int64_t size = p.sequence.B * p.H;
+  for (int k = 1; k < p.states.states && i < size; ++k)
+    p.states.others[(k - 1) * size + i] = load(p.direction.last[k][p.sequence.batch(i / p.H)][i % p.H]);
 }
 
 /// One step of every (row, unit) [B, H].
@@ -69,20 +71,24 @@ __global__ void __launch_bounds__(kStepThreads) forward_step(const ForwardStep<S
     for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = load(d.weights.u[k][j]);
     const bool zero = p.sequence.resets(p.t, b);
     if (kInfo.before(kH) && !zero) s.before[kH] = p.states.h[i];
-    if constexpr (kInfo.has_c()) s.before[kC] = zero ? Acc<S>{} : p.states.c[i];
+    const int64_t size = p.sequence.B * p.H;
+#pragma unroll
+    for (int k = 1; k < kInfo.states; ++k)
+      s.before[k] = zero ? Acc<S>{} : p.states.others[(k - 1) * size + i];
     Cell::template forward<MathOf<S>>(s);
     if (d.saved)
 #pragma unroll
       for (int k = 0; k < kInfo.saved; ++k) d.saved[row][k * p.H + j] = store<S>(s.saved[k]);
-    if constexpr (kInfo.has_c()) {
-      p.states.c[i] = s.after[kC];
-      if (d.saved_c) d.saved_c[row][j] = store<S>(s.after[kC]);
+#pragma unroll
+    for (int k = 1; k < kInfo.states; ++k) {
+      p.states.others[(k - 1) * size + i] = s.after[k];
+      if (d.history[k]) d.history[k][row][j] = store<S>(s.after[k]);
     }
     if (p.hidden) {
       p.hidden[i] = store<S>(s.after[kH]);
     } else {
       p.states.h[i] = s.after[kH];
-      d.y[row][j] = store<S>(s.after[kH]);
+      d.history[kH][row][j] = store<S>(s.after[kH]);
     }
   }
   if (!p.hidden) publish(p, b, j);
@@ -95,18 +101,20 @@ __global__ void __launch_bounds__(kStepThreads) forward_projected(const ForwardS
   if (b >= p.sequence.B) return;
   if (b < p.sequence.rows(p.t)) {
     p.states.h[i] = load(p.projected[i]);
-    p.direction.y[p.sequence.row(p.t, b)][j] = p.projected[i];
+    p.direction.history[kH][p.sequence.row(p.t, b)][j] = p.projected[i];
   }
   publish(p, b, j);
 }
 
-/// After the last step: h_n and c_n.
+/// After the last step: each state at its row's end.
 template <class S>
 __global__ void __launch_bounds__(kStepThreads) end_forward(const ForwardStep<S> p) {
   const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
-  if (i < p.sequence.B * p.P) p.direction.h_n[p.sequence.batch(i / p.P)][i % p.P] = store<S>(p.states.h[i]);
-  if (p.states.c && i < p.sequence.B * p.H)
-    p.direction.c[p.sequence.batch(i / p.H)][i % p.H] = store<S>(p.states.c[i]);
+  const ForwardDirection<S>& d = p.direction;
+  if (i < p.sequence.B * p.P) d.last[kH][p.sequence.batch(i / p.P)][i % p.P] = store<S>(p.states.h[i]);
+  const int64_t size = p.sequence.B * p.H;
+  for (int k = 1; k < p.states.states && i < size; ++k)
+    d.last[k][p.sequence.batch(i / p.H)][i % p.H] = store<S>(p.states.others[(k - 1) * size + i]);
 }
 
 template <class S>
@@ -116,7 +124,8 @@ struct BackwardStep {
   bool reverse;
   int64_t H, P, t;
   S* dh;              // [B, P] dL/dh by way of the later steps
-  Acc<S>* dc;         // [B, H], or null
+  Acc<S>* dothers;    // [states - 1, B, H] dL/d(states beside h), or null
+  int states;
   S* direct;          // [B, H] dL/dh_prev beside the product, or null
   S* dgates_h;        // [rows, G*H] gradients of the gates of the product with W_hh
   S* dh_complete;     // [rows, P] with a projection: complete dL/dh_t, or null
@@ -124,12 +133,15 @@ struct BackwardStep {
   const S* dh_hidden; // [rows, H] with a projection: dL/d(h before it) = dh_complete W_hr, or null
 };
 
-/// Before the last step: [B, P] gradients from dh_n, [B, H] from dc_n.
+/// Before the last step: [B, P] gradients from that of h_n, [B, H] from those of the other last states.
 template <class S>
 __global__ void __launch_bounds__(kStepThreads) begin_backward(const BackwardStep<S> p) {
   const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
-  if (i < p.sequence.B * p.P) p.dh[i] = p.direction.dh[p.sequence.batch(i / p.P)][i % p.P];
-  if (p.dc && i < p.sequence.B * p.H) p.dc[i] = load(p.direction.dc[p.sequence.batch(i / p.H)][i % p.H]);
+  const BackwardDirection<S>& d = p.direction;
+  if (i < p.sequence.B * p.P) p.dh[i] = d.dstate[kH][p.sequence.batch(i / p.P)][i % p.P];
+  const int64_t size = p.sequence.B * p.H;
+  for (int k = 1; k < p.states && i < size; ++k)
+    p.dothers[(k - 1) * size + i] = load(d.dstate[k][p.sequence.batch(i / p.H)][i % p.H]);
 }
 
 /// With a projection: the complete dL/dh_t of every (row, unit) [rows, P].
@@ -139,8 +151,8 @@ __global__ void __launch_bounds__(kStepThreads) backward_projected(const Backwar
   if (b >= p.sequence.rows(p.t)) return;
   const int64_t row = p.sequence.row(p.t, b);
   Acc<S> dh = load(p.dh[i]);
-  if (p.direction.dy) dh += load(p.direction.dy[row][j]);
-  p.dh_complete[i] = p.direction.dh_rows[row][j] = store<S>(dh);
+  if (p.direction.doutput[kH]) dh += load(p.direction.doutput[kH][row][j]);
+  p.dh_complete[i] = p.direction.complete[kH][row][j] = store<S>(dh);
 }
 
 /// One step of every (row, unit) [rows, H].
@@ -152,7 +164,8 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
   const int64_t row = p.sequence.row(p.t, b);
   const bool zero = p.sequence.resets(p.t, b);
   BackwardDirection<S> direction = p.direction;
-  if (p.dh_hidden) direction.dy = {}, direction.dh_rows = {};  // backward_projected has done both
+  if (p.dh_hidden)
+    direction.doutput[kH] = {}, direction.complete[kH] = {};  // backward_projected has done both
   const BackwardColumns<S> d(direction, j);
   const int64_t before = p.reverse ? p.t + 1 : p.t - 1;
   // mutant: single-steps-rows-begin-a-step-late
@@ -163,7 +176,11 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
   Acc<S> u[array_length(kInfo.vectors)];
 #pragma unroll
   for (int k = 0; k < kInfo.vectors; ++k) u[k] = load(direction.weights.u[k][j]);
-  const auto s = inputs.backward(d, row, zero, u, dh, kInfo.has_c() ? p.dc[i] : Acc<S>{});
+  const int64_t size = p.sequence.B * p.H;
+  Acc<S> dothers[kInfo.states] = {};
+#pragma unroll
+  for (int k = 1; k < kInfo.states; ++k) dothers[k] = p.dothers[(k - 1) * size + i];
+  const auto s = inputs.backward(d, row, zero, u, dh, dothers);
 #pragma unroll
   for (int k = 0; k < kInfo.vectors; ++k) p.du[(b * kInfo.vectors + k) * p.H + j] += s.du[k];
 #pragma unroll
@@ -173,15 +190,19 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
     p.dgates_h[(b * kInfo.gates + gate) * p.H + j] =
         store<S>(zero ? Acc<S>{} : s.dgates[kInfo.gradient_of_recurrent(gate)]);
   if constexpr (kInfo.before(kH)) p.direct[i] = store<S>(s.dbefore[kH]);
-  if constexpr (kInfo.has_c()) p.dc[i] = s.dbefore[kC];
+#pragma unroll
+  for (int k = 1; k < kInfo.states; ++k) p.dothers[(k - 1) * size + i] = s.dbefore[k];
 }
 
-/// After the first step: dh0 and dc0.
+/// After the first step: the gradients of the initial states.
 template <class S>
 __global__ void __launch_bounds__(kStepThreads) end_backward(const BackwardStep<S> p) {
   const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
-  if (i < p.sequence.B * p.P) p.direction.dh[p.sequence.batch(i / p.P)][i % p.P] = p.dh[i];
-  if (p.dc && i < p.sequence.B * p.H) p.direction.dc[p.sequence.batch(i / p.H)][i % p.H] = store<S>(p.dc[i]);
+  const BackwardDirection<S>& d = p.direction;
+  if (i < p.sequence.B * p.P) d.dstate[kH][p.sequence.batch(i / p.P)][i % p.P] = p.dh[i];
+  const int64_t size = p.sequence.B * p.H;
+  for (int k = 1; k < p.states && i < size; ++k)
+    d.dstate[k][p.sequence.batch(i / p.H)][i % p.H] = store<S>(p.dothers[(k - 1) * size + i]);
 }
 
 /// Sums of `count` arrays, always in the same order.

@@ -17,6 +17,7 @@ struct Column {
   int stride;  // in bytes
   bool exists;
 
+  Column() = default;
   __device__ __forceinline__ Column(const Rows<S>& rows, int64_t j)
       : data(reinterpret_cast<Byte*>(rows.data + (rows.data ? j : 0))),
         stride(int(rows.stride * int64_t(sizeof(S)))),

@@ -1,5 +1,3 @@
-#include "cells/lstm.h"
-#include "testing/cuda_operators.h"
+#include "testing/host_device.h"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastrnn_cuda_on_host, m) { fastrnn::define_operators<fastrnn::Lstm>(m); }
-STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda_on_host, CPU, m) { fastrnn::register_operators<fastrnn::Lstm>(m); }
+static const bool added = fastrnn::Drivers<fastrnn::HostDevice>::add<fastrnn::Lstm>();

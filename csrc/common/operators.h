@@ -1,0 +1,145 @@
+// The operators, written out once: for the CPU, for CUDA, and for the CUDA kernels on the host.
+//
+//   scan              one layer: the scan over time of each direction
+//   scan_backward     back-propagation through it: gate gradients, never weight gradients
+//   weight_gradients  gradients of weights and input from the gate gradients
+//   pack              the weights in the form that the kernels stream, to be kept by the caller
+//
+// x, y and all that is saved are rows [N, *]: dense time-major, dense batch-first or packed (batch_sizes).
+#pragma once
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "common/calls.h"
+
+namespace fastrnn {
+
+// cell: a name of cells/registry.h. states: h0 [D, B, P] and the others [D, B, H]. weights: for each
+// direction w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H], u [U, H] (vectors of
+// parameters), each or none; packed: what pack made of them, in their place. batch_sizes int64 [T] (packed
+// sequence), lengths int64 [B] (dense), reset bool [N], each or none. keep: 0 nothing, 1 what backward wants,
+// 2 every state.
+// -> y [N, D*P]; last: h_n [D, B, P] and the others [D, B, H]; history: every state beside h [D, N, H], or
+// none;
+//    saved: [D, N, S*H], or none
+constexpr const char* kScan =
+    "scan(str cell, Tensor x, Tensor[] states, Tensor?[] weights, Tensor? packed, Tensor? batch_sizes, "
+    "Tensor? lengths, Tensor? reset, bool batch_first, int keep) "
+    "-> (Tensor y, Tensor[] last, Tensor[] history, Tensor[] saved)";
+
+// dlast, dhistory: gradients of last and history, each or none
+// -> dgates [D, N, E*H]; dstates: those of the states before the first step; complete: dL/dh_t [D, N, P] with
+// all
+//    that later steps add (with a projection or keep) and that of the other states [D, N, H] (with keep); du:
+//    for each direction [U, H], or none
+constexpr const char* kScanBackward =
+    "scan_backward(str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] history, "
+    "Tensor? saved, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, "
+    "bool batch_first, bool keep) -> (Tensor dgates, Tensor[] dstates, Tensor[] complete, Tensor[] du)";
+
+// The same for a cell that reuses_saved: dgates is written over saved. Rows of saved beyond the lengths must
+// be zero, as scan leaves them.
+constexpr const char* kScanBackwardOver =
+    "scan_backward.over(str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] "
+    "history, "
+    "Tensor(a!) saved, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? "
+    "reset, "
+    "bool batch_first, bool keep) -> (Tensor[] dstates, Tensor[] complete, Tensor[] du)";
+
+// -> dx [N, I] (if inputs); dweights: dw_ih, dw_hh, db_ih, db_hh for each direction (if weight_gradients)
+constexpr const char* kWeightGradients =
+    "weight_gradients(str cell, Tensor dgates, Tensor x, Tensor y, Tensor[] states, Tensor?[] weights, "
+    "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool inputs, bool of_weights) "
+    "-> (Tensor[] dx, Tensor[] dweights)";
+
+// -> uint8 [bytes]: valid in this process alone. With bfloat16 the weights (not the biases) are rounded to
+// it.
+constexpr const char* kPack = "pack(str cell, Tensor?[] weights, bool bfloat16) -> Tensor";
+
+inline const CellInfo& cell_named(const std::string& name) {
+  const CellInfo* found = nullptr;
+  AllCells::each([&]<class Cell>() {
+    if (name == Cell::kInfo.name) found = &Cell::kInfo;
+  });
+  STD_TORCH_CHECK(found, "fastrnn has no cell ", name);
+  return *found;
+}
+
+/// What every argument of a call has the dtype and device of.
+inline const Tensor& first_state(const Tensors& states) {
+  STD_TORCH_CHECK(!states.empty() && states[kH].dim() == 3, "states must begin with h0 [D, B, P]");
+  return states[kH];
+}
+
+/// A Backend runs a call:
+///   static void forward(const ForwardCall&), backward(const BackwardCall&), products(const ProductsCall&)
+///   static LayerWeights unpack(const CellInfo&, const Tensor& like, const Tensor& packed)
+template <class Backend>
+std::tuple<Tensor, Tensors, Tensors, Tensors> scan(std::string cell, const Tensor& x, Tensors states,
+                                                   MaybeTensors slots, const MaybeTensor& packed,
+                                                   const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+                                                   const MaybeTensor& reset, bool batch_first, int64_t keep) {
+  const CellInfo& info = cell_named(cell);
+  const Tensor& like = first_state(states);
+  const LayerWeights weights =
+      packed ? Backend::unpack(info, like, *packed) : LayerWeights(info, like, std::move(slots));
+  const ForwardCall call(info, weights, x, states, {batch_sizes, lengths, reset, batch_first}, keep);
+  Backend::forward(call);
+  return call.results();
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensors, Tensors, Tensors> scan_backward(
+    std::string cell, const MaybeTensor& dy, MaybeTensors dlast, MaybeTensors dhistory, const Tensor& y,
+    Tensors history, const MaybeTensor& saved, Tensors states, MaybeTensors slots,
+    const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first,
+    bool keep) {
+  const CellInfo& info = cell_named(cell);
+  const LayerWeights weights(info, first_state(states), std::move(slots));
+  const BackwardCall call(info, weights, dy, dlast, dhistory, y, history, saved, states,
+                          {batch_sizes, lengths, reset, batch_first}, keep, false);
+  Backend::backward(call);
+  return {call.dgates, call.dstates, call.complete, call.du};
+}
+
+template <class Backend>
+std::tuple<Tensors, Tensors, Tensors> scan_backward_over(
+    std::string cell, const MaybeTensor& dy, MaybeTensors dlast, MaybeTensors dhistory, const Tensor& y,
+    Tensors history, const Tensor& saved, Tensors states, MaybeTensors slots, const MaybeTensor& batch_sizes,
+    const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
+  const CellInfo& info = cell_named(cell);
+  const LayerWeights weights(info, first_state(states), std::move(slots));
+  const BackwardCall call(info, weights, dy, dlast, dhistory, y, history, saved, states,
+                          {batch_sizes, lengths, reset, batch_first}, keep, true);
+  Backend::backward(call);
+  return {call.dstates, call.complete, call.du};
+}
+
+template <class Backend>
+std::tuple<Tensors, Tensors> weight_gradients(std::string cell, const Tensor& dgates, const Tensor& x,
+                                              const Tensor& y, Tensors states, MaybeTensors slots,
+                                              const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
+                                              const MaybeTensor& reset, bool batch_first, bool inputs,
+                                              bool of_weights) {
+  const CellInfo& info = cell_named(cell);
+  const LayerWeights weights(info, first_state(states), std::move(slots));
+  const ProductsCall call(info, weights, dgates, x, y, states, {batch_sizes, lengths, reset, batch_first},
+                          inputs, of_weights);
+  Backend::products(call);
+  return {call.dx, call.dweights};
+}
+
+template <class Library>
+void define_scans(Library& m) {
+  for (const char* schema : {kScan, kScanBackward, kScanBackwardOver}) m.def(schema);
+}
+
+template <class Backend, class Library>
+void register_scans(Library& m) {
+  m.impl("scan", TORCH_BOX(&scan<Backend>));
+  m.impl("scan_backward", TORCH_BOX(&scan_backward<Backend>));
+  m.impl("scan_backward.over", TORCH_BOX(&scan_backward_over<Backend>));
+}
+
+}  // namespace fastrnn

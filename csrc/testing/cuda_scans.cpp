@@ -1,0 +1,31 @@
+// torch.ops.fastrnn_cuda_on_host: fastrnn's operators by the CUDA driver and kernels, on the CPU.
+#include "common/operators.h"
+#include "testing/host_device.h"
+
+namespace fastrnn {
+namespace {
+
+void configure(bool tf32, int64_t multiprocessors, int64_t shared_bytes, bool one_block, int64_t order,
+               int64_t seed) {
+  static HostDevice device{{}, false, {}};
+  device = {{int(multiprocessors), int(shared_bytes), one_block},
+            tf32,
+            {static_cast<testing::Schedule::Order>(order), uint64_t(seed)}};
+  HostDevice::configured = &device;
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+STABLE_TORCH_LIBRARY(fastrnn_cuda_on_host, m) {
+  m.def(
+      "configure(bool tf32, int multiprocessors, int shared_bytes, bool one_block, int order, int seed) -> "
+      "()");
+  fastrnn::define_scans(m);
+}
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda_on_host, CompositeExplicitAutograd, m) {
+  m.impl("configure", TORCH_BOX(&fastrnn::configure));
+}
+STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda_on_host, CPU, m) {
+  fastrnn::register_scans<fastrnn::Drivers<fastrnn::HostDevice>>(m);
+}

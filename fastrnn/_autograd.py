@@ -1,0 +1,468 @@
+"""A scan as a differentiable function.
+
+Scan is one layer, and ScanGrad its gradients as a function of their own. The kernels compute both. What is
+derived further (second derivatives, forward mode) follows from the formulas in reference.py alone.
+
+Functions of torch.autograd take tensors one by one. They come here in this order: batch_sizes, lengths,
+reset (the rows), then what a scan has kept (y, the history of the states beside h, the saved numbers),
+gradients, and the inputs: x, the initial states, and the slots of the weights of every direction.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _operators, _prepack, _vmap, reference
+from ._operators import Keep, Maybe
+from .reference import CELLS, SLOTS
+from .rows import Rows
+
+__all__ = ["Weights", "scan"]
+
+Weights = Sequence[Maybe]  # of one layer: SLOTS for each direction
+Listener = Callable[[list[Tensor]], Any]
+
+
+class Form(NamedTuple):
+    """What a scan is, besides its tensors."""
+
+    name: str
+    batch_first: bool
+
+    @property
+    def cell(self) -> reference.Cell:
+        return CELLS[self.name]
+
+    @property
+    def kept(self) -> int:
+        """How many tensors a scan keeps for its way back: y, the history of the other states, and saved."""
+        return self.cell.states + (self.cell.saved > 0)
+
+
+ROWS = 3  # batch_sizes, lengths, reset
+
+
+def _one_by_one_in_legacy_vmap(rule):
+    """``is_grads_batched`` and the vectorised Jacobians of torch.autograd run the rule of a derivative under
+    torch's older vmap, which has a dispatch key of its own and cannot map operators that take lists. So the
+    rule is called for each gradient or tangent by itself."""
+
+    @wraps(rule)
+    def mapped(ctx: Any, *tensors: Maybe):
+        level = _legacy_vmap_level()
+        if level == 0:
+            return rule(ctx, *tensors)
+        batched = [i for i, t in enumerate(tensors) if t is not None and _is_legacy_batched(t)]
+        if not batched:
+            return rule(ctx, *tensors)
+        each = zip(*(torch._remove_batch_dim(tensors[i], level, 1, 0) for i in batched), strict=True)
+        results = [rule(ctx, *_replaced(tensors, batched, one)) for one in each]
+        return tuple(
+            None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+            for parts in zip(*results, strict=True)
+        )
+
+    return mapped
+
+
+def _legacy_vmap_level() -> int:
+    if torch.compiler.is_compiling():
+        return 0
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def _is_legacy_batched(t: Tensor) -> bool:
+    return torch._C._dispatch_keys(t).has(torch._C._dispatch_key_parse("Batched"))
+
+
+class Scan(torch.autograd.Function):
+    """(y, the last states, the history of those beside h, saved) of one layer. ``saved`` belongs to the
+    kernels, is missing where a cell saves nothing, and has no derivative."""
+
+    @staticmethod
+    def forward(name, batch_first, *tensors):
+        *rows, x = tensors[: ROWS + 1]
+        states, weights = _split(CELLS[name], tensors[ROWS + 1 :])
+        y, last, history, saved = _operators.scan(
+            name, x, states, weights, None, *rows, batch_first, Keep.FOR_BACKWARD
+        )
+        return y, *last, *history, *saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        cell = CELLS[inputs[0]]
+        ctx.form, ctx.may_write, ctx.watched, ctx.listener = inputs[:2], False, (), None
+        ctx.mark_non_differentiable(*output[2 * cell.states :])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*_kept(cell, output), *inputs[2:])
+
+    @staticmethod
+    @_one_by_one_in_legacy_vmap
+    def backward(ctx: Any, *gradients):  # type: ignore[override]
+        form = Form(*ctx.form)
+        cell, tensors = form.cell, ctx.saved_tensors
+        gradients = gradients[: 2 * cell.states]
+        kept, rest = tensors[: form.kept], tensors[form.kept :]
+        rows, inputs = rest[:ROWS], rest[ROWS:]
+        wanted = tuple(ctx.needs_input_grad[2 + ROWS :])
+        if any(version != output._version for output, version in ctx.watched):
+            # An output was changed in place since. Scanning once more costs time in this rare case alone;
+            # a copy of y would cost memory in every call.
+            with torch.no_grad():
+                kept = _kept(cell, Scan.forward(*form, *rest))
+        with _without_autocast(inputs[0]):
+            if _is_dual() or _needs_function((*gradients, *inputs)):
+                arguments = (*rows, *kept, *gradients, *inputs)
+                found = _grad_function().apply(*form, wanted, ctx.listener, *arguments)
+            else:
+                over = ctx.may_write and _is_last_use(kept[-1])
+                found = _gradients(form, wanted, ctx.listener, over, rows, kept, gradients, inputs)
+        remaining = iter(found)
+        return (None,) * (2 + ROWS) + tuple(next(remaining) if want else None for want in wanted)
+
+    @staticmethod
+    def vmap(info, in_dims, name, batch_first, *tensors):
+        return _vmap.scan(_scan_function(), info.batch_size, Form(name, batch_first), tensors, in_dims[2:])
+
+
+class EagerScan(Scan):
+    """Scan for ordinary calls. torch inspects the signature of a Function with a setup_context at every call,
+    which took a third of a single step."""
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx, name, batch_first, *tensors):  # type: ignore[override]
+        output = Scan.forward(name, batch_first, *tensors)
+        cell = CELLS[name]
+        ctx.form, ctx.listener = (name, batch_first), None
+        ctx.set_materialize_grads(False)
+        if cell.saved:
+            ctx.mark_non_differentiable(output[-1])
+        outputs = (output[0], *output[1 + cell.states : 2 * cell.states])
+        saved = output[2 * cell.states :]
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            # torch.nn's outputs may be changed in place before backward. So aliases with version counters of
+            # their own are saved, which torch does not check, and the outputs' counters are watched.
+            ctx.watched = [(t.detach(), t._version) for t in outputs]
+            ctx.may_write = cell.reuses_saved
+            ctx.save_for_backward(*(t.data for t in outputs), *saved, *tensors)
+        else:  # what saved-tensor hooks get is theirs: they may keep it, or return memory that is read-only
+            ctx.watched, ctx.may_write = (), False
+            ctx.save_for_backward(*(t.clone() for t in outputs), *saved, *tensors)
+        return output
+
+
+class ScanGrad(torch.autograd.Function):
+    """The gradients of a scan that are ``wanted`` (a flag for each input), as a function of the gradients of
+    its outputs and of its inputs. What the scan has kept only spares the kernels to compute it again: the
+    derivative of this function is that of the reference."""
+
+    @staticmethod
+    def forward(name, batch_first, wanted, listener, *tensors):
+        form = Form(name, batch_first)
+        return tuple(_gradients(form, wanted, listener, False, *_grouped(form, tensors)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.form, ctx.wanted, tensors = inputs[:2], inputs[2], inputs[4:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:ROWS], *tensors[ROWS + Form(*ctx.form).kept :])
+
+    @staticmethod
+    @_one_by_one_in_legacy_vmap
+    def backward(ctx: Any, *gradients: Maybe):  # type: ignore[override]
+        form = Form(*ctx.form)
+        rows, tensors = ctx.saved_tensors[:ROWS], ctx.saved_tensors[ROWS:]
+        present = _present(tensors)
+        with _without_autocast(tensors[2 * form.cell.states]):
+            function = reference_gradients(form, rows, ctx.wanted, tensors, present)
+            outputs, pull = torch.func.vjp(function, *(tensors[i] for i in present))
+            found = pull(_or_zeros(gradients, outputs))
+        nothing = (None,) * (4 + ROWS + form.kept)
+        return nothing + tuple(_replaced([None] * len(tensors), present, found))
+
+    @staticmethod
+    def vmap(info, in_dims, name, batch_first, wanted, listener, *tensors):
+        form, V, dims = Form(name, batch_first), info.batch_size, in_dims[4:]
+        grouped, grouped_dims = _grouped(form, tensors), _grouped(form, dims)
+        (_, _, *derivable), (rows_dims, kept_dims, _, inputs_dims) = grouped, grouped_dims
+        flat, flat_dims = [t for part in derivable for t in part], dims[ROWS + form.kept :]
+        derived_further = _is_traced() or _needs_function(tuple(flat))
+        dense, shared_weights = (
+            grouped[0][0] is None,
+            all(d is None for d in inputs_dims[1 + form.cell.states :]),
+        )
+        if (
+            dense
+            and shared_weights
+            and kept_dims[0] is not None
+            and not derived_further
+            and not form.cell.vectors
+        ):
+            found = _vmap.gradients(form, V, wanted, grouped, grouped_dims)
+        elif derived_further and not any(d is not None for d in rows_dims):
+            present = _present(flat)
+            function = reference_gradients(form, grouped[0], wanted, flat, present)
+            mapped = torch.func.vmap(function, in_dims=tuple(flat_dims[i] for i in present))
+            found = mapped(*(flat[i] for i in present))
+        else:
+            options = (name, batch_first, wanted, listener)
+            return _vmap.one_by_one(_grad_function(), V, options, tensors, dims)
+        return found, (0,) * len(found)
+
+
+def _split(cell: reference.Cell, tensors: Sequence) -> tuple:
+    """The states and the weights of (*states, *weights)."""
+    return tensors[: cell.states], tensors[cell.states :]
+
+
+def _kept(cell: reference.Cell, output: Sequence) -> tuple:
+    """y, the history of the states beside h, and saved, of what Scan gives."""
+    return (output[0], *output[1 + cell.states :])
+
+
+def _grouped(form: Form, tensors: Sequence) -> tuple:
+    """Rows, what was kept, gradients, and inputs, of ScanGrad's tensors."""
+    kept, gradients = ROWS + form.kept, ROWS + form.kept + 2 * form.cell.states
+    return tensors[:ROWS], tensors[ROWS:kept], tensors[kept:gradients], tensors[gradients:]
+
+
+def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs) -> list[Tensor]:
+    """The wanted gradients of x, the states and the weights, from the kernels. ``over`` lets these write over
+    what was saved."""
+    cell, S, x = form.cell, form.cell.states, inputs[0]
+    states, weights = _split(cell, inputs[1:])
+    y, history, saved = kept[0], kept[1:S], kept[S] if cell.saved else None
+    options = (*rows, form.batch_first)
+    wanted_slots = _operators.slots(wanted[1 + S :])
+    hidden = cell.hidden(saved, *history) if any(wanted_slots[4]) else None  # before saved is written over
+    arguments = (gradients[0], gradients[1 : 1 + S], gradients[1 + S :], y, history, saved, states, weights)
+    keep = listener is not None
+    if over:
+        dstates, complete, du = _operators.scan_backward_over(form.name, *arguments, *options, keep)
+        torch.autograd.graph.increment_version(saved)
+        dgates = saved
+    else:
+        dgates, dstates, complete, du = _operators.scan_backward(form.name, *arguments, *options, keep)
+    if listener is not None:
+        listener(complete)
+    products = _operators.weight_gradients
+    if x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
+        products = _operators.weight_gradients_of_torch
+    of_weights = any(any(want) for want in wanted_slots[:4])
+    dx, dweights = products(form.name, dgates, x, y, states, weights, *options, wanted[0], of_weights)
+    dw_hr = [] if hidden is None else [complete[0][d].T @ hidden[d] for d in range(len(hidden))]
+    return chosen(wanted, dx, dstates, dweights, dw_hr, du)
+
+
+def chosen(wanted: Sequence[bool], dx, dstates, dweights, dw_hr, du) -> list[Tensor]:
+    """Of all gradients, lists that are empty where none of theirs is wanted, those that are wanted."""
+    found: list = [*dx] if dx else [None]
+    found += dstates
+    for d in range((len(wanted) - len(found)) // SLOTS):
+        found += dweights[4 * d : 4 * d + 4] or [None] * 4
+        found += [dw_hr[d] if dw_hr else None, du[d] if du else None]
+    return [gradient for gradient, want in zip(found, wanted, strict=True) if want]
+
+
+def _reference_outputs(form: Form, rows, inputs) -> tuple[Tensor, ...]:
+    """(y, the last states, the history of those beside h) of the reference."""
+    x, (states, weights) = inputs[0], _split(form.cell, inputs[1:])
+    layout = Rows.of(x.shape[0], states[0].shape[1], form.batch_first, *rows)
+    y, last, history = reference.forward(form.cell, layout, x, states, weights)
+    return y, *last, *history
+
+
+def reference_gradients(form: Form, rows, wanted: tuple, tensors, varying: list[int]) -> Callable:
+    """ScanGrad from the reference, as a function of some of ``tensors``: the gradients (None: zero) and the
+    inputs."""
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        full = _replaced(tensors, varying, given)
+        gradients, inputs = full[: 2 * form.cell.states], full[2 * form.cell.states :]
+        wanted_inputs = [i for i, want in enumerate(wanted) if want]
+
+        def outputs(*some):
+            return _reference_outputs(form, rows, _replaced(inputs, wanted_inputs, some))
+
+        results, pull = torch.func.vjp(outputs, *(inputs[i] for i in wanted_inputs))
+        return pull(_or_zeros(gradients, results))
+
+    return function
+
+
+def _or_zeros(gradients: Iterable[Maybe], outputs: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of the outputs, zeros for those that are missing."""
+    return tuple(torch.zeros_like(o) if g is None else g for g, o in zip(gradients, outputs, strict=True))
+
+
+def _present(tensors: Iterable[Maybe]) -> list[int]:
+    return [i for i, t in enumerate(tensors) if t is not None]
+
+
+def _replaced(tensors: Iterable[Maybe], positions: list[int], by: Iterable[Tensor]) -> list[Maybe]:
+    full = list(tensors)
+    for i, t in zip(positions, by, strict=True):
+        full[i] = t
+    return full
+
+
+def _is_last_use(saved: Tensor) -> bool:
+    """Whether the back-propagation under way may write over what the forward scan saved for it: torch.compile
+    asks the same before it gives such memory away."""
+    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+    mapped = _is_traced() or _legacy_vmap_level() > 0
+    return not mapped and saved.is_contiguous() and not keeps_graph()
+
+
+# ---- Forward mode ------------------------------------------------------------------------------------
+
+
+def _forward_mode_on(jvp):
+    """torch turns forward mode off inside a jvp rule, which then drops the tangents of the levels around it
+    in silence: the second derivative of jacfwd(jacfwd(f)) would be wrong."""
+
+    @wraps(jvp)
+    def rule(ctx: Any, *tangents):
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, *tangents)
+
+    return rule
+
+
+class DualScan(Scan):
+    """Scan with a forward-mode derivative. A class of its own, because torch.compile refuses Functions that
+    have one."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        Scan.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[2:])
+
+    @staticmethod
+    @_one_by_one_in_legacy_vmap
+    @_forward_mode_on
+    def jvp(ctx: Any, *tangents):
+        form = Form(*ctx.form)
+        rows, tensors = _primals(ctx.saved_tensors[:ROWS]), _primals(ctx.saved_tensors[ROWS:])
+        tangents = tangents[2 + ROWS :]
+        moving = _present(tangents)
+
+        def function(*given):
+            return _reference_outputs(form, rows, _replaced(tensors, moving, given))
+
+        pushed = _push_forward(function, [tensors[i] for i in moving], [tangents[i] for i in moving])
+        return (*pushed, None) if form.cell.saved else tuple(pushed)
+
+
+class DualScanGrad(ScanGrad):
+    """ScanGrad with a forward-mode derivative: forward over reverse, as in torch.func.hessian."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ScanGrad.setup_context(ctx, inputs, output)
+        tensors = inputs[4:]
+        ctx.save_for_forward(*tensors[:ROWS], *tensors[ROWS + Form(*ctx.form).kept :])
+
+    @staticmethod
+    @_one_by_one_in_legacy_vmap
+    @_forward_mode_on
+    def jvp(ctx: Any, *tangents):
+        form = Form(*ctx.form)
+        rows, tensors = _primals(ctx.saved_tensors[:ROWS]), _primals(ctx.saved_tensors[ROWS:])
+        tangents = tangents[4 + ROWS + form.kept :]
+        moving = _present(tangents)
+        function = reference_gradients(form, rows, ctx.wanted, tensors, moving)
+        return _push_forward(function, [tensors[i] for i in moving], [tangents[i] for i in moving])
+
+
+def _primals(tensors: tuple) -> list[Maybe]:
+    """Without the tangents of this level, but with those of the levels around it."""
+    return [None if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
+
+
+def _push_forward(function, at: list[Tensor], tangents: list[Tensor]) -> tuple:
+    """J v as the transpose of v -> v^T J: forward mode cannot be nested in a jvp rule at its own level."""
+    outputs, vjp = torch.func.vjp(function, *at)
+    _, transpose = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))
+    return transpose(tuple(tangents))[0]
+
+
+# ---- What the layers call ----------------------------------------------------------------------------
+
+
+def scan(
+    name: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Weights,
+    rows: Rows,
+    keep_history: bool = False,
+    listener: Listener | None = None,
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """One layer: (y [N, D*P], h_n [D, B, P] and the other last states [D, B, H], and where these are kept the
+    history of those beside h [D, N, H]).
+
+    x [N, I]; states: h0 [D, B, P] and the others [D, B, H]. ``listener`` is called with the complete
+    gradients of every state, dL/dh_t [D, N, P] and others [D, N, H], at each back-propagation.
+    """
+    if len(states) > 1 and states[1] is states[0]:
+        states = (states[0], states[1].view_as(states[1]))  # torch.compile takes no tensor twice
+    options = (rows.batch_sizes, rows.lengths, rows.reset)
+    tensors = (x, *states, *weights)
+    needed = _is_dual() or _needs_function(tensors)
+    packed = _prepack.find(weights, needed) if _prepack.packs and not _is_traced() else None
+    S = len(states)
+    if needed:
+        y, *results = _scan_function().apply(name, rows.batch_first, *options, *tensors)
+        if listener is not None and y.grad_fn is not None:
+            y.grad_fn.listener = listener  # the ctx of Scan.backward
+        return y, results[:S], results[S : 2 * S - 1]
+    keep = Keep.HISTORY if keep_history else Keep.NOTHING
+    if packed is not None:
+        weights = ()
+    y, last, history, _ = _operators.scan(name, x, states, weights, packed, *options, rows.batch_first, keep)
+    return y, last, history
+
+
+def _is_dual() -> bool:
+    """Whether forward-mode derivatives are being taken."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def _scan_function() -> type[Scan]:
+    if _is_dual():
+        return DualScan
+    return Scan if _is_traced() else EagerScan
+
+
+def _grad_function() -> type[ScanGrad]:
+    return DualScanGrad if _is_dual() else ScanGrad
+
+
+def _without_autocast(x: Tensor):
+    """What is computed for back-propagation has the dtype of the scan, also inside a region of autocast."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _needs_function(tensors: tuple) -> bool:
+    if torch.jit.is_tracing():  # operators alone: the trace is checked against one without gradients
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return _is_traced() and not torch.compiler.is_compiling()
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile, torch.export or a transform of torch.func looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -1,0 +1,173 @@
+"""The operators: what torch asks of them besides kernels, and those of their parts that are torch operations.
+
+Their schemas, with all shapes, stand in csrc/common/operators.h.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C, _cuda  # noqa: F401  (_C registers the operators)
+from .reference import CELLS, SLOTS, Cell
+from .rows import Rows
+
+Maybe = Tensor | None
+
+
+class Keep:
+    """What a scan keeps beside y and the last states."""
+
+    NOTHING = 0
+    FOR_BACKWARD = 1
+    HISTORY = 2
+
+
+# ---- Fake kernels: the shapes of the results ---------------------------------------------------------
+
+
+@torch.library.register_fake("fastrnn::scan")
+def _(cell, x, states, weights, packed, batch_sizes, lengths, reset, batch_first, keep):
+    numbers, like = CELLS[cell], states[0]
+    (D, _, P), N, H = like.shape, x.shape[0], states[-1].shape[2]
+    if packed is None:
+        H = weights[0].shape[0] // numbers.gates
+    return (
+        like.new_empty(N, D * P),
+        [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states],
+        [like.new_empty(D, N, H) for _ in states[1:] if keep != Keep.NOTHING],
+        [like.new_empty(D, N, numbers.saved * H)] if keep == Keep.FOR_BACKWARD and numbers.saved else [],
+    )
+
+
+@torch.library.register_fake("fastrnn::scan_backward")
+def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, *rows_and_keep):
+    dgates_width = CELLS[cell].gradients * weights[0].shape[0] // CELLS[cell].gates
+    dgates = y.new_empty(states[0].shape[0], y.shape[0], dgates_width)
+    return dgates, *_scanned_back(cell, y, states, weights, rows_and_keep[-1])
+
+
+@torch.library.register_fake("fastrnn::scan_backward.over")
+def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, *rows_and_keep):
+    return _scanned_back(cell, y, states, weights, rows_and_keep[-1])
+
+
+def _scanned_back(cell: str, y, states, weights, keep: bool) -> tuple[list[Tensor], ...]:
+    (D, _, _), H, projected = (
+        states[0].shape,
+        weights[0].shape[0] // CELLS[cell].gates,
+        weights[4] is not None,
+    )
+    return (
+        [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states],
+        [
+            y.new_empty(D, y.shape[0], state.shape[2])
+            for k, state in enumerate(states)
+            if keep or (k == 0 and projected)
+        ],
+        [y.new_empty(CELLS[cell].vectors, H) for _ in range(D) if CELLS[cell].vectors],
+    )
+
+
+@torch.library.register_fake("fastrnn::weight_gradients")
+def _(cell, dgates, x, y, states, weights, batch_sizes, lengths, reset, batch_first, inputs, of_weights):
+    (D, _, P), (GH, I) = states[0].shape, weights[0].shape
+    dx = [torch.empty_like(x, memory_format=torch.contiguous_format)] if inputs else []
+    shapes = [(GH, I), (GH, P), (GH,), (GH,)] * D
+    return dx, [y.new_empty(shape) for shape in shapes if of_weights]
+
+
+@torch.library.register_fake("fastrnn::pack")
+def _(cell, weights, bfloat16):  # how long depends on the processor
+    return weights[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+# ---- The gradients of weights and input from torch operations ------------------------------------------
+
+
+def input_gradients(cell: Cell, dgates: Tensor) -> Tensor:
+    """The part of dgates [N, E*H] that belongs to the input's gates [N, G*H]: its last G blocks."""
+    H = dgates.shape[-1] // cell.gradients
+    return dgates[..., (cell.gradients - cell.gates) * H :]
+
+
+def recurrent_gradients(cell: Cell, dgates: Tensor) -> Tensor:
+    """The part of dgates [N, E*H] that belongs to the recurrent gates, in the order of W_hh [G*H, P]."""
+    H = dgates.shape[-1] // cell.gradients
+    first = dgates[..., : cell.gates * H]
+    # Where x and the recurrent product have different gradients (GRU's last gate), the recurrent one stands
+    # first in dgates; here it goes back to the end.
+    return first if cell.gradients == cell.gates else first.roll(-H, -1)
+
+
+def composed_weight_gradients(
+    name, dgates, x, y, states, weights, batch_sizes, lengths, reset, batch_first, inputs, of_weights
+):
+    """The operator ``fastrnn::weight_gradients``, for vmap and for the tests."""
+    cell, h0 = CELLS[name], states[0]
+    D, B, P = h0.shape
+    rows = Rows.of(x.shape[0], B, batch_first, batch_sizes, lengths, reset)
+    dgx, w_ih = input_gradients(cell, dgates), weights[0::SLOTS]
+    dx = [sum(dgx[d] @ w_ih[d] for d in range(D))] if inputs else []
+    if not of_weights:
+        return dx, []
+    dga = recurrent_gradients(cell, dgates)
+    x, dweights = rows.without_padding(x), []
+    for d in range(D):
+        before = rows.previous(y[:, d * P : (d + 1) * P], h0[d], d)
+        dweights += [dgx[d].T @ x, dga[d].T @ before, dgx[d].sum(0), dga[d].sum(0)]
+    return dx, dweights
+
+
+def weight_gradients_of_torch(
+    name, dgates, x, y, states, weights, batch_sizes, lengths, reset, batch_first, inputs, of_weights
+):
+    """The operator ``fastrnn::weight_gradients`` on CUDA, where torch's own products are the fastest. Like
+    ``composed_weight_gradients``, without its copies of what is as large as the sequence."""
+    cell, h0, w_ih = CELLS[name], states[0], weights[0::SLOTS]
+    D, B, P = h0.shape
+    rows = Rows.of(x.shape[0], B, batch_first, batch_sizes, lengths, reset)
+    dgx, dx = input_gradients(cell, dgates), []
+    if inputs:
+        dx = [dgx[0] @ w_ih[0]]
+        if D == 2:
+            dx[0].addmm_(dgx[1], w_ih[1])
+    if not of_weights:
+        return dx, []
+    (GH, _), x = w_ih[0].shape, rows.without_padding(x)
+    sums, dweights = dgates.sum(1), []
+    for d in range(D):
+        dga, h, dw_hh = dgates[d, :, :GH], y[:, d * P : (d + 1) * P], dgates.new_empty(GH, P)
+        if batch_first or batch_sizes is not None or reset is not None or (d == 1 and lengths is not None):
+            torch.mm(dga.T, rows.previous(h, h0[d], d), out=dw_hh)
+        else:  # the state before a row lies B rows before it, or is the initial one
+            N = len(h)
+            begin, rest, before = (
+                (slice(0, B), slice(B, N), slice(0, N - B))
+                if d == 0
+                else (slice(N - B, N), slice(0, N - B), slice(B, N))
+            )
+            torch.mm(dga[begin].T, h0[d], out=dw_hh)
+            if N > B:
+                dw_hh.addmm_(dga[rest].T, h[before])
+        db_hh = sums[d, :GH]
+        if cell.gradients > cell.gates:  # the gate that is kept apart stands first
+            H = GH // cell.gates
+            dw_hh, db_hh = dw_hh.roll(-H, 0), db_hh.roll(-H, 0)
+        dweights += [dgx[d].T @ x, dw_hh, input_gradients(cell, sums[d]).clone(), db_hh.clone()]
+    return dx, dweights
+
+
+torch.library.impl("fastrnn::weight_gradients", "CUDA")(weight_gradients_of_torch)
+_cuda.missing()  # or registers the scans
+
+# Resolved once: looking an operator up by name costs some microseconds.
+scan = torch.ops.fastrnn.scan.default
+scan_backward = torch.ops.fastrnn.scan_backward.default
+scan_backward_over = torch.ops.fastrnn.scan_backward.over
+weight_gradients = torch.ops.fastrnn.weight_gradients.default
+
+
+def slots(weights: Sequence[Maybe]) -> list[tuple[Maybe, ...]]:
+    """The weights, six for each direction, as all w_ih, all w_hh, all b_ih, b_hh, w_hr and u."""
+    return [tuple(weights[slot::SLOTS]) for slot in range(SLOTS)]
