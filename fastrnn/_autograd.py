@@ -60,7 +60,7 @@ def _one_by_one_in_legacy_vmap(rule):
         batched = [i for i, t in enumerate(tensors) if t is not None and _is_legacy_batched(t)]
         if not batched:
             return rule(ctx, *tensors)
-        each = zip(*(torch._remove_batch_dim(tensors[i], level, 1, 0) for i in batched), strict=True)
+        each = zip(*(torch._remove_batch_dim(tensors[i], level, 1, 0) for i in batched), strict=True)  # type: ignore[arg-type]
         results = [rule(ctx, *_replaced(tensors, batched, one)) for one in each]
         return tuple(
             None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
@@ -184,7 +184,7 @@ class ScanGrad(torch.autograd.Function):
         present = _present(tensors)
         with _without_autocast(tensors[2 * form.cell.states]):
             function = reference_gradients(form, rows, ctx.wanted, tensors, present)
-            outputs, pull = torch.func.vjp(function, *(tensors[i] for i in present))
+            outputs, pull = torch.func.vjp(function, *(tensors[i] for i in present))  # type: ignore[misc]
             found = pull(_or_zeros(gradients, outputs))
         nothing = (None,) * (4 + ROWS + form.kept)
         return nothing + tuple(_replaced([None] * len(tensors), present, found))
@@ -243,18 +243,20 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
     y, history, saved = kept[0], kept[1:S], kept[S] if cell.saved else None
     options = (*rows, form.batch_first)
     wanted_slots = _operators.slots(wanted[1 + S :])
-    hidden = cell.hidden(saved, *history) if any(wanted_slots[4]) else None  # before saved is written over
+    hidden = None
+    if any(wanted_slots[4]) and cell.hidden is not None:
+        hidden = cell.hidden(saved, *history)  # before saved is written over
     arguments = (gradients[0], gradients[1 : 1 + S], gradients[1 + S :], y, history, saved, states, weights)
     keep = listener is not None
     if over:
         dstates, complete, du = _operators.scan_backward_over(form.name, *arguments, *options, keep)
-        torch.autograd.graph.increment_version(saved)
+        torch.autograd.graph.increment_version(saved)  # type: ignore[arg-type]
         dgates = saved
     else:
         dgates, dstates, complete, du = _operators.scan_backward(form.name, *arguments, *options, keep)
     if listener is not None:
         listener(complete)
-    products = _operators.weight_gradients
+    products: Callable = _operators.weight_gradients
     if x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
         products = _operators.weight_gradients_of_torch
     of_weights = any(any(want) for want in wanted_slots[:4])
@@ -293,7 +295,7 @@ def reference_gradients(form: Form, rows, wanted: tuple, tensors, varying: list[
         def outputs(*some):
             return _reference_outputs(form, rows, _replaced(inputs, wanted_inputs, some))
 
-        results, pull = torch.func.vjp(outputs, *(inputs[i] for i in wanted_inputs))
+        results, pull = torch.func.vjp(outputs, *(inputs[i] for i in wanted_inputs))  # type: ignore[misc]
         return pull(_or_zeros(gradients, results))
 
     return function
@@ -389,10 +391,10 @@ def _primals(tensors: tuple) -> list[Maybe]:
     return [None if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
 
 
-def _push_forward(function, at: list[Tensor], tangents: list[Tensor]) -> tuple:
+def _push_forward(function, at: list, tangents: list) -> tuple:
     """J v as the transpose of v -> v^T J: forward mode cannot be nested in a jvp rule at its own level."""
-    outputs, vjp = torch.func.vjp(function, *at)
-    _, transpose = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))
+    outputs, vjp = torch.func.vjp(function, *at)  # type: ignore[misc]
+    _, transpose = torch.func.vjp(vjp, tuple(torch.zeros_like(o) for o in outputs))  # type: ignore[misc]
     return transpose(tuple(tangents))[0]
 
 

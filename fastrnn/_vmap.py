@@ -3,6 +3,8 @@
 Each helper takes or gives tensors with V first.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,12 +65,10 @@ def gradients(form, V: int, wanted: tuple, grouped: tuple, dims: tuple) -> tuple
     dx, dweights = torch.func.vmap(products, in_dims=in_dims)(*mapped)
     dw_hr: list[Tensor] = []
     if any(wanted_slots[4]):
-        dw_hr = list(
-            (
-                _unfold_saved(complete[0], V, B, batch_first).mT
-                @ _unfold_saved(cell.hidden(saved, *history), V, B, batch_first)
-            ).unbind(1)
+        dh, hidden = (
+            _unfold_saved(t, V, B, batch_first) for t in (complete[0], cell.hidden(saved, *history))
         )
+        dw_hr = list((dh.mT @ hidden).unbind(1))
     dstates = [_unfold_state(t, V) for t in dstates]
     return tuple(_autograd.chosen(wanted, dx, dstates, dweights, dw_hr, []))
 
@@ -85,7 +85,7 @@ def one_by_one(function, V: int, options: tuple, args: tuple, dims: tuple):
     return outputs, (0,) * len(outputs)
 
 
-def _front(t: Maybe, dim: int | None, V: int) -> Maybe:
+def _front(t: Any, dim: int | None, V: int) -> Any:
     if t is None:
         return None
     return t.expand(V, *t.shape) if dim is None else t.movedim(dim, 0)

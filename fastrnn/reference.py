@@ -78,8 +78,8 @@ class Cell:
 
     @classmethod
     def of(cls, name: str, step: Callable, hidden: Callable | None = None) -> "Cell":
-        *numbers, reuses_saved = torch.ops.fastrnn.cell_info(name)
-        return cls(step, hidden, *numbers, bool(reuses_saved))
+        gates, gradients, vectors, states, saved, reuses_saved = torch.ops.fastrnn.cell_info(name)
+        return cls(step, hidden, gates, gradients, vectors, states, saved, bool(reuses_saved))
 
 
 CELLS = {

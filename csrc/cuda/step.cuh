@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
   BackwardDirection<S> direction = p.direction;
   if (p.dh_hidden)
     direction.doutput[kH] = {}, direction.complete[kH] = {};  // backward_projected has done both
-  const BackwardColumns<S> d(direction, j);
+  const BackwardColumns<S, kInfo.states> d(direction, j);
   const int64_t before = p.reverse ? p.t + 1 : p.t - 1;
   // mutant: single-steps-rows-begin-a-step-late
   const bool begins = before < 0 || before >= p.sequence.T || p.sequence.rows(before) <= b;

@@ -3,8 +3,9 @@
 //
 //   drive CELL f32|f64 T B I H P THREADS [quiet]
 //
-// P is 0 without projection. Prints y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh, du, a
-// number a line, unless quiet. Array k is filled with value(k, i).
+// P is 0 without projection. Prints y, each last state, dgates, dL/d(each initial state), dx, dw_ih, dw_hh,
+// db_ih, db_hh, du, a number a line, unless quiet. Array k is filled with value(k, i).
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -46,7 +47,7 @@ struct Shape {
 template <class Cell, class S>
 struct Step {
   static constexpr int64_t G = Cell::kInfo.gates, E = Cell::kInfo.gradients(), K = Cell::kInfo.saved,
-                           U = Cell::kInfo.vectors;
+                           U = Cell::kInfo.vectors, kStates = Cell::kInfo.states;
 
   explicit Step(const Shape& shape) : s(shape) {}
 
@@ -55,16 +56,18 @@ struct Step {
   const Sequence sequence{s.T, s.B, s.B, 1, nullptr, nullptr, nullptr, nullptr, nullptr};
   const Parallel parallel{s.threads, run_threads};
   const std::vector<S> x = filled<S>(1, N* s.I, 1), h0 = filled<S>(2, s.B* s.P, 1),
-                       c0 = filled<S>(3, s.B* s.H, 1), w_ih = filled<S>(4, G* s.H* s.I, 0.3),
+                       other0 = filled<S>(3, s.B* s.H, 1), w_ih = filled<S>(4, G* s.H* s.I, 0.3),
                        w_hh = filled<S>(5, G* s.H* s.P, 0.3), b_ih = filled<S>(6, G* s.H, 1),
                        b_hh = filled<S>(7, G* s.H, 1), w_hr = filled<S>(8, s.P* s.H, 0.3),
                        dy = filled<S>(9, N* s.P, 1), u = filled<S>(10, U* s.H, 0.3);
-  std::vector<S> y = filled<S>(0, N* s.P, 0), h_n = filled<S>(0, s.B* s.P, 0), c_n = c0,
-                 saved = filled<S>(0, N * K * s.H, 0), saved_c = filled<S>(0, N* s.H, 0),
-                 dgates = filled<S>(0, N * E * s.H, 0), dh0 = filled<S>(0, s.B* s.P, 0),
-                 dc0 = filled<S>(0, s.B* s.H, 0), dh = filled<S>(0, N* s.P, 0), dx = filled<S>(0, N* s.I, 0),
+  std::vector<S> y = filled<S>(0, N* s.P, 0), h_n = filled<S>(0, s.B* s.P, 0),
+                 saved = filled<S>(0, N * K * s.H, 0), dgates = filled<S>(0, N * E * s.H, 0),
+                 dh0 = filled<S>(0, s.B* s.P, 0), dh = filled<S>(0, N* s.P, 0), dx = filled<S>(0, N* s.I, 0),
                  dw_ih = filled<S>(0, G* s.H* s.I, 0), dw_hh = filled<S>(0, G* s.H* s.P, 0),
                  db_ih = filled<S>(0, G* s.H, 0), db_hh = db_ih, du = filled<S>(0, U* s.H, 0);
+  // Of the states beside h, which all begin with the same numbers.
+  std::vector<std::vector<S>> last{kStates - 1, other0}, history{kStates - 1, filled<S>(0, N* s.H, 0)},
+      dothers{kStates - 1, filled<S>(0, s.B* s.H, 0)};
 
   Weights<S> weights() const {
     return {.w_ih = {w_ih.data(), s.I},
@@ -75,27 +78,17 @@ struct Step {
             .u = {u.data(), s.H}};
   }
 
-  template <class F32, class F64>
-  static constexpr auto pick(F32 f32, F64 f64) {
-    if constexpr (std::is_same_v<S, float>)
-      return f32;
-    else
-      return f64;
-  }
-
   bool forward(const CellKernels& kernels) {
     ForwardProblem<S> problem{};
     problem.sequence = sequence, problem.H = s.H, problem.P = s.P, problem.directions = 1;
     problem.parallel = parallel, problem.x = {x.data(), s.I}, problem.I = s.I;
     problem.projected = s.projected;
-    problem.direction[0] = {.weights = weights(),
-                            .h0 = {h0.data(), s.P},
-                            .y = {y.data(), s.P},
-                            .h_n = {h_n.data(), s.P},
-                            .c = {c_n.data(), s.H},
-                            .saved = {saved.data(), K * s.H},
-                            .saved_c = {saved_c.data(), s.H}};
-    return pick(kernels.forward_f32, kernels.forward_f64)(problem);
+    ForwardDirection<S>& d = problem.direction[0];
+    d.weights = weights(), d.h0 = {h0.data(), s.P}, d.saved = {saved.data(), K * s.H};
+    d.last[kH] = {h_n.data(), s.P}, d.history[kH] = {y.data(), s.P};
+    for (size_t k = 1; k < kStates; ++k)
+      d.last[k] = {last[k - 1].data(), s.H}, d.history[k] = {history[k - 1].data(), s.H};
+    return kernels.of<S>().forward(problem);
   }
 
   bool backward(const CellKernels& kernels) {
@@ -103,13 +96,15 @@ struct Step {
     problem.sequence = sequence, problem.H = s.H, problem.P = s.P, problem.directions = 1;
     problem.parallel = parallel;
     BackwardDirection<S>& d = problem.direction[0];
-    d.weights = weights(), d.dy = {dy.data(), s.P}, d.saved = {saved.data(), K * s.H};
-    d.saved_c = {saved_c.data(), s.H}, d.y = {y.data(), s.P}, d.h0 = {h0.data(), s.P};
-    d.c0 = {c0.data(), s.H}, d.dgates = {dgates.data(), E * s.H}, d.dh = {dh0.data(), s.P};
-    d.dc = {dc0.data(), s.H};
-    d.du = {du.data(), s.H};
-    if (s.projected) d.dh_rows = {dh.data(), s.P};
-    return pick(kernels.backward_f32, kernels.backward_f64)(problem);
+    d.weights = weights(), d.doutput[kH] = {dy.data(), s.P}, d.saved = {saved.data(), K * s.H};
+    d.history[kH] = {y.data(), s.P}, d.initial[kH] = {h0.data(), s.P}, d.dstate[kH] = {dh0.data(), s.P};
+    for (size_t k = 1; k < kStates; ++k) {
+      d.history[k] = {history[k - 1].data(), s.H}, d.initial[k] = {other0.data(), s.H};
+      d.dstate[k] = {dothers[k - 1].data(), s.H};
+    }
+    d.dgates = {dgates.data(), E * s.H}, d.du = {du.data(), s.H};
+    if (s.projected) d.complete[kH] = {dh.data(), s.P};
+    return kernels.of<S>().backward(problem);
   }
 
   bool products(const CellKernels& kernels) {
@@ -121,12 +116,16 @@ struct Step {
     d.weights = weights(), d.dgates = {dgates.data(), E * s.H}, d.y = {y.data(), s.P};
     d.h0 = {h0.data(), s.P}, d.dw_ih = {dw_ih.data(), s.I}, d.dw_hh = {dw_hh.data(), s.P};
     d.db_ih = db_ih.data(), d.db_hh = db_hh.data();
-    return pick(kernels.products_f32, kernels.products_f64)(problem);
+    return kernels.of<S>().products(problem);
   }
 
   void print() const {
-    for (const auto* array : {&y, &h_n, &c_n, &dgates, &dh0, &dc0, &dx, &dw_ih, &dw_hh, &db_ih, &db_hh, &du})
-      for (const S number : *array) std::printf("%.17g\n", static_cast<double>(number));
+    const auto show = [](const std::vector<S>& array) {
+      for (const S number : array) std::printf("%.17g\n", static_cast<double>(number));
+    };
+    show(y), show(h_n), std::for_each(last.begin(), last.end(), show);
+    show(dgates), show(dh0), std::for_each(dothers.begin(), dothers.end(), show);
+    for (const auto* array : {&dx, &dw_ih, &dw_hh, &db_ih, &db_hh, &du}) show(*array);
   }
 };
 
