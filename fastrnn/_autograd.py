@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from . import _operators, _prepack, _vmap, reference
 from ._operators import Keep, Maybe
-from .reference import CELLS, SLOTS
+from .reference import CELLS, SLOTS, W_HR
 from .rows import Rows
 
 __all__ = ["Weights", "scan"]
@@ -91,7 +91,7 @@ class Scan(torch.autograd.Function):
         *rows, x = tensors[: ROWS + 1]
         states, weights = _split(CELLS[name], tensors[ROWS + 1 :])
         y, last, history, saved = _operators.scan(
-            name, x, states, weights, None, *rows, batch_first, Keep.FOR_BACKWARD
+            name, x, states, *_operators.given(weights), None, *rows, batch_first, Keep.FOR_BACKWARD
         )
         return y, *last, *history, *saved
 
@@ -242,11 +242,11 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
     states, weights = _split(cell, inputs[1:])
     y, history, saved = kept[0], kept[1:S], kept[S] if cell.saved else None
     options = (*rows, form.batch_first)
-    wanted_slots = _operators.slots(wanted[1 + S :])
+    wanted_weights, given = wanted[1 + S :], _operators.given(weights)
     hidden = None
-    if any(wanted_slots[4]) and cell.hidden is not None:
+    if any(wanted_weights[W_HR::SLOTS]) and cell.hidden is not None:
         hidden = cell.hidden(saved, *history)  # before saved is written over
-    arguments = (gradients[0], gradients[1 : 1 + S], gradients[1 + S :], y, history, saved, states, weights)
+    arguments = (gradients[0], gradients[1 : 1 + S], gradients[1 + S :], y, history, saved, states, *given)
     keep = listener is not None
     if over:
         dstates, complete, du = _operators.scan_backward_over(form.name, *arguments, *options, keep)
@@ -259,8 +259,8 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
     products: Callable = _operators.weight_gradients
     if x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
         products = _operators.weight_gradients_of_torch
-    of_weights = any(any(want) for want in wanted_slots[:4])
-    dx, dweights = products(form.name, dgates, x, y, states, weights, *options, wanted[0], of_weights)
+    of_weights = any(want for i, want in enumerate(wanted_weights) if i % SLOTS < W_HR)
+    dx, dweights = products(form.name, dgates, x, y, states, *given, *options, wanted[0], of_weights)
     dw_hr = [] if hidden is None else [complete[0][d].T @ hidden[d] for d in range(len(hidden))]
     return chosen(wanted, dx, dstates, dweights, dw_hr, du)
 
@@ -429,9 +429,8 @@ def scan(
             y.grad_fn.listener = listener  # the ctx of Scan.backward
         return y, results[:S], results[S : 2 * S - 1]
     keep = Keep.HISTORY if keep_history else Keep.NOTHING
-    if packed is not None:
-        weights = ()
-    y, last, history, _ = _operators.scan(name, x, states, weights, packed, *options, rows.batch_first, keep)
+    given = _operators.given(weights if packed is None else ())
+    y, last, history, _ = _operators.scan(name, x, states, *given, packed, *options, rows.batch_first, keep)
     return y, last, history
 
 

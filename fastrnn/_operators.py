@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _cuda  # noqa: F401  (_C registers the operators)
-from .reference import CELLS, SLOTS, Cell
+from .reference import CELLS, SLOTS, W_HR, Cell
 from .rows import Rows
 
 Maybe = Tensor | None
@@ -27,7 +27,7 @@ class Keep:
 
 
 @torch.library.register_fake("fastrnn::scan")
-def _(cell, x, states, weights, packed, batch_sizes, lengths, reset, batch_first, keep):
+def _(cell, x, states, weights, slots, packed, batch_sizes, lengths, reset, batch_first, keep):
     numbers, like = CELLS[cell], states[0]
     (D, _, P), N, H = like.shape, x.shape[0], states[-1].shape[2]
     if packed is None:
@@ -41,22 +41,22 @@ def _(cell, x, states, weights, packed, batch_sizes, lengths, reset, batch_first
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
-def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, *rows_and_keep):
+def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, slots, *rows_and_keep):
     dgates_width = CELLS[cell].gradients * weights[0].shape[0] // CELLS[cell].gates
     dgates = y.new_empty(states[0].shape[0], y.shape[0], dgates_width)
-    return dgates, *_scanned_back(cell, y, states, weights, rows_and_keep[-1])
+    return dgates, *_scanned_back(cell, y, states, weights, slots, rows_and_keep[-1])
 
 
 @torch.library.register_fake("fastrnn::scan_backward.over")
-def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, *rows_and_keep):
-    return _scanned_back(cell, y, states, weights, rows_and_keep[-1])
+def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, slots, *rows_and_keep):
+    return _scanned_back(cell, y, states, weights, slots, rows_and_keep[-1])
 
 
-def _scanned_back(cell: str, y, states, weights, keep: bool) -> tuple[list[Tensor], ...]:
+def _scanned_back(cell: str, y, states, weights, slots: int, keep: bool) -> tuple[list[Tensor], ...]:
     (D, _, _), H, projected = (
         states[0].shape,
         weights[0].shape[0] // CELLS[cell].gates,
-        weights[4] is not None,
+        bool(slots >> W_HR & 1),
     )
     return (
         [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states],
@@ -70,7 +70,9 @@ def _scanned_back(cell: str, y, states, weights, keep: bool) -> tuple[list[Tenso
 
 
 @torch.library.register_fake("fastrnn::weight_gradients")
-def _(cell, dgates, x, y, states, weights, batch_sizes, lengths, reset, batch_first, inputs, of_weights):
+def _(
+    cell, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights
+):
     (D, _, P), (GH, I) = states[0].shape, weights[0].shape
     dx = [torch.empty_like(x, memory_format=torch.contiguous_format)] if inputs else []
     shapes = [(GH, I), (GH, P), (GH,), (GH,)] * D
@@ -78,7 +80,7 @@ def _(cell, dgates, x, y, states, weights, batch_sizes, lengths, reset, batch_fi
 
 
 @torch.library.register_fake("fastrnn::pack")
-def _(cell, weights, bfloat16):  # how long depends on the processor
+def _(cell, weights, slots, bfloat16):  # how long depends on the processor
     return weights[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
@@ -101,13 +103,13 @@ def recurrent_gradients(cell: Cell, dgates: Tensor) -> Tensor:
 
 
 def composed_weight_gradients(
-    name, dgates, x, y, states, weights, batch_sizes, lengths, reset, batch_first, inputs, of_weights
+    name, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights
 ):
     """The operator ``fastrnn::weight_gradients``, for vmap and for the tests."""
     cell, h0 = CELLS[name], states[0]
     D, B, P = h0.shape
     rows = Rows.of(x.shape[0], B, batch_first, batch_sizes, lengths, reset)
-    dgx, w_ih = input_gradients(cell, dgates), weights[0::SLOTS]
+    dgx, w_ih = input_gradients(cell, dgates), weights[:: slots.bit_count()]
     dx = [sum(dgx[d] @ w_ih[d] for d in range(D))] if inputs else []
     if not of_weights:
         return dx, []
@@ -120,11 +122,11 @@ def composed_weight_gradients(
 
 
 def weight_gradients_of_torch(
-    name, dgates, x, y, states, weights, batch_sizes, lengths, reset, batch_first, inputs, of_weights
+    name, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights
 ):
     """The operator ``fastrnn::weight_gradients`` on CUDA, where torch's own products are the fastest. Like
     ``composed_weight_gradients``, without its copies of what is as large as the sequence."""
-    cell, h0, w_ih = CELLS[name], states[0], weights[0::SLOTS]
+    cell, h0, w_ih = CELLS[name], states[0], weights[:: slots.bit_count()]
     D, B, P = h0.shape
     rows = Rows.of(x.shape[0], B, batch_first, batch_sizes, lengths, reset)
     dgx, dx = input_gradients(cell, dgates), []
@@ -168,6 +170,10 @@ scan_backward_over = torch.ops.fastrnn.scan_backward.over
 weight_gradients = torch.ops.fastrnn.weight_gradients.default
 
 
-def slots(weights: Sequence[Maybe]) -> list[tuple[Maybe, ...]]:
-    """The weights, six for each direction, as all w_ih, all w_hh, all b_ih, b_hh, w_hr and u."""
-    return [tuple(weights[slot::SLOTS]) for slot in range(SLOTS)]
+def given(weights: Sequence[Maybe]) -> tuple[list[Tensor], int]:
+    """Of the weights, SLOTS for each direction, those that there are, and the set of their slots."""
+    slots = sum([bit for bit, w in zip(_BITS, weights, strict=False) if w is not None])
+    return [w for w in weights if w is not None], slots
+
+
+_BITS = [1 << slot for slot in range(SLOTS)]  # of one direction: the other has the same

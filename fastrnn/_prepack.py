@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import _operators
 from ._warn import warn
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -77,7 +78,7 @@ def _key(weights: Weights) -> tuple[int, ...]:
 
 def _make(cell: str, weights: Weights, bfloat16: bool) -> Pack:
     with torch.no_grad():
-        packed = torch.ops.fastrnn.pack(cell, weights, bfloat16)
+        packed = torch.ops.fastrnn.pack(cell, *_operators.given(weights), bfloat16)
     return Pack(packed, "prepacked" + " as bfloat16" * bfloat16, [State.of(t) for t in _tensors(weights)])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _autograd, _operators
 from ._operators import Maybe
+from .reference import SLOTS, W_HR
 
 
 def scan(function, V: int, form, tensors: tuple, dims: tuple):
@@ -40,7 +41,7 @@ def gradients(form, V: int, wanted: tuple, grouped: tuple, dims: tuple) -> tuple
     (_, lengths, reset), (y, *kept), (dy, *dothers) = mapped_groups
     cell, S = form.cell, form.cell.states
     x, *states = (_front(t, d, V) for t, d in zip(grouped[3][: 1 + S], dims[3][: 1 + S], strict=True))
-    weights, wanted_slots = grouped[3][1 + S :], _operators.slots(wanted[1 + S :])
+    given = _operators.given(grouped[3][1 + S :])
     B, batch_first = states[0].shape[2], form.batch_first
 
     def fold(t):
@@ -51,20 +52,20 @@ def gradients(form, V: int, wanted: tuple, grouped: tuple, dims: tuple) -> tuple
     dgates, dstates, complete, _ = _operators.scan_backward(
         form.name, _fold_rows(dy, B, batch_first), [_fold_state(t) for t in dothers[:S]],
         [fold(t) for t in dothers[S:]],
-        _fold_rows(y, B, batch_first), history, saved, [_fold_state(t) for t in states], weights, None,
+        _fold_rows(y, B, batch_first), history, saved, [_fold_state(t) for t in states], *given, None,
         _fold_lengths(lengths), _fold_rows(reset, B, batch_first), batch_first, False,
     )  # fmt: skip
     dgates = _unfold_saved(dgates, V, B, batch_first)
 
     def products(dgates, x, y, h0, lengths, reset):
         rows = (None, lengths, reset, batch_first)
-        return _operators.composed_weight_gradients(form.name, dgates, x, y, [h0], weights, *rows, True, True)
+        return _operators.composed_weight_gradients(form.name, dgates, x, y, [h0], *given, *rows, True, True)
 
     mapped = (dgates, x, y, states[0], lengths, reset)
     in_dims = tuple(None if t is None else 0 for t in mapped)
     dx, dweights = torch.func.vmap(products, in_dims=in_dims)(*mapped)
     dw_hr: list[Tensor] = []
-    if any(wanted_slots[4]):
+    if any(wanted[1 + S :][W_HR::SLOTS]):
         dh, hidden = (
             _unfold_saved(t, V, B, batch_first) for t in (complete[0], cell.hidden(saved, *history))
         )

@@ -91,7 +91,7 @@ CELLS = {
 }
 
 # What the operators take for each direction: w_ih, w_hh, b_ih, b_hh, w_hr, u (csrc/common/operators.h).
-SLOTS = 6
+SLOTS, W_HR = 6, 4
 
 
 # ---- The scan over time ------------------------------------------------------------------------------

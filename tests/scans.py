@@ -6,6 +6,7 @@ import torch
 import way_back
 from torch import Tensor
 
+from fastrnn import _operators
 from fastrnn.reference import CELLS
 from fastrnn.rows import Rows
 
@@ -70,8 +71,8 @@ class Scan:
         return [part[d] if part else None for d in range(len(self.w_ih)) for part in self.weights]
 
     def arguments(self, save: int = 1, packed: Tensor | None = None) -> tuple:
-        slots = self.slots if packed is None else []
-        return (self.name, self.x, self.states, slots, packed, *self.rows, save)
+        given = _operators.given(self.slots if packed is None else [])
+        return (self.name, self.x, self.states, *given, packed, *self.rows, save)
 
     # The results of the operators in one row: y, h_n, c_n, saved, every c; [0] in the place of those that are
     # missing.
@@ -93,7 +94,8 @@ class Scan:
         more, saves = len(self.states) > 1, CELLS[self.name].saved > 0
         return (
             self.name, dy, [dh_n, dc_n] if more else [dh_n], [dall_c] if more else [], y,
-            [saved_c] if more else [], saved if saves else None, self.states, self.slots, *self.rows, keep,
+            [saved_c] if more else [], saved if saves else None, self.states, *_operators.given(self.slots),
+            *self.rows, keep,
         )  # fmt: skip
 
     def kernel_backward(

@@ -64,7 +64,7 @@ def expected(scan):
     dy = filled(9, 1, *y.shape)
     dgates, dh0, dc0, _, _, du = scan.reference_backward(outputs, (dy, None, None, None, None))
     (dx,), (dw_ih, dw_hh, db_ih, db_hh) = _operators.composed_weight_gradients(
-        scan.name, dgates, scan.x, y, scan.states, scan.slots, *scan.rows, True, True
+        scan.name, dgates, scan.x, y, scan.states, *_operators.given(scan.slots), *scan.rows, True, True
     )
     return [y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh, *([du] if scan.u else [])]
 

@@ -260,7 +260,7 @@ def test_a_refused_call_changes_nothing(kind, case):
 # ---- Operators ---------------------------------------------------------------------------------------
 
 OPERATOR = {
-    "h0": (torch.zeros(3, 2, 4), "directions"),
+    "h0": (torch.zeros(3, 2, 4), r"h0 must be \[D, B, P\] = \[1, 2, 4\], got \[3, 2, 4\]"),
     "c0": (torch.zeros(1, 2, 5), r"c0 must be \[D, B, H\] = \[1, 2, 4\], got \[1, 2, 5\]"),
     "w_hh": ([torch.zeros(16, 5)], r"w_hh must be \[G\*H, P\] = \[16, 4\], got \[16, 5\]"),
     "b_hh": ([torch.zeros(15)], r"b_hh must be \[G\*H\] = \[16\], got \[15\]"),

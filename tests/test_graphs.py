@@ -315,7 +315,17 @@ def test_the_products_of_cuda_take_nothing_from_the_padding(name, form):
     dgates = scan.kernel_backward(outputs, scan.gradients(outputs))[0]
     poisoned = scan.x.masked_fill(scan.layout.without_padding(torch.ones(20, 1)) == 0, torch.nan)
     for products in (_operators.weight_gradients_of_torch, _operators.composed_weight_gradients):
-        arguments = (name, dgates, scan.x, outputs[0], scan.states, scan.slots, *scan.rows, True, True)
+        arguments = (
+            name,
+            dgates,
+            scan.x,
+            outputs[0],
+            scan.states,
+            *_operators.given(scan.slots),
+            *scan.rows,
+            True,
+            True,
+        )
         (dx,), dweights = products(*arguments)
         (found_dx,), found_dweights = products(*arguments[:2], poisoned, *arguments[3:])
         for a, b in zip((found_dx, *found_dweights), (dx, *dweights), strict=True):

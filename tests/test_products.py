@@ -14,7 +14,7 @@ def arguments(name, form, T=5, B=3, H=7, D=2, dtype=torch.float64, **options):
     scan = make_scan(name, T, B, H, D=D, dtype=dtype, **FORMS[form], **options)
     outputs = scan.kernel()
     dgates = scan.kernel_backward(outputs, scan.gradients(outputs, "all"))[0]
-    return name, dgates, scan.x, outputs[0], scan.states, scan.slots, *scan.rows
+    return name, dgates, scan.x, outputs[0], scan.states, *_operators.given(scan.slots), *scan.rows
 
 
 def assert_composed(products, given, tolerance):

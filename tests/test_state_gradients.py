@@ -66,19 +66,20 @@ def expected_gradients(module, x, form):
                     (below[t] @ w_ih.T + b_ih).chunk(cell.gates, -1),
                     (h @ w_hh.T + b_hh).chunk(cell.gates, -1),
                 )
-                m, cs[t] = cell.step(*gates, h, c)
+                m, *others = cell.step(*gates, (h, c)[: cell.states])
+                cs[t] = others[0] if others else None
                 hs[t] = m @ getattr(module, "weight_hr" + suffix).T if module.proj_size else m
                 h = torch.where(counts[t][:, None], hs[t], h)
-                c = torch.where(counts[t][:, None], cs[t], c) if cell.has_c else c
-            made.append((hs, cs if cell.has_c else []))
+                c = torch.where(counts[t][:, None], cs[t], c) if cell.states > 1 else c
+            made.append((hs, cs if cell.states > 1 else []))
             outputs.append(torch.stack(hs))
         below = torch.cat(outputs, -1)
     weight = torch.randn(T, B, 2 * P, dtype=x.dtype, generator=torch.manual_seed(1)) * counts[..., None]
     loss = (below * weight).sum()
     flat = torch.autograd.grad(loss, [s for hs, cs in made for s in (*hs, *cs)])
-    of_direction = 2 * T if cell.has_c else T
+    of_direction = 2 * T if cell.states > 1 else T
     parts = [flat[i * of_direction :][:of_direction] for i in range(4)]
-    return [(torch.stack(p[:T]), torch.stack(p[T:]) if cell.has_c else None) for p in parts]
+    return [(torch.stack(p[:T]), torch.stack(p[T:]) if cell.states > 1 else None) for p in parts]
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)

@@ -8,7 +8,7 @@
 
 namespace fastrnn {
 
-/// What an operator takes for each direction, one slot after the other; those that a call has not are none.
+/// What an operator takes for each direction: a list of those that there are, and the set of these slots.
 enum Slot { kWeightIh, kWeightHh, kBiasIh, kBiasHh, kWeightHr, kVectors, kSlots };
 
 /// The sizes that all arguments agree on.
@@ -19,35 +19,38 @@ struct Sizes {
 /// The weights of one layer.
 class LayerWeights {
  public:
-  LayerWeights(const CellInfo& cell, const Tensor& like, MaybeTensors&& slots) : tensors_(std::move(slots)) {
-    const auto count = static_cast<int64_t>(tensors_.size());
-    STD_TORCH_CHECK(count == kSlots || count == kMaxDirections * kSlots,
-                    "weights must be w_ih, w_hh, b_ih, b_hh, w_hr, u of 1 or 2 directions, got ", count);
-    D = count / kSlots;
-    for (size_t i = kSlots; i < tensors_.size(); ++i)
-      STD_TORCH_CHECK(tensors_[i].has_value() == tensors_[i - kSlots].has_value(), name(int64_t(i)),
-                      " must be there in each direction");
+  LayerWeights(const CellInfo& cell, const Tensor& like, const Tensors& given, int64_t slots) {
+    int64_t each = 0;
+    for (int slot = 0; slot < kSlots; ++slot) each += slots >> slot & 1;
+    const auto count = static_cast<int64_t>(given.size());
+    STD_TORCH_CHECK(each > 0 && (count == each || count == kMaxDirections * each), "expected ", each,
+                    " weights for each of 1 or 2 directions, got ", count);
+    D = count / each;
+    tensors_.resize(static_cast<size_t>(D * kSlots));
+    for (size_t i = 0, next = 0; i < tensors_.size(); ++i)
+      if (slots >> i % kSlots & 1) tensors_[i] = given[next++];
     const int64_t G = cell.gates;
     STD_TORCH_CHECK(has(kWeightIh) && at(kWeightIh).dim() == 2, "w_ih must be matrices [G*H, I]");
-    STD_TORCH_CHECK(has(kWeightHh) && at(kWeightHh).dim() == 2, "w_hh must be matrices [G*H, P]");
-    H = at(kWeightIh).size(0) / G, I = at(kWeightIh).size(1), P = at(kWeightHh).size(1);
+    STD_TORCH_CHECK(has(kWeightHh), "w_hh must be matrices [G*H, P]");
+    projected = has(kWeightHr);
+    STD_TORCH_CHECK(!projected || cell.projects, cell.name, " has no projection");
+    STD_TORCH_CHECK(!projected || at(kWeightHr).dim() == 2, "w_hr must be matrices [P, H]");
+    STD_TORCH_CHECK(has(kVectors) == (cell.vectors > 0), cell.name, cell.vectors ? " takes" : " takes no",
+                    " vectors u");
+    H = at(kWeightIh).size(0) / G, I = at(kWeightIh).size(1), P = projected ? at(kWeightHr).size(0) : H;
     STD_TORCH_CHECK(H > 0 && P > 0, "H and P must be positive, got ", H, " and ", P);
-    STD_TORCH_CHECK(!has(kWeightHr) || cell.projects, cell.name, " has no projection");
-    STD_TORCH_CHECK(has(kWeightHr) || H == P, "h must be as wide as the hidden size");
-    STD_TORCH_CHECK(has(kVectors) == (cell.vectors > 0), cell.name,
-                    cell.vectors ? " takes vectors u" : " takes no vectors u");
     const Arguments arguments(like);
     for (int64_t d = 0; d < D; ++d) {
-      const auto check = [&](Slot slot, const char* letters, const std::vector<int64_t>& expected) {
-        if (has(slot)) arguments.check(at(slot, d), name(slot), letters, expected);
+      const auto check = [&](Slot slot, const char* name, const char* letters,
+                             const std::vector<int64_t>& expected) {
+        if (has(slot)) arguments.check(at(slot, d), name, letters, expected);
       };
-      check(kWeightIh, "[G*H, I]", {G * H, I}), check(kWeightHh, "[G*H, P]", {G * H, P});
-      check(kBiasIh, "[G*H]", {G * H}), check(kBiasHh, "[G*H]", {G * H});
-      check(kWeightHr, "[P, H]", {P, H}), check(kVectors, "[U, H]", {cell.vectors, H});
+      check(kWeightIh, "w_ih", "[G*H, I]", {G * H, I}), check(kWeightHh, "w_hh", "[G*H, P]", {G * H, P});
+      check(kBiasIh, "b_ih", "[G*H]", {G * H}), check(kBiasHh, "b_hh", "[G*H]", {G * H});
+      check(kWeightHr, "w_hr", "[P, H]", {P, H}), check(kVectors, "u", "[U, H]", {cell.vectors, H});
     }
     for (MaybeTensor& tensor : tensors_)
       if (tensor) tensor = tensor->dim() == 1 ? as_contiguous(*tensor) : with_rows(*tensor);
-    projected = has(kWeightHr);
   }
 
   int64_t D, I, H, P;
@@ -77,11 +80,6 @@ class LayerWeights {
   }
 
  private:
-  static const char* name(int64_t slot) {
-    constexpr const char* kNames[kSlots] = {"w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "u"};
-    return kNames[slot % kSlots];
-  }
-
   MaybeTensors tensors_;
 };
 

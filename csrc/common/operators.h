@@ -16,15 +16,16 @@
 namespace fastrnn {
 
 // cell: a name of cells/registry.h. states: h0 [D, B, P] and the others [D, B, H]. weights: for each
-// direction w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H], u [U, H] (vectors of
-// parameters), each or none; packed: what pack made of them, in their place. batch_sizes int64 [T] (packed
-// sequence), lengths int64 [B] (dense), reset bool [N], each or none. keep: 0 nothing, 1 what backward wants,
-// 2 every state.
+// direction those that there are of w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H] and u
+// [U, H] (vectors of parameters); slots: bit k is set where the k-th of these six is there. packed: what pack
+// made of the weights, in their place. batch_sizes int64 [T] (packed sequence), lengths int64 [B] (dense),
+// reset bool [N], each or none. keep: 0 nothing, 1 what backward wants, 2 every state.
 // -> y [N, D*P]; last: h_n [D, B, P] and the others [D, B, H]; history: every state beside h [D, N, H], or
 // none;
 //    saved: [D, N, S*H], or none
 constexpr const char* kScan =
-    "scan(str cell, Tensor x, Tensor[] states, Tensor?[] weights, Tensor? packed, Tensor? batch_sizes, "
+    "scan(str cell, Tensor x, Tensor[] states, Tensor[] weights, int slots, Tensor? packed, Tensor? "
+    "batch_sizes, "
     "Tensor? lengths, Tensor? reset, bool batch_first, int keep) "
     "-> (Tensor y, Tensor[] last, Tensor[] history, Tensor[] saved)";
 
@@ -35,7 +36,8 @@ constexpr const char* kScan =
 //    for each direction [U, H], or none
 constexpr const char* kScanBackward =
     "scan_backward(str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] history, "
-    "Tensor? saved, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, "
+    "Tensor? saved, Tensor[] states, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor? lengths, "
+    "Tensor? reset, "
     "bool batch_first, bool keep) -> (Tensor dgates, Tensor[] dstates, Tensor[] complete, Tensor[] du)";
 
 // The same for a cell that reuses_saved: dgates is written over saved. Rows of saved beyond the lengths must
@@ -43,19 +45,21 @@ constexpr const char* kScanBackward =
 constexpr const char* kScanBackwardOver =
     "scan_backward.over(str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] "
     "history, "
-    "Tensor(a!) saved, Tensor[] states, Tensor?[] weights, Tensor? batch_sizes, Tensor? lengths, Tensor? "
+    "Tensor(a!) saved, Tensor[] states, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor? lengths, "
+    "Tensor? "
     "reset, "
     "bool batch_first, bool keep) -> (Tensor[] dstates, Tensor[] complete, Tensor[] du)";
 
 // -> dx [N, I] (if inputs); dweights: dw_ih, dw_hh, db_ih, db_hh for each direction (if weight_gradients)
 constexpr const char* kWeightGradients =
-    "weight_gradients(str cell, Tensor dgates, Tensor x, Tensor y, Tensor[] states, Tensor?[] weights, "
+    "weight_gradients(str cell, Tensor dgates, Tensor x, Tensor y, Tensor[] states, Tensor[] weights, int "
+    "slots, "
     "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool inputs, bool of_weights) "
     "-> (Tensor[] dx, Tensor[] dweights)";
 
 // -> uint8 [bytes]: valid in this process alone. With bfloat16 the weights (not the biases) are rounded to
 // it.
-constexpr const char* kPack = "pack(str cell, Tensor?[] weights, bool bfloat16) -> Tensor";
+constexpr const char* kPack = "pack(str cell, Tensor[] weights, int slots, bool bfloat16) -> Tensor";
 
 inline const CellInfo& cell_named(const std::string& name) {
   const CellInfo* found = nullptr;
@@ -77,13 +81,13 @@ inline const Tensor& first_state(const Tensors& states) {
 ///   static LayerWeights unpack(const CellInfo&, const Tensor& like, const Tensor& packed)
 template <class Backend>
 std::tuple<Tensor, Tensors, Tensors, Tensors> scan(std::string cell, const Tensor& x, Tensors states,
-                                                   MaybeTensors slots, const MaybeTensor& packed,
+                                                   Tensors given, int64_t slots, const MaybeTensor& packed,
                                                    const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
                                                    const MaybeTensor& reset, bool batch_first, int64_t keep) {
   const CellInfo& info = cell_named(cell);
   const Tensor& like = first_state(states);
   const LayerWeights weights =
-      packed ? Backend::unpack(info, like, *packed) : LayerWeights(info, like, std::move(slots));
+      packed ? Backend::unpack(info, like, *packed) : LayerWeights(info, like, given, slots);
   const ForwardCall call(info, weights, x, states, {batch_sizes, lengths, reset, batch_first}, keep);
   Backend::forward(call);
   return call.results();
@@ -92,11 +96,11 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> scan(std::string cell, const Tenso
 template <class Backend>
 std::tuple<Tensor, Tensors, Tensors, Tensors> scan_backward(
     std::string cell, const MaybeTensor& dy, MaybeTensors dlast, MaybeTensors dhistory, const Tensor& y,
-    Tensors history, const MaybeTensor& saved, Tensors states, MaybeTensors slots,
+    Tensors history, const MaybeTensor& saved, Tensors states, Tensors given, int64_t slots,
     const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first,
     bool keep) {
   const CellInfo& info = cell_named(cell);
-  const LayerWeights weights(info, first_state(states), std::move(slots));
+  const LayerWeights weights(info, first_state(states), given, slots);
   const BackwardCall call(info, weights, dy, dlast, dhistory, y, history, saved, states,
                           {batch_sizes, lengths, reset, batch_first}, keep, false);
   Backend::backward(call);
@@ -104,12 +108,15 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> scan_backward(
 }
 
 template <class Backend>
-std::tuple<Tensors, Tensors, Tensors> scan_backward_over(
-    std::string cell, const MaybeTensor& dy, MaybeTensors dlast, MaybeTensors dhistory, const Tensor& y,
-    Tensors history, const Tensor& saved, Tensors states, MaybeTensors slots, const MaybeTensor& batch_sizes,
-    const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first, bool keep) {
+std::tuple<Tensors, Tensors, Tensors> scan_backward_over(std::string cell, const MaybeTensor& dy,
+                                                         MaybeTensors dlast, MaybeTensors dhistory,
+                                                         const Tensor& y, Tensors history,
+                                                         const Tensor& saved, Tensors states, Tensors given,
+                                                         int64_t slots, const MaybeTensor& batch_sizes,
+                                                         const MaybeTensor& lengths, const MaybeTensor& reset,
+                                                         bool batch_first, bool keep) {
   const CellInfo& info = cell_named(cell);
-  const LayerWeights weights(info, first_state(states), std::move(slots));
+  const LayerWeights weights(info, first_state(states), given, slots);
   const BackwardCall call(info, weights, dy, dlast, dhistory, y, history, saved, states,
                           {batch_sizes, lengths, reset, batch_first}, keep, true);
   Backend::backward(call);
@@ -118,12 +125,12 @@ std::tuple<Tensors, Tensors, Tensors> scan_backward_over(
 
 template <class Backend>
 std::tuple<Tensors, Tensors> weight_gradients(std::string cell, const Tensor& dgates, const Tensor& x,
-                                              const Tensor& y, Tensors states, MaybeTensors slots,
+                                              const Tensor& y, Tensors states, Tensors given, int64_t slots,
                                               const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
                                               const MaybeTensor& reset, bool batch_first, bool inputs,
                                               bool of_weights) {
   const CellInfo& info = cell_named(cell);
-  const LayerWeights weights(info, first_state(states), std::move(slots));
+  const LayerWeights weights(info, first_state(states), given, slots);
   const ProductsCall call(info, weights, dgates, x, y, states, {batch_sizes, lengths, reset, batch_first},
                           inputs, of_weights);
   Backend::products(call);

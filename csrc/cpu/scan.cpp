@@ -73,13 +73,13 @@ int64_t pack_panels(const CellInfo& cell, const Tensor& like, const LayerWeights
   return bytes;
 }
 
-Tensor pack(std::string name, MaybeTensors slots, bool bfloat16) {
+Tensor pack(std::string name, Tensors given, int64_t slots, bool bfloat16) {
   const CellInfo& cell = cell_named(name);
-  STD_TORCH_CHECK(!slots.empty() && slots[kWeightIh], "w_ih must be matrices [G*H, I]");
-  const Tensor like = *slots[kWeightIh];
+  STD_TORCH_CHECK(!given.empty(), "there are no weights to pack");
+  const Tensor like = given[0];
   STD_TORCH_CHECK(!bfloat16 || like.scalar_type() == ScalarType::Float,
                   "only float32 weights can be stored as bfloat16");
-  LayerWeights weights(cell, like, std::move(slots));
+  LayerWeights weights(cell, like, given, slots);
   weights.packed.pairs = bfloat16;
   const PackHeader header = header_of(cell, like, weights);
   const int64_t bytes = kHeaderBytes + pack_panels(cell, like, weights, nullptr);

@@ -34,6 +34,7 @@ struct StepInputs {
   /// place in the batch. Row: int, or int64_t where there may be 2^31 rows.
   template <class Row>
   __device__ __forceinline__ void fetch(const Columns& d, Row row, Row before_row, Row batch, int H) {
+    constexpr CellInfo kNumbers = Cell::kInfo;  // nvcc: a static member is no object on the device
     if constexpr (kInfo.saved > 0) {
       const S* const from = &d.saved[row];
 #pragma unroll
@@ -42,8 +43,8 @@ struct StepInputs {
     dy = d.doutput[kH] ? d.doutput[kH][row] : S{};
 #pragma unroll
     for (int k = 0; k < kInfo.states; ++k) {
-      if (kInfo.after(k)) after[k] = d.history[k][row];
-      if (kInfo.before(k)) before[k] = before_row < 0 ? d.initial[k][batch] : d.history[k][before_row];
+      if (kNumbers.after(k)) after[k] = d.history[k][row];
+      if (kNumbers.before(k)) before[k] = before_row < 0 ? d.initial[k][batch] : d.history[k][before_row];
     }
   }
 
@@ -53,6 +54,7 @@ struct StepInputs {
   __device__ __forceinline__ BackwardUnit<Cell, Acc<S>> backward(const Columns& d, Row row, bool begins,
                                                                  const Acc<S>* u, Acc<S> dh,
                                                                  const Acc<S>* dothers) const {
+    constexpr CellInfo kNumbers = Cell::kInfo;
     using A = Acc<S>;
     BackwardUnit<Cell, A> s{};
 #pragma unroll
@@ -63,9 +65,9 @@ struct StepInputs {
     if (d.complete[kH]) d.complete[kH][row] = store<S>(s.dafter[kH]);
 #pragma unroll
     for (int k = 0; k < kInfo.states; ++k) {
-      if (kInfo.after(k)) s.after[k] = load(after[k]);
+      if (kNumbers.after(k)) s.after[k] = load(after[k]);
       // mutant: back-reset-does-not-reach-h, back-reset-does-not-reach-c
-      if (kInfo.before(k)) s.before[k] = begins ? A{} : load(before[k]);
+      if (kNumbers.before(k)) s.before[k] = begins ? A{} : load(before[k]);
     }
 #pragma unroll
     for (int k = 1; k < kInfo.states; ++k) {
