@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -163,6 +163,7 @@ class StateGradients:
 
 
 StateHook = Callable[[StateGradients], object]
+Lengths = Tensor | Sequence[int]  # [B]
 
 
 def layer_weights(columns: Sequence[_ops.Tensors], has_biases: bool) -> _ops.Weights:
@@ -402,38 +403,76 @@ def _recurrent(
     return _autocast_results(dtypes, (y if packed else rows.dense(y), h), c)
 
 
+@overload
 def lstm(
-    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.lstm``: (output, h_n, c_n), for dense and for packed arguments.
+    input: Tensor, hx: Sequence[Tensor], params: _ops.Tensors, has_biases: bool, num_layers: int,
+    dropout: float, train: bool, bidirectional: bool, batch_first: bool, /, *,
+    lengths: Lengths | None = None, reset: Tensor | None = None, return_states: bool = False,
+    state_hook: StateHook | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def lstm(
+    data: Tensor, batch_sizes: Tensor, hx: Sequence[Tensor], params: _ops.Tensors, has_biases: bool,
+    num_layers: int, dropout: float, train: bool, bidirectional: bool, /, *,
+    state_hook: StateHook | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+def lstm(*args, lengths=None, reset=None, return_states=False, state_hook=None):
+    """``torch.lstm``, the layers of an LSTM: (output, h_n, c_n), of
 
-    Dense ones also take ``lengths`` (integers [B], any order, zeros allowed: output is zero beyond, h_n and
-    c_n are the states at each length), ``reset`` (bool [T, B], [B, T] with batch_first: the state is zeroed
-    before that step) and ``return_states``: (output, h [T, L*D, B, P], c [T, L*D, B, H]), every state.
-    ``state_hook`` is called with the ``StateGradients`` of each layer whenever back-propagation passes it.
+        lstm(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        lstm(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)
+
+    input is [T, B, I], or [B, T, I] with batch_first; data [N, I] and batch_sizes [T] are those of a
+    PackedSequence. hx is (h_0 [L*D, B, P], c_0 [L*D, B, H]). params are the parameters in the order in which
+    torch.nn.LSTM has them, without biases if not has_biases.
+
+    The dense form also takes ``lengths`` (integers [B], any order, zeros allowed: output is zero beyond, h_n
+    and c_n are the states at each length), ``reset`` (bool [T, B], [B, T] with batch_first: the state is
+    zeroed before that step) and ``return_states``: (output, h [T, L*D, B, P], c [T, L*D, B, H]), every state.
+    Both call ``state_hook`` with the ``StateGradients`` of each layer whenever back-propagation passes it.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> lstm = fastrnn.LSTM(8, 16)
+        >>> x, h_0, c_0 = torch.randn(20, 3, 8), torch.zeros(1, 3, 16), torch.zeros(1, 3, 16)
+        >>> options = True, 1, 0.0, False, False, False
+        >>> y, h_n, c_n = fastrnn.functional.lstm(x, (h_0, c_0), list(lstm.parameters()), *options)
+        >>> torch.equal(y, lstm(x)[0])
+        True
     """
-    return _recurrent("lstm", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+    return _recurrent("lstm", args, lengths, reset, return_states, state_hook)
 
 
-def gru(
-    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
-) -> tuple[Tensor, Tensor]:
-    """``torch.gru``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
-    return _recurrent("gru", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+class _SingleState(Protocol):
+    """``torch.gru`` and its siblings, dense and packed."""
+
+    @overload
+    def __call__(
+        self, input: Tensor, hx: Tensor, params: _ops.Tensors, has_biases: bool, num_layers: int,
+        dropout: float, train: bool, bidirectional: bool, batch_first: bool, /, *,
+        lengths: Lengths | None = None, reset: Tensor | None = None, return_states: bool = False,
+        state_hook: StateHook | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, data: Tensor, batch_sizes: Tensor, hx: Tensor, params: _ops.Tensors, has_biases: bool,
+        num_layers: int, dropout: float, train: bool, bidirectional: bool, /, *,
+        state_hook: StateHook | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
-def rnn_tanh(
-    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
-) -> tuple[Tensor, Tensor]:
-    """``torch.rnn_tanh``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
-    return _recurrent("rnn_tanh", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+def _single_state(name: str) -> _SingleState:
+    def layers(*args, lengths=None, reset=None, return_states=False, state_hook=None):
+        return _recurrent(name, args, lengths, reset, return_states, state_hook)
+
+    layers.__name__ = layers.__qualname__ = name
+    layers.__doc__ = f"``torch.{name}``: (output, h_n). Arguments as ``lstm`` has them, with h_0 alone as hx."
+    return layers  # type: ignore[return-value]
 
 
-def rnn_relu(
-    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
-) -> tuple[Tensor, Tensor]:
-    """``torch.rnn_relu``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
-    return _recurrent("rnn_relu", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+gru = _single_state("gru")
+rnn_tanh = _single_state("rnn_tanh")
+rnn_relu = _single_state("rnn_relu")
 
 
 # ---- One step ----------------------------------------------------------------------------------------
@@ -487,13 +526,27 @@ def _cell(name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
     return results if CELLS[name].has_c else results[0]
 
 
-def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None) -> tuple[Tensor, Tensor]:
+def lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """``torch.lstm_cell``: input [B, I], hx = (h, c) [B, H] -> (h, c)."""
     return _cell("lstm", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
-def _single_state_cell(name: str):
-    def cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih=None, b_hh=None) -> Tensor:
+class _SingleStateCell(Protocol):
+    def __call__(
+        self, input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor,
+        b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+
+def _single_state_cell(name: str) -> _SingleStateCell:
+    def cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
         return _cell(name, input, hx, w_ih, w_hh, b_ih, b_hh)
 
     cell.__name__ = cell.__qualname__ = f"{name}_cell"
