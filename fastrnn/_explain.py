@@ -12,7 +12,8 @@ from .reference import CELLS
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one layer does. ``operator`` is None where torch.nn's own path runs, for the stated reason."""
+    """The kernels of one layer. Where torch.nn's own path runs, ``operator`` is None, and ``forward`` and
+    ``backward`` give the reason."""
 
     module: str
     layer: int

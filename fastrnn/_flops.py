@@ -1,5 +1,6 @@
-"""What ``torch.utils.flop_counter`` counts for the operators: the products, two FLOPs a multiply-add, as it
-does for torch.nn's. Steps beyond ``lengths`` count, because it shows shapes only."""
+"""FLOP formulas of the operators for ``torch.utils.flop_counter``: the matrix products, two FLOPs a
+multiply-add, as torch counts those of torch.nn. A formula sees shapes alone, so that steps beyond ``lengths``
+count too."""
 
 from typing import Any
 
@@ -16,7 +17,7 @@ def _register(name: str) -> None:
     operators, cell = torch.ops.fastrnn, CELLS[name]
 
     def rows(x: Shape, h0: Shape, c0: Shape | None) -> tuple[int, int, int, int]:
-        """D * N, the width of the gates, P and the width of what is projected (0: nothing is)."""
+        """(D * N, G * H, P, and H where W_hr projects h from H to P, else 0)."""
         D, _, P = h0
         H = P if c0 is None else c0[2]
         return D * x[0], cell.gates * H, P, H if H != P else 0

@@ -59,7 +59,7 @@ def is_recorded() -> bool:
     """Whether torch.jit.trace or torch.onnx.export records this call."""
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    return torch._C._is_tracing()  # torch.jit.is_tracing() adds two calls, in each short call three times
+    return torch._C._is_tracing()  # torch.jit.is_tracing() is two calls more, three times in a forward
 
 
 def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
@@ -94,8 +94,8 @@ def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[
             break
     else:
         return
-    # Autocast brings tensors to one dtype, but for float64, which it leaves as it is; on meta nothing is
-    # multiplied, and torch takes any dtypes.
+    # Autocast casts every dtype but float64 to one. On the meta device torch multiplies nothing, and accepts
+    # any dtypes.
     autocast = torch._C._is_any_autocast_enabled()
     for kind, tensors in (("hidden", hidden), ("parameter", params)):
         for t in tensors:
@@ -153,8 +153,8 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class StateGradients:
-    """What back-propagation through one layer found for its states: the complete dL/dh_t and dL/dc_t, that
-    is, with all that later steps add."""
+    """The complete gradients of one layer's states in one back-propagation: dL/dh_t and dL/dc_t, with the
+    contributions of all later steps."""
 
     layer: int  # from 0
     rows: Rows
@@ -199,8 +199,8 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scans one cell over time: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H] if all_c).
 
-    x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None. ``composed`` makes it from torch operations, for what has
-    no kernel. ``listener`` as for ``_ops.scan``.
+    x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None. ``composed`` takes the torch operations of reference.py
+    instead of a kernel. ``listener`` as for ``_ops.scan``.
     """
     sequence = _ops.Sequence(*rows[2:])
     x = _as(h0.dtype, x)
@@ -211,12 +211,13 @@ def layer(
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
-    """t.to(dtype), which takes a microsecond to find that there is nothing to do."""
+    """t.to(dtype), not called where t has that dtype: it takes a microsecond even then."""
     return t if t.dtype is dtype else t.to(dtype)
 
 
 def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
-    """torch.dropout on the rows, with the random numbers that torch.nn draws: it works time-major."""
+    """torch.dropout on the rows. The mask is drawn time-major, as in torch.nn, so that a seed gives the same
+    one."""
     if rows.batch_sizes is not None or not rows.batch_first:
         return torch.dropout(y, p, True)
     noise = torch.dropout(y.new_ones(rows.T, rows.B, y.shape[1]), p, True)
@@ -224,7 +225,8 @@ def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
 
 
 def lowered(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Under CUDA's autocast, in its dtype: torch.nn lowers recurrent layers and cells there as wholes."""
+    """The tensors, cast to the dtype of CUDA's autocast where that is on: torch.nn casts all tensors of a
+    recurrent layer or cell there."""
     if not (tensors[0].is_cuda and torch.is_autocast_enabled("cuda")):
         return list(tensors)
     dtype = torch.get_autocast_dtype("cuda")
@@ -248,12 +250,12 @@ def _torch_uses_onednn(x: Tensor) -> bool:
 def _autocast_dtypes(
     name: str, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, projected: bool, dense: bool
 ) -> tuple[torch.dtype, torch.dtype] | None:
-    """The dtypes that torch.nn's h and c have under the CPU's autocast, None outside it. The kernels compute
-    in the dtype of the weights.
+    """The dtypes of torch.nn's h and c under the CPU's autocast, to which the results are cast; None without
+    autocast. The kernels compute in the dtype of the weights.
 
-    Autocast lowers rnn, its cell and oneDNN's LSTM (``dense``) as wholes. Of the others it lowers only the
-    products inside, so that the state that is carried along (of an LSTM c) widens the result. It leaves
-    float64 as it is, and tensors on other devices."""
+    Autocast casts all tensors of an RNN, its cell and oneDNN's LSTM (``dense``). In other layers it casts the
+    matrix products alone: the state that is combined with them (c of an LSTM) keeps its dtype, and the result
+    has the wider of the two. float64 and tensors on other devices stay as they are."""
     if x.is_cuda or not torch.is_autocast_enabled("cpu"):
         return None
     carried = hidden[-1].dtype
@@ -322,14 +324,14 @@ def _tell(hook: StateHook, layer: int, rows: Rows, dh: Tensor, dc: Tensor) -> No
 
 
 def as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
-    """As a tensor; numbers become one on the CPU, whatever the default device is."""
+    """The lengths as a tensor; a list becomes a CPU tensor, whatever the default device is."""
     return lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
 
 
 def _has_numbers(t: Tensor) -> bool:
-    """Whether one may ask for them: not of a tensor that stands for others, nor of one without numbers."""
-    stands_for_others = _ops._is_traced() or torch.jit.is_tracing() or isinstance(t, FakeTensor)
-    return not (stands_for_others or t.is_meta)
+    """Whether the values can be read: not during a trace or a transform, nor from a fake or meta tensor."""
+    is_symbolic = _ops._is_traced() or torch.jit.is_tracing() or isinstance(t, FakeTensor)
+    return not (is_symbolic or t.is_meta)
 
 
 def _lengths(lengths: Tensor | Sequence[int], T: int, B: int) -> Tensor:
@@ -500,7 +502,7 @@ _ONE_STEP = _ops.Sequence(batch_first=False)
 
 
 def cell_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> list[Tensor]:
-    """Both or none, as the kernels take them: zeros for one that is missing."""
+    """[b_ih, b_hh], or [] without biases. The kernels take both or none, so a single missing one is zeros."""
     if b_ih is None:
         return [] if b_hh is None else [torch.zeros_like(b_hh), b_hh]
     return [b_ih, torch.zeros_like(b_ih) if b_hh is None else b_hh]

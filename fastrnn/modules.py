@@ -26,20 +26,20 @@ _States = tuple[Tensor, Tensor]  # (h, c)
 
 
 def _torch_name(module: nn.Module) -> str:
-    """The name of the class of torch.nn that a module stands for, as messages have it."""
+    """The name of the torch.nn class that a module replaces, for messages."""
     return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
 
 
 def _torch_forward(module: nn.Module, input, hx):
-    """torch.nn's own forward: for a trace, and for a module that is torch.nn's again by to_torch(), when
-    somebody holds on to the forward that was bound to it before."""
+    """torch.nn's own forward: while a trace records, and after to_torch() for callers that hold the bound
+    forward from before."""
     if isinstance(module, _Fused):
         functional.takes_torch_path(next(module.parameters()))
     return getattr(nn, _torch_name(module)).forward(module, input, hx)
 
 
 def _rows_of_first_step(batch_sizes: Tensor, hx) -> int:
-    """B of a packed sequence. Where torch only estimates, sizes may still be real, or the state tells B."""
+    """B of a packed sequence. Under FakeTensorMode batch_sizes may still be real; if not, B is that of hx."""
     fake = torch._C._TorchDispatchModeKey.FAKE
     if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(fake) is None:
         return int(batch_sizes[0])
@@ -65,7 +65,7 @@ class _Fused(nn.Module):
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, keywords)
         return super()._call_impl(*args, **keywords)
 
-    def __prepare_scriptable__(self):  # torch.jit.script asks for what it is to script
+    def __prepare_scriptable__(self):  # torch.jit.script calls this first
         raise RuntimeError(
             f"fastrnn: torch.jit.script does not take a fastrnn.{_torch_name(self)}; "
             "call fastrnn.to_torch(model) first"
@@ -86,9 +86,10 @@ class _Recurrent(_Fused, nn.RNNBase):
     _state_hooks: dict[int, functional.StateHook] | None = None
 
     def register_state_gradient_hook(self, hook: functional.StateHook) -> RemovableHandle:
-        """Calls ``hook(gradients)`` at each back-propagation through a layer of this module, for calls made
-        from now on: ``functional.StateGradients``, the complete dL/dh_t [D, N, P] (and dL/dc_t [D, N, H]) of
-        every step, which the backward kernels have at hand. The last layer is heard first, and the last call.
+        """Calls ``hook(gradients)`` whenever back-propagation passes a layer of this module, for forward
+        calls made from now on. The argument is a ``functional.StateGradients``: the complete dL/dh_t
+        [D, N, P], and dL/dc_t [D, N, H] of an LSTM, of every step, which the backward kernels compute anyway.
+        The order is that of back-propagation: the last call first, and in each call the last layer first.
 
         Returns a handle whose ``remove()`` ends it. A call that takes no kernel of fastrnn, or is compiled,
         raises RuntimeError while there is a hook.
@@ -100,7 +101,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         return handle
 
     def _check_forward(self, input: Tensor, hx, batch_sizes: Tensor | None, dtype: torch.dtype) -> None:
-        """torch.nn's checks, with the dtype of the weights from who has read them."""
+        """torch.nn's checks; ``dtype`` is that of the weights, read by the caller, once a call."""
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
@@ -109,7 +110,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         self.check_forward_args(input, hx, batch_sizes)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        if functional.is_recorded():  # torch warns of comparisons under way, but not of its own
+        if functional.is_recorded():  # torch.jit.trace warns of comparisons, torch.nn's excepted
             return super().check_input(input, batch_sizes)
         dims = 2 if batch_sizes is not None else 3
         if input.dim() != dims:
@@ -142,8 +143,8 @@ class _Recurrent(_Fused, nn.RNNBase):
         return (f(hx[0]), f(hx[1])) if self.mode == "LSTM" else f(hx)
 
     def _weights(self) -> list[Tensor]:
-        """``_flat_weights``, into which torch lets users write, unless an attribute has changed since it was
-        filled: then the attributes, as in torch.nn, but each is read once and nothing is flattened."""
+        """``_flat_weights``, into which users may write as in torch.nn; after an attribute has changed, the
+        attributes, as in torch.nn too. Each is read once, and nothing is flattened for cuDNN."""
         weights: list[Any] = []
         for name in self._flat_weights_names:  # Module.__getattr__ takes three times as long as the dict
             parameter = self._parameters.get(name)

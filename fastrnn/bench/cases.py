@@ -135,7 +135,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Target:
-    """What a class is held to: torch time / fastrnn time, over its shapes and on its worst one."""
+    """The target of a class for torch time / fastrnn time: geometric mean, and worst shape."""
 
     mean: float
     worst: float

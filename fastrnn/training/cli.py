@@ -154,7 +154,7 @@ class SequenceCLI(LightningCLI):
 
     @property
     def best(self) -> BestCheckpoint | None:
-        """What chose the checkpoint to test; None without checkpoints."""
+        """The callback that chose the checkpoint to test; None without checkpoints."""
         found = (c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint))
         return next(found, None)
 
@@ -186,7 +186,7 @@ class SequenceCLI(LightningCLI):
             raise
 
     def _predict(self) -> None:
-        """Predictions are written as JSON, for Lightning hands them to nobody."""
+        """Writes the predictions as JSON, because Lightning's command line drops them."""
         found = self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=self._get(self.config, "ckpt_path")
         )
@@ -268,12 +268,12 @@ def main(argv: list[str]) -> int:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """False for Lightning's advertisements and for what no run here needs."""
+    """False for Lightning's advertisements and for hints that do not apply to these runs."""
     return not record.getMessage().startswith(("💡", "`weights_only`", "TPU"))
 
 
 def run(argv: list[str], kind: type[SequenceCLI] = SequenceCLI) -> SequenceCLI:
-    """One command, in this process; the trainer and the task are attributes of what comes back."""
+    """Runs one command in this process; the result has the trainer and the task as attributes."""
     for noise in ("LightningCLI's args parameter", ".*LeafSpec", ".*num_workers"):
         warnings.filterwarnings("ignore", message=noise)
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
@@ -309,7 +309,7 @@ def run(argv: list[str], kind: type[SequenceCLI] = SequenceCLI) -> SequenceCLI:
 
 
 def command(argv: list[str], checkpoint: Path | None) -> str:
-    """The line for a shell that does what ``argv`` says, going on from a checkpoint."""
+    """A shell command that repeats ``argv`` from a checkpoint on."""
     given = [a for a in argv if not (checkpoint and a.startswith("--ckpt_path="))]
     more = [f"--ckpt_path={checkpoint}"] if checkpoint else []
     return shlex.join([sys.executable, "-m", "fastrnn", "train", *given, *more])

@@ -153,7 +153,7 @@ class GradientFlow(L.Callback):
         return {"records": self.records}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of a run that goes on; a test of the best checkpoint leaves the records of its own run alone."""
+        """Restores the records of a resumed run; a test of the best checkpoint keeps those of its own run."""
         self.records = self.records or state["records"]
 
 

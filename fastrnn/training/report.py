@@ -242,7 +242,7 @@ def configuration(folder: Path, task: L.LightningModule) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What the run stood on."""
+    """Versions and machine of the run."""
     found = {"Python": platform.python_version(), "machine": platform.platform()}
     for package in ("fastrnn", "torch", "lightning"):
         try:

@@ -1,4 +1,4 @@
-"""A run on disk: its log, checkpoints that survive a kill, and what ending early and resuming need."""
+"""A run on disk: its log, checkpoints that survive a kill, early ends and resuming."""
 
 import contextlib
 import os

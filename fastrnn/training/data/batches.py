@@ -60,7 +60,7 @@ class Batches(ABC):
     def __len__(self) -> int: ...
 
     def decisive(self) -> dict[str, Any]:
-        """What decides, with (epoch, position), what a batch holds, by the names of the data's settings."""
+        """The settings that, with (epoch, position), determine the content of a batch."""
         return {}
 
     @abstractmethod
