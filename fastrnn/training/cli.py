@@ -160,7 +160,7 @@ class SequenceCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """A test of the best checkpoint, or of the last weights where no checkpoint was chosen."""
-        if not self.trainer.fast_dev_run and self.trainer.global_step:
+        if not self.trainer.fast_dev_run and self.trainer.global_step:  # type: ignore[attr-defined]
             best = self.best.best_model_path if self.best else ""
             if not best:
                 rank_zero_info("no checkpoint was chosen by validation: the last weights are tested")
@@ -168,7 +168,7 @@ class SequenceCLI(LightningCLI):
         self.after_test()
 
     def after_test(self) -> None:
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Report) and callback.path:  # only the first process has one
                 say(f"report: {callback.path.resolve()}")
 
@@ -190,7 +190,7 @@ class SequenceCLI(LightningCLI):
         found = self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=self._get(self.config, "ckpt_path")
         )
-        path = Path(self.trainer.log_dir) / f"predictions{self.trainer.global_rank or ''}.json"
+        path = Path(self.trainer.log_dir or ".") / f"predictions{self.trainer.global_rank or ''}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found, ensure_ascii=False, indent=1, default=lambda t: t.tolist())
         path.write_text(text, encoding="utf-8")

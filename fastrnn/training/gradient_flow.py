@@ -147,7 +147,7 @@ class GradientFlow(L.Callback):
             for loss, quantities in self.records[-1]["norms"].items()
             for quantity in quantities
         }
-        np.savez_compressed(path, steps=[r["step"] for r in self.records], **arrays)
+        np.savez_compressed(path, steps=[r["step"] for r in self.records], **arrays)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         return {"records": self.records}

@@ -119,6 +119,7 @@ class ItemBatches(Batches):
     def order(self, epoch: int) -> Tensor:
         """The items' numbers [count]; made once an epoch, for it takes as long as there are items."""
         if self._order is None or self._order[0] != epoch:
+            assert self.seed is not None
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(self.count, generator=generator)
         return self._order[1]
