@@ -12,8 +12,7 @@ from .reference import CELLS
 
 @dataclass(frozen=True)
 class Explanation:
-    """The kernels of one layer. Where torch.nn's own path runs, ``operator`` is None, and ``forward`` and
-    ``backward`` give the reason."""
+    """What one layer does. ``operator`` is None where torch.nn's own path runs, for the stated reason."""
 
     module: str
     layer: int

@@ -17,7 +17,7 @@ def _register(name: str) -> None:
     operators, cell = torch.ops.fastrnn, CELLS[name]
 
     def rows(x: Shape, h0: Shape, c0: Shape | None) -> tuple[int, int, int, int]:
-        """(D * N, G * H, P, and H where W_hr projects h from H to P, else 0)."""
+        """D * N, the width of the gates, P and the width of what is projected (0: nothing is)."""
         D, _, P = h0
         H = P if c0 is None else c0[2]
         return D * x[0], cell.gates * H, P, H if H != P else 0

@@ -164,6 +164,7 @@ class StateGradients:
 
 StateHook = Callable[[StateGradients], object]
 Lengths = Tensor | Sequence[int]  # [B]
+Parameters = list[Tensor] | tuple[Tensor, ...]
 
 
 def layer_weights(columns: Sequence[_ops.Tensors], has_biases: bool) -> _ops.Weights:
@@ -199,8 +200,8 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scans one cell over time: (y [N, D*P], h_n [D, B, P], c_n [D, B, H], every c [D, N, H] if all_c).
 
-    x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None. ``composed`` takes the torch operations of reference.py
-    instead of a kernel. ``listener`` as for ``_ops.scan``.
+    x [N, I]; h0 [D, B, P]; c0 [D, B, H] or None. ``composed`` makes it from torch operations, for what has
+    no kernel. ``listener`` as for ``_ops.scan``.
     """
     sequence = _ops.Sequence(*rows[2:])
     x = _as(h0.dtype, x)
@@ -407,14 +408,14 @@ def _recurrent(
 
 @overload
 def lstm(
-    input: Tensor, hx: Sequence[Tensor], params: _ops.Tensors, has_biases: bool, num_layers: int,
+    input: Tensor, hx: Sequence[Tensor], params: Parameters, has_biases: bool, num_layers: int,
     dropout: float, train: bool, bidirectional: bool, batch_first: bool, /, *,
     lengths: Lengths | None = None, reset: Tensor | None = None, return_states: bool = False,
     state_hook: StateHook | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 @overload
 def lstm(
-    data: Tensor, batch_sizes: Tensor, hx: Sequence[Tensor], params: _ops.Tensors, has_biases: bool,
+    data: Tensor, batch_sizes: Tensor, hx: Sequence[Tensor], params: Parameters, has_biases: bool,
     num_layers: int, dropout: float, train: bool, bidirectional: bool, /, *,
     state_hook: StateHook | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
@@ -450,14 +451,14 @@ class _SingleState(Protocol):
 
     @overload
     def __call__(
-        self, input: Tensor, hx: Tensor, params: _ops.Tensors, has_biases: bool, num_layers: int,
+        self, input: Tensor, hx: Tensor, params: Parameters, has_biases: bool, num_layers: int,
         dropout: float, train: bool, bidirectional: bool, batch_first: bool, /, *,
         lengths: Lengths | None = None, reset: Tensor | None = None, return_states: bool = False,
         state_hook: StateHook | None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     @overload
     def __call__(
-        self, data: Tensor, batch_sizes: Tensor, hx: Tensor, params: _ops.Tensors, has_biases: bool,
+        self, data: Tensor, batch_sizes: Tensor, hx: Tensor, params: Parameters, has_biases: bool,
         num_layers: int, dropout: float, train: bool, bidirectional: bool, /, *,
         state_hook: StateHook | None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
