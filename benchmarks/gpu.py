@@ -28,9 +28,9 @@ from fastrnn.bench.tables import make_table, ratio_text
 from fastrnn.bench.workload import Workload
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32, "f32": torch.float32}
-# ||a - float64|| / ||float64|| of every result, or else three times torch.nn's own.
+# Limits of ||a - float64|| / ||float64|| for each result; up to three times torch.nn's own error passes too.
 TOLERANCE = {"bf16": 6e-2, "f16": 1e-2, "tf32": 1e-2, "f32": 1e-4}
-# Operations a second of an H200's data sheet, dense: what a share of the roofline refers to.
+# Dense operations a second in an H200's data sheet, for the roofline.
 PEAK = {"bf16": 989e12, "f16": 989e12, "tf32": 494e12, "f32": 67e12}
 
 Job = tuple[Case, str, str]  # the case, its numbers, its mode
@@ -42,7 +42,7 @@ def _cases(*shapes: tuple, numbers: tuple[str, ...], cell: str = "LSTM", **optio
     return [(replace(case, dtype=DTYPES[n]), n) for case in made for n in numbers]
 
 
-# What the targets are about first: a budget that runs out leaves out the end.
+# Cases with targets come first, because a budget that runs out drops the last ones.
 ON_A_DEVICE = [
     *_cases(*((256, B, H) for B in (16, 64) for H in (256, 512, 1024)), numbers=("bf16",)),
     *_cases(*((1024, B, 768) for B in (1, 2, 8, 16, 32, 64, 128)), numbers=("f16", "bf16")),
@@ -118,7 +118,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 
 
 def check(case: Case, numbers: str, device: str, rival: Workload, subject: Workload) -> str | None:
-    """What is wrong with fastrnn's results, or None."""
+    """The first result of fastrnn that is off, in words, or None."""
     exact = Workload(replace(case, dtype=DTYPES[numbers]), nn, subject.mode, torch.float64, device)()
     ours, theirs = errors(subject(), exact), errors(rival(), exact)
     for i, (error, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -128,7 +128,7 @@ def check(case: Case, numbers: str, device: str, rival: Workload, subject: Workl
 
 
 def roofline_seconds(case: Case, numbers: str, mode: str) -> float:
-    """The larger of operations over their rate and bytes, each touched once, over that of far memory."""
+    """The larger of operations / peak rate and bytes / memory bandwidth, each byte counted once."""
     rows, D = int(case.lengths().sum()), 2 if case.bidirectional else 1
     R = case.proj_size or case.H
     weights = sum(p.numel() for p in nn_module(case).parameters())
@@ -216,7 +216,7 @@ def show(console: Console, records: list[DeviceRecord]) -> None:
 
 
 def short(path: str) -> str:
-    """Of explain's words for a way forward and a way back, what tells one path from another."""
+    """The paths forward and backward, without the details in explain's words."""
     ways = (way.split(";")[0].split(", which")[0] for way in path.split(" / "))
     return " / ".join(way.removeprefix("persistent, ")[:40] for way in ways)
 

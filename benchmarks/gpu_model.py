@@ -1,11 +1,11 @@
-"""What the CUDA kernels should take on an H200: counts per step of the geometry that the launch chooses, and
-the time that follows from the constants below: within some 15 % of what was measured (benchmarks/NOTES.md).
+"""A model of the CUDA kernels' time on an H200: counts per step of the geometry that the launch chooses,
+times the constants below. It is within some 15 % of the measured times (benchmarks/NOTES.md).
 
     python benchmarks/gpu_model.py [--markdown]
 
-A step is: the blocks meet (a store, a release, an acquire); each reads the columns of its product from the L2
-cache, multiplies, adds up, and finishes its units. The times of these parts add up, for each waits for the
-one before; what comes from far memory overlaps with them all.
+A step is a barrier between the blocks (a store, a release, an acquire), the columns of the product read from
+the L2 cache, the multiplication, the sums over warps, and the activations. These times add up, because each
+part waits for the one before. Loads from global memory overlap with all of them.
 """
 
 import argparse
@@ -89,11 +89,11 @@ class Counts(NamedTuple):
 
     mma_warp: float  # mma.sync of a warp, or for f32 rounds of 64 FMAs of each of its lanes
     mma_block: float
-    exchange_bytes: int  # that a block reads of the exchange
-    l2_bytes: int  # that this moves from L2, all blocks together; none with one block
-    shared_bytes: int  # that a block moves in shared memory
+    exchange_bytes: int  # read from the exchange by a block
+    l2_bytes: int  # the same from L2, by all blocks together; 0 with one block
+    shared_bytes: int  # read and written in shared memory by a block
     arrivals: int
-    hbm_bytes: int  # of all blocks: gates_x or what was saved, and results
+    hbm_bytes: int  # of all blocks: gates_x or the saved activations, and the results
 
 
 def count(scan: Scan, g: Geometry) -> Counts:
@@ -181,7 +181,7 @@ def case_microseconds(case: Case, numbers: str, training: bool) -> float:
     return case.layers * sum(step_microseconds(scan)[0] for scan in scans)
 
 
-# (cell, numbers, T, B, H, directions): the anchors, and what the targets name.
+# (cell, numbers, T, B, H, directions): the anchors, and the cases with targets.
 ANCHORS = [
     *(("LSTM", "f16", 1024, B, 768, 1) for B in (1, 2, 8, 16, 32, 64, 128)),
     *(("LSTM", "bf16", 256, B, H, 1) for B in (16, 64) for H in (256, 512, 1024)),

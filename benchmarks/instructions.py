@@ -68,7 +68,7 @@ def count(drive: Path, isa: str, call: str) -> int:
 
 
 def hot_loop(folder: Path, isa: str) -> dict[str, int | float]:
-    """Of the full tile: the loop with the most multiply-adds, as its instructions and theirs."""
+    """Counts of the innermost loop of the full tile that has the most multiply-adds."""
     listing = run("objdump", "-dC", "--no-show-raw-insn", folder / f"kernels_{isa}.o")
     body = next(part for part in listing.split("\n\n") if FULL_TILE[isa] in part.split("\n", 2)[0])
     lines = [re.match(r"\s*([0-9a-f]+):\s+(\S+)\s*(\S*)", line) for line in body.splitlines()]

@@ -32,7 +32,7 @@ def machine(environment: dict) -> str:
 
 
 def conditions(environment: dict) -> str:
-    """What was not as on an ordinary run: such figures are honest only together with it."""
+    """The conditions that set a run apart from an ordinary one; its figures are quoted with them."""
     parts = [f"`{name}={value}`" for name, value in environment.get("variables", {}).items()]
     parts += ["inference after `fastrnn.prepack`"] * bool(environment.get("prepacked"))
     parts += [f"beside {environment.get('busy')} busy processes"] * bool(environment.get("busy"))

@@ -115,7 +115,7 @@ def _shared_out(T: int, B: int, units: int, K: int, gates: int, D: int, element_
     teams, parts = torch.ops.fastrnn.cpu_plan(T, max(B, 1), units, K, gates, D, element_bytes)
     work = f"{torch.ops.fastrnn.cpu_isa()} kernels, "
     if D * teams * parts == 1:
-        return work + "one thread: too little work for more, or none to be had"
+        return work + "one thread: too little work to share, or no other thread"
     shares = [f"{D} directions"] * (D > 1) + [f"{teams} teams of rows"] * (teams > 1)
     shares += [f"{parts} parts of the units, which meet once a step"] * (parts > 1)
     return work + f"{torch.get_num_threads()} threads: " + ", ".join(shares)

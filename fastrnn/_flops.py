@@ -1,5 +1,6 @@
-"""What ``torch.utils.flop_counter`` counts for the operators: the products, two FLOPs a multiply-add, as it
-does for torch.nn's. Steps beyond ``lengths`` count, because it shows shapes only."""
+"""FLOP formulas of the operators for ``torch.utils.flop_counter``: the matrix products, two FLOPs a
+multiply-add, as torch counts those of torch.nn. A formula sees shapes alone, so that steps beyond ``lengths``
+count too."""
 
 from typing import Any
 

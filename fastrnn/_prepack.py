@@ -23,14 +23,14 @@ _CHANGED = "the weights have changed"
 
 
 class State(NamedTuple):
-    """What tells whether a tensor is still the one that was packed, unchanged."""
+    """Identity and version of a packed tensor: a later call compares them with those of its own weight."""
 
-    # Its __dict__, held in place of the tensor: swap_tensors refuses tensors with a weak or a second C++
-    # reference. Held, it belongs to no later tensor; swap_tensors exchanges it along with the numbers.
+    # The tensor's __dict__ stands for the tensor, because swap_tensors refuses tensors with a second or a
+    # weak reference. While it is held no other tensor gets it, and swap_tensors exchanges it with the data.
     attributes: dict
     address: int
     strides: tuple[int, ...]
-    version: int | None  # None: made under inference_mode, which counts none
+    version: int | None  # None for an inference tensor, which has no version counter
     storage: torch.UntypedStorage  # held, so that no other memory gets this address
 
     @staticmethod
@@ -83,8 +83,8 @@ def _make(cell: str, weights: Weights, bfloat16: bool) -> Pack:
 
 
 def find(weights: Weights, for_gradients: bool) -> Tensor | None:
-    """The pack of these very weights, if there is one and it is not stale; a call that needs gradients and
-    weights that have changed undo it."""
+    """The pack of these weights, or None. A call that needs gradients undoes the pack, and so does a change
+    of the weights."""
     pack = packs.get(_key(weights))
     if pack is None or (packed := pack.packed) is None or torch.jit.is_tracing():
         return None
@@ -97,7 +97,7 @@ def find(weights: Weights, for_gradients: bool) -> Tensor | None:
 
 
 def note(weights: Weights) -> str:
-    """What explain() says of a layer's pack, or nothing."""
+    """The state of a layer's pack in explain()'s words; empty if there was never one."""
     pack = packs.get(_key(weights))
     if pack is None:
         return ""
@@ -112,7 +112,7 @@ def undo(module: nn.Module, reason: str) -> None:
 
 
 def drop(module: nn.Module) -> None:
-    """The module is served no longer, and nothing of its packs stays."""
+    """Forgets the packs of a module whose class changes."""
     _owners.pop(module, None)
 
 
@@ -152,9 +152,9 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
     The module itself is as before: ``state_dict``, pickles and copies know nothing of packs, and several
     threads may call it. A pack serves the very weights it was made from: others (assigned later, or of
     ``functional_call``) do not use it, and modules that share all weights of a layer share its pack.
-    ``explain`` says what is prepacked. Results are those of the module to the bit where it packs its weights
-    in each call, which it does unless there are few rows in all steps together, and to rounding there.
-    torch.compile, torch.export and torch.jit take no notice of packs.
+    ``explain`` says what is prepacked. A module without packs reads its weights in place where all steps
+    together have few rows, and packs them in each call otherwise: there the results with packs are the same
+    to the bit, with few rows to rounding. torch.compile, torch.export and torch.jit take no notice of packs.
 
     Raises RuntimeError for a module in training mode, and ValueError where there is nothing to prepack: no
     fastrnn module, parametrized weights, or a device or dtype without these kernels.

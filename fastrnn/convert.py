@@ -32,7 +32,7 @@ def _new_converted(cls: type) -> nn.Module:
 
 
 def _reduce_converted(self: nn.Module, protocol: int) -> tuple:
-    """A pickle names the user's class, which can be imported."""
+    """Pickles by the name of the user's class, because the class made here cannot be imported."""
     return _new_converted, (type(self).__bases__[0],), *object.__reduce_ex__(self, 2)[2:]
 
 
@@ -69,7 +69,7 @@ def _target(module: nn.Module, change: Callable[[type], type]) -> type:
     cls: type = type(module)
     if cls.__module__ != parametrize.__name__:
         return change(cls)
-    # A class that parametrize made of the module's own: its properties, on another base.
+    # parametrize derived this class from the module's own: the same properties go onto the new base.
     base = change(cls.__bases__[0])
     namespace = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     return type(cls)(f"Parametrized{base.__name__}", (base,), namespace)
@@ -79,8 +79,8 @@ def _target(module: nn.Module, change: Callable[[type], type]) -> type:
 
 
 class _Rebinding:
-    """Puts the forward of the new class into the place of the old one, in what holds it bound to ``module``:
-    an attribute, a partial, a closure, a wrapper."""
+    """Replaces the old class's forward, bound to ``module``, by the new class's in whatever holds it: an
+    attribute, a partial, a closure or a wrapper."""
 
     def __init__(self, module: nn.Module, old: Any, new: Any) -> None:
         self.module, self.old, self.new = module, old, new

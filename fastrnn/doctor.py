@@ -1,7 +1,7 @@
 """``python -m fastrnn doctor``: what this installation is made of, whether it works, and what to do if not.
 
-It needs nothing of the rest of fastrnn to be in order: the compiled part is loaded inside a check, and it
-runs in a process of its own, whose death is a finding.
+It works where the rest of fastrnn does not: the compiled part is loaded inside a check, and the self-test
+runs in a separate process, so that a crash there is a finding and does not end the doctor.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def check_extras() -> Check:
 
 
 def available_cores() -> float:
-    """What this process may use: its affinity, or its control group's share of the processors if less."""
+    """Cores that this process may use: by its affinity, or by its control group's quota if that is less."""
     cores: float = len(os.sched_getaffinity(0))
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.exists():
@@ -157,7 +157,7 @@ def check_instruction_set(isa: str) -> Check:
 
 
 def _results(module, x) -> list:
-    """Outputs and every gradient of a module, for a loss in which all outputs have a part."""
+    """Outputs and every gradient of a module, for a loss that depends on all outputs."""
     import torch
 
     def flatten(value):
@@ -208,7 +208,7 @@ def self_test() -> dict:
 
 
 def check_native() -> list[Check]:
-    """The self-test in a process of its own: a crash there is reported, not suffered."""
+    """Runs the self-test in a separate process and reports a crash as a finding."""
     command = "import json; from fastrnn import doctor; print(json.dumps(doctor.self_test()))"
     child = subprocess.run(
         [sys.executable, "-c", command], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
@@ -233,7 +233,7 @@ def check_native() -> list[Check]:
 
 
 def _death(returncode: int, stderr: str) -> tuple[str, str]:
-    """What happened and what to do, for a self-test that did not come back."""
+    """(finding, advice) for a self-test that raised or crashed."""
     last = (stderr.strip().splitlines() or [""])[-1]
     if "FASTRNN_CPU_ISA" in last:
         advice = "unset FASTRNN_CPU_ISA, or name one that this processor has: avx512, avx2, baseline"
@@ -249,7 +249,7 @@ def _death(returncode: int, stderr: str) -> tuple[str, str]:
 
 
 def guarded(check: Callable[[], Check]) -> Check:
-    """A check that fails in a way nobody thought of is a finding too."""
+    """The check's result; an unexpected exception is reported as a finding too."""
     try:
         return check()
     except Exception as error:

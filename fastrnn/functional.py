@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def is_recorded() -> bool:
     """Whether torch.jit.trace or torch.onnx.export records this call."""
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    return torch._C._is_tracing()  # torch.jit.is_tracing() adds two calls, in each short call three times
+    return torch._C._is_tracing()  # torch.jit.is_tracing() is two calls more, three times in a forward
 
 
 def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
@@ -94,8 +95,8 @@ def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[
             break
     else:
         return
-    # Autocast brings tensors to one dtype, but for float64, which it leaves as it is; on meta nothing is
-    # multiplied, and torch takes any dtypes.
+    # Autocast casts every dtype but float64 to one. On the meta device torch multiplies nothing, and accepts
+    # any dtypes.
     autocast = torch._C._is_any_autocast_enabled()
     for kind, tensors in (("hidden", hidden), ("parameter", params)):
         for t in tensors:
@@ -117,8 +118,8 @@ def _check_attributes(input: Tensor, hidden: Sequence[Tensor], params: Sequence[
 
 @dataclass(frozen=True)
 class StateGradients:
-    """What back-propagation through one layer found for its states: the complete dL/dh_t and dL/dc_t, that
-    is, with all that later steps add."""
+    """The complete gradients of one layer's states in one back-propagation: dL/dh_t and dL/dc_t, with the
+    contributions of all later steps."""
 
     layer: int  # from 0
     rows: Rows
@@ -127,6 +128,8 @@ class StateGradients:
 
 
 StateHook = Callable[[StateGradients], object]
+Lengths = Tensor | Sequence[int]  # [B]
+Parameters = list[Tensor] | tuple[Tensor, ...]
 
 
 def stack_weights(
@@ -165,12 +168,13 @@ def layer(
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
-    """t.to(dtype), which takes a microsecond to find that there is nothing to do."""
+    """t.to(dtype), not called where t has that dtype: it takes a microsecond even then."""
     return t if t.dtype is dtype else t.to(dtype)
 
 
 def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
-    """torch.dropout on the rows, with the random numbers that torch.nn draws: it works time-major."""
+    """torch.dropout on the rows. The mask is drawn time-major, as in torch.nn, so that a seed gives the same
+    one."""
     if rows.batch_sizes is not None or not rows.batch_first:
         return torch.dropout(y, p, True)
     noise = torch.dropout(y.new_ones(rows.T, rows.B, y.shape[1]), p, True)
@@ -178,7 +182,8 @@ def _dropout(y: Tensor, p: float, rows: Rows) -> Tensor:
 
 
 def lowered(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Under CUDA's autocast, in its dtype: torch.nn lowers recurrent layers and cells there as wholes."""
+    """The tensors, cast to the dtype of CUDA's autocast where that is on: torch.nn casts all tensors of a
+    recurrent layer or cell there."""
     if not (tensors[0].is_cuda and torch.is_autocast_enabled("cuda")):
         return list(tensors)
     dtype = torch.get_autocast_dtype("cuda")
@@ -202,12 +207,12 @@ def _torch_uses_onednn(x: Tensor) -> bool:
 def _autocast_dtypes(
     name: str, x: Tensor, hidden: Sequence[Tensor], weight: Tensor, projected: bool, dense: bool
 ) -> tuple[torch.dtype, torch.dtype] | None:
-    """The dtypes that torch.nn's h and c have under the CPU's autocast, None outside it. The kernels compute
-    in the dtype of the weights.
+    """The dtypes of torch.nn's h and c under the CPU's autocast, to which the results are cast; None without
+    autocast. The kernels compute in the dtype of the weights.
 
-    Autocast lowers rnn, its cell and oneDNN's LSTM (``dense``) as wholes. Of the others it lowers only the
-    products inside, so that the state that is carried along (of an LSTM c) widens the result. It leaves
-    float64 as it is, and tensors on other devices."""
+    Autocast casts all tensors of an RNN, its cell and oneDNN's LSTM (``dense``). In other layers it casts the
+    matrix products alone: the state that is combined with them (c of an LSTM) keeps its dtype, and the result
+    has the wider of the two. float64 and tensors on other devices stay as they are."""
     if x.is_cuda or not torch.is_autocast_enabled("cpu"):
         return None
     carried = hidden[-1].dtype
@@ -275,14 +280,14 @@ def _tell(hook: StateHook, layer: int, rows: Rows, complete: Sequence[Tensor]) -
 
 
 def as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:
-    """As a tensor; numbers become one on the CPU, whatever the default device is."""
+    """The lengths as a tensor; a list becomes a CPU tensor, whatever the default device is."""
     return lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
 
 
 def _has_numbers(t: Tensor) -> bool:
-    """Whether one may ask for them: not of a tensor that stands for others, nor of one without numbers."""
-    stands_for_others = _autograd._is_traced() or torch.jit.is_tracing() or isinstance(t, FakeTensor)
-    return not (stands_for_others or t.is_meta)
+    """Whether the values can be read: not during a trace or a transform, nor from a fake or meta tensor."""
+    is_symbolic = _autograd._is_traced() or torch.jit.is_tracing() or isinstance(t, FakeTensor)
+    return not (is_symbolic or t.is_meta)
 
 
 def _lengths(lengths: Tensor | Sequence[int], T: int, B: int) -> Tensor:
@@ -356,38 +361,76 @@ def _recurrent(
     return _autocast_results(dtypes, (y if packed else rows.dense(y), h), c)
 
 
+@overload
 def lstm(
-    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``torch.lstm``: (output, h_n, c_n), for dense and for packed arguments.
+    input: Tensor, hx: Sequence[Tensor], params: Parameters, has_biases: bool, num_layers: int,
+    dropout: float, train: bool, bidirectional: bool, batch_first: bool, /, *,
+    lengths: Lengths | None = None, reset: Tensor | None = None, return_states: bool = False,
+    state_hook: StateHook | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def lstm(
+    data: Tensor, batch_sizes: Tensor, hx: Sequence[Tensor], params: Parameters, has_biases: bool,
+    num_layers: int, dropout: float, train: bool, bidirectional: bool, /, *,
+    state_hook: StateHook | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+def lstm(*args, lengths=None, reset=None, return_states=False, state_hook=None):
+    """``torch.lstm``, the layers of an LSTM: (output, h_n, c_n), of
 
-    Dense ones also take ``lengths`` (integers [B], any order, zeros allowed: output is zero beyond, h_n and
-    c_n are the states at each length), ``reset`` (bool [T, B], [B, T] with batch_first: the state is zeroed
-    before that step) and ``return_states``: (output, h [T, L*D, B, P], c [T, L*D, B, H]), every state.
-    ``state_hook`` is called with the ``StateGradients`` of each layer whenever back-propagation passes it.
+        lstm(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        lstm(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)
+
+    input is [T, B, I], or [B, T, I] with batch_first; data [N, I] and batch_sizes [T] are those of a
+    PackedSequence. hx is (h_0 [L*D, B, P], c_0 [L*D, B, H]). params are the parameters in the order in which
+    torch.nn.LSTM has them, without biases if not has_biases.
+
+    The dense form also takes ``lengths`` (integers [B], any order, zeros allowed: output is zero beyond, h_n
+    and c_n are the states at each length), ``reset`` (bool [T, B], [B, T] with batch_first: the state is
+    zeroed before that step) and ``return_states``: (output, h [T, L*D, B, P], c [T, L*D, B, H]), every state.
+    Both call ``state_hook`` with the ``StateGradients`` of each layer whenever back-propagation passes it.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> lstm = fastrnn.LSTM(8, 16)
+        >>> x, h_0, c_0 = torch.randn(20, 3, 8), torch.zeros(1, 3, 16), torch.zeros(1, 3, 16)
+        >>> options = True, 1, 0.0, False, False, False
+        >>> y, h_n, c_n = fastrnn.functional.lstm(x, (h_0, c_0), list(lstm.parameters()), *options)
+        >>> torch.equal(y, lstm(x)[0])
+        True
     """
-    return _recurrent("lstm", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+    return _recurrent("lstm", args, lengths, reset, return_states, state_hook)
 
 
-def gru(
-    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
-) -> tuple[Tensor, Tensor]:
-    """``torch.gru``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
-    return _recurrent("gru", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+class _SingleState(Protocol):
+    """``torch.gru`` and its siblings, dense and packed."""
+
+    @overload
+    def __call__(
+        self, input: Tensor, hx: Tensor, params: Parameters, has_biases: bool, num_layers: int,
+        dropout: float, train: bool, bidirectional: bool, batch_first: bool, /, *,
+        lengths: Lengths | None = None, reset: Tensor | None = None, return_states: bool = False,
+        state_hook: StateHook | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    @overload
+    def __call__(
+        self, data: Tensor, batch_sizes: Tensor, hx: Tensor, params: Parameters, has_biases: bool,
+        num_layers: int, dropout: float, train: bool, bidirectional: bool, /, *,
+        state_hook: StateHook | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
-def rnn_tanh(
-    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
-) -> tuple[Tensor, Tensor]:
-    """``torch.rnn_tanh``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
-    return _recurrent("rnn_tanh", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+def _single_state(name: str) -> _SingleState:
+    def layers(*args, lengths=None, reset=None, return_states=False, state_hook=None):
+        return _recurrent(name, args, lengths, reset, return_states, state_hook)
+
+    layers.__name__ = layers.__qualname__ = name
+    layers.__doc__ = f"``torch.{name}``: (output, h_n). Arguments as ``lstm`` has them, with h_0 alone as hx."
+    return layers  # type: ignore[return-value]
 
 
-def rnn_relu(
-    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
-) -> tuple[Tensor, Tensor]:
-    """``torch.rnn_relu``: (output, h_n), for dense and for packed arguments; keywords as for ``lstm``."""
-    return _recurrent("rnn_relu", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+gru = _single_state("gru")
+rnn_tanh = _single_state("rnn_tanh")
+rnn_relu = _single_state("rnn_relu")
 
 
 # ---- One step ----------------------------------------------------------------------------------------
@@ -431,13 +474,27 @@ def _cell(name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
     return results if others else results[0]
 
 
-def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None) -> tuple[Tensor, Tensor]:
+def lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """``torch.lstm_cell``: input [B, I], hx = (h, c) [B, H] -> (h, c)."""
     return _cell("lstm", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
-def _single_state_cell(name: str):
-    def cell(input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih=None, b_hh=None) -> Tensor:
+class _SingleStateCell(Protocol):
+    def __call__(
+        self, input: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor,
+        b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+
+def _single_state_cell(name: str) -> _SingleStateCell:
+    def cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
         return _cell(name, input, hx, w_ih, w_hh, b_ih, b_hh)
 
     cell.__name__ = cell.__qualname__ = f"{name}_cell"

@@ -7,7 +7,7 @@ torch.nn does, so that parametrizations, functional_call and replaced parameters
 
 import weakref
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +19,27 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _autograd, _prepack, functional
 from ._warn import warn
+from .functional import Lengths
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+_States = tuple[Tensor, Tensor]  # (h, c)
 
 
 def _torch_name(module: nn.Module) -> str:
-    """The name of the class of torch.nn that a module stands for, as messages have it."""
+    """The name of the torch.nn class that a module replaces, for messages."""
     return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
 
 
 def _torch_forward(module: nn.Module, input, hx):
-    """torch.nn's own forward: for a trace, and for a module that is torch.nn's again by to_torch(), when
-    somebody holds on to the forward that was bound to it before."""
+    """torch.nn's own forward: while a trace records, and after to_torch() for callers that hold the bound
+    forward from before."""
     if isinstance(module, _Fused):
         functional.takes_torch_path(next(module.parameters()))
     return getattr(nn, _torch_name(module)).forward(module, input, hx)
 
 
 def _rows_of_first_step(batch_sizes: Tensor, hx) -> int:
-    """B of a packed sequence. Where torch only estimates, sizes may still be real, or the state tells B."""
+    """B of a packed sequence. Under FakeTensorMode batch_sizes may still be real; if not, B is that of hx."""
     fake = torch._C._TorchDispatchModeKey.FAKE
     if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(fake) is None:
         return int(batch_sizes[0])
@@ -63,7 +65,7 @@ class _Fused(nn.Module):
             return tracer.create_proxy("call_module", tracer.path_of_module(self), args, keywords)
         return super()._call_impl(*args, **keywords)
 
-    def __prepare_scriptable__(self):  # torch.jit.script asks for what it is to script
+    def __prepare_scriptable__(self):  # torch.jit.script calls this first
         raise RuntimeError(
             f"fastrnn: torch.jit.script does not take a fastrnn.{_torch_name(self)}; "
             "call fastrnn.to_torch(model) first"
@@ -84,9 +86,10 @@ class _Recurrent(_Fused, nn.RNNBase):
     _state_hooks: dict[int, functional.StateHook] | None = None
 
     def register_state_gradient_hook(self, hook: functional.StateHook) -> RemovableHandle:
-        """Calls ``hook(gradients)`` at each back-propagation through a layer of this module, for calls made
-        from now on: ``functional.StateGradients``, the complete dL/dh_t [D, N, P] (and dL/dc_t [D, N, H]) of
-        every step, which the backward kernels have at hand. The last layer is heard first, and the last call.
+        """Calls ``hook(gradients)`` whenever back-propagation passes a layer of this module, for forward
+        calls made from now on. The argument is a ``functional.StateGradients``: the complete dL/dh_t
+        [D, N, P], and dL/dc_t [D, N, H] of an LSTM, of every step, which the backward kernels compute anyway.
+        The order is that of back-propagation: the last call first, and in each call the last layer first.
 
         Returns a handle whose ``remove()`` ends it. A call that takes no kernel of fastrnn, or is compiled,
         raises RuntimeError while there is a hook.
@@ -98,7 +101,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         return handle
 
     def _check_forward(self, input: Tensor, hx, batch_sizes: Tensor | None, dtype: torch.dtype) -> None:
-        """torch.nn's checks, with the dtype of the weights from who has read them."""
+        """torch.nn's checks; ``dtype`` is that of the weights, read by the caller, once a call."""
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
@@ -107,7 +110,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         self.check_forward_args(input, hx, batch_sizes)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        if functional.is_recorded():  # torch warns of comparisons under way, but not of its own
+        if functional.is_recorded():  # torch.jit.trace warns of comparisons, torch.nn's excepted
             return super().check_input(input, batch_sizes)
         dims = 2 if batch_sizes is not None else 3
         if input.dim() != dims:
@@ -140,8 +143,8 @@ class _Recurrent(_Fused, nn.RNNBase):
         return (f(hx[0]), f(hx[1])) if self.mode == "LSTM" else f(hx)
 
     def _weights(self) -> list[Tensor]:
-        """``_flat_weights``, into which torch lets users write, unless an attribute has changed since it was
-        filled: then the attributes, as in torch.nn, but each is read once and nothing is flattened."""
+        """``_flat_weights``, into which users may write as in torch.nn; after an attribute has changed, the
+        attributes, as in torch.nn too. Each is read once, and nothing is flattened for cuDNN."""
         weights: list[Any] = []
         for name in self._flat_weights_names:  # Module.__getattr__ takes three times as long as the dict
             parameter = self._parameters.get(name)
@@ -172,6 +175,14 @@ class _Recurrent(_Fused, nn.RNNBase):
             keywords["state_hook"] = lambda gradients: [hook(gradients) for hook in hooks]
         output, *hidden = function(*args, weights, *options, **keywords)
         return output, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, lengths: Lengths | None = None,
+        reset: Tensor | None = None, return_states: bool = False,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    @overload
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(self, input, hx=None, lengths=None, reset=None, return_states=False):
         """torch.nn's (output, h_n), or (output, (h_n, c_n)) of an LSTM, and more when asked for.
@@ -231,15 +242,169 @@ class _Recurrent(_Fused, nn.RNNBase):
 
 
 class LSTM(_Recurrent, nn.LSTM):
-    """torch.nn.LSTM, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
+    """Layers of an LSTM (Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000):
+    torch.nn.LSTM with fused kernels.
+
+    At each step a layer computes, from its input x and its states h_prev and c_prev of the step before,
+
+        i = sigmoid(W_ii x + b_ii + W_hi h_prev + b_hi)
+        f = sigmoid(W_if x + b_if + W_hf h_prev + b_hf)
+        g = tanh(W_ig x + b_ig + W_hg h_prev + b_hg)
+        o = sigmoid(W_io x + b_io + W_ho h_prev + b_ho)
+        c = f * c_prev + i * g
+        h = o * tanh(c), or W_hr (o * tanh(c)) with a projection (Sak et al. 2014)
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of c, and of h without a projection.
+        num_layers: L; the input of each layer but the first is the output of the layer before.
+        bias: whether there are biases.
+        batch_first: input and output are [B, T, *] instead of [T, B, *]; the states are not.
+        dropout: the probability with which training zeroes an element of each layer's output but the last's.
+        bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
+        proj_size: P, the width of h with a projection; 0: P = H, without one.
+        device, dtype: those of the parameters.
+
+    Inputs: x, (h_0, c_0), and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+        x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
+        h_0, c_0: [L*D, B, P] and [L*D, B, H], without B if x has none; zeros if left out.
+
+    Outputs: y, (h_n, c_n).
+        y: [T, B, D*P], h of the last layer at every step, in the form of x; the two directions side by side.
+        h_n, c_n: [L*D, B, P] and [L*D, B, H], the states after each row's last step.
+
+    Parameters of layer k, with the suffix ``_reverse`` for the second direction; gates in the order i f g o.
+        weight_ih_l{k}: [4*H, I], from the second layer on [4*H, D*P].
+        weight_hh_l{k}: [4*H, P].
+        bias_ih_l{k}, bias_hh_l{k}: [4*H], with bias.
+        weight_hr_l{k}: [P, H], with a projection.
+        All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        ValueError: hidden_size or num_layers below 1, dropout outside [0, 1], proj_size outside [0, H); input
+            that is neither 2-D nor 3-D, or of another dtype than the parameters.
+        RuntimeError: input or states of other sizes than above.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> lstm = fastrnn.LSTM(8, 16, num_layers=2)
+        >>> x = torch.randn(20, 3, 8)  # [T, B, I]
+        >>> y, (h_n, c_n) = lstm(x)
+        >>> y.shape, h_n.shape
+        (torch.Size([20, 3, 16]), torch.Size([2, 3, 16]))
+        >>> y, (h_n, c_n) = lstm(x[:1], (h_n, c_n))  # one more step
+    """
+
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override, no-overload-impl]
+        def forward(
+            self, input: Tensor, hx: _States | None = None, lengths: Lengths | None = None,
+            reset: Tensor | None = None, return_states: bool = False,
+        ) -> tuple[Tensor, _States]: ...  # fmt: skip
+        @overload
+        def forward(
+            self, input: PackedSequence, hx: _States | None = None
+        ) -> tuple[PackedSequence, _States]: ...
 
 
 class GRU(_Recurrent, nn.GRU):
-    """torch.nn.GRU, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
+    """Layers of a GRU (Cho et al. 2014, the reset gate after the product): torch.nn.GRU with fused kernels.
+
+    At each step a layer computes, from its input x and its state h_prev of the step before,
+
+        r = sigmoid(W_ir x + b_ir + W_hr h_prev + b_hr)
+        z = sigmoid(W_iz x + b_iz + W_hz h_prev + b_hz)
+        n = tanh(W_in x + b_in + r * (W_hn h_prev + b_hn))
+        h = (1 - z) * n + z * h_prev
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of h.
+        num_layers: L; the input of each layer but the first is the output of the layer before.
+        bias: whether there are biases.
+        batch_first: input and output are [B, T, *] instead of [T, B, *]; the state is not.
+        dropout: the probability with which training zeroes an element of each layer's output but the last's.
+        bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
+        device, dtype: those of the parameters.
+
+    Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+        x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
+        h_0: [L*D, B, H], without B if x has none; zeros if left out.
+
+    Outputs: y, h_n.
+        y: [T, B, D*H], h of the last layer at every step, in the form of x; the two directions side by side.
+        h_n: [L*D, B, H], the state after each row's last step.
+
+    Parameters of layer k, with the suffix ``_reverse`` for the second direction; gates in the order r z n.
+        weight_ih_l{k}: [3*H, I], from the second layer on [3*H, D*H].
+        weight_hh_l{k}: [3*H, H].
+        bias_ih_l{k}, bias_hh_l{k}: [3*H], with bias.
+        All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        ValueError: hidden_size or num_layers below 1, dropout outside [0, 1]; input that is neither 2-D nor
+            3-D, or of another dtype than the parameters.
+        RuntimeError: input or state of other sizes than above.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> gru = fastrnn.GRU(8, 16, bidirectional=True, batch_first=True)
+        >>> x = torch.randn(3, 20, 8)  # [B, T, I]
+        >>> y, h_n = gru(x, lengths=torch.tensor([20, 7, 11]))
+        >>> y.shape, h_n.shape
+        (torch.Size([3, 20, 32]), torch.Size([2, 3, 16]))
+        >>> bool(y[1, 7:].eq(0).all())  # beyond the length
+        True
+    """
 
 
 class RNN(_Recurrent, nn.RNN):
-    """torch.nn.RNN, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
+    """Layers of a simple recurrent network (Elman 1990): torch.nn.RNN with fused kernels.
+
+    At each step a layer computes, from its input x and its state h_prev of the step before,
+
+        h = tanh(W_ih x + b_ih + W_hh h_prev + b_hh), with relu in place of tanh if asked for
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of h.
+        num_layers: L; the input of each layer but the first is the output of the layer before.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are biases.
+        batch_first: input and output are [B, T, *] instead of [T, B, *]; the state is not.
+        dropout: the probability with which training zeroes an element of each layer's output but the last's.
+        bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
+        device, dtype: those of the parameters.
+
+    Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+        x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
+        h_0: [L*D, B, H], without B if x has none; zeros if left out.
+
+    Outputs: y, h_n.
+        y: [T, B, D*H], h of the last layer at every step, in the form of x; the two directions side by side.
+        h_n: [L*D, B, H], the state after each row's last step.
+
+    Parameters of layer k, with the suffix ``_reverse`` for the second direction.
+        weight_ih_l{k}: [H, I], from the second layer on [H, D*H].
+        weight_hh_l{k}: [H, H].
+        bias_ih_l{k}, bias_hh_l{k}: [H], with bias.
+        All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        ValueError: hidden_size or num_layers below 1, dropout outside [0, 1], another nonlinearity; input
+            that is neither 2-D nor 3-D, or of another dtype than the parameters.
+        RuntimeError: input or state of other sizes than above.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> rnn = fastrnn.RNN(8, 16, nonlinearity="relu")
+        >>> x = pack_sequence([torch.randn(5, 8), torch.randn(3, 8)])
+        >>> y, h_n = rnn(x)
+        >>> y.data.shape, h_n.shape
+        (torch.Size([8, 16]), torch.Size([1, 2, 16]))
+    """
 
 
 class _RecurrentCell(_Fused, nn.RNNCellBase):
@@ -254,7 +419,7 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         """The cell and the weights of its one layer."""
         return [(self._cell_name(), (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None, None))]
 
-    def forward(self, input: Tensor, hx=None):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
         """input [B, I] or [I], hx [B, H] or [H], zeros if None -> h; of an LSTMCell hx = (h, c) -> (h, c)."""
         if not isinstance(self, _RecurrentCell):
             return _torch_forward(self, input, hx)
@@ -287,16 +452,137 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
 
 
 class LSTMCell(_RecurrentCell, nn.LSTMCell):
-    """torch.nn.LSTMCell, fused."""
+    """One step of an LSTM (Hochreiter and Schmidhuber 1997, Gers et al. 2000): torch.nn.LSTMCell, fused.
+
+        i = sigmoid(W_ii x + b_ii + W_hi h_prev + b_hi)
+        f = sigmoid(W_if x + b_if + W_hf h_prev + b_hf)
+        g = tanh(W_ig x + b_ig + W_hg h_prev + b_hg)
+        o = sigmoid(W_io x + b_io + W_ho h_prev + b_ho)
+        c = f * c_prev + i * g
+        h = o * tanh(c)
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of h and c.
+        bias: whether there are biases.
+        device, dtype: those of the parameters.
+
+    Inputs: x, (h_prev, c_prev).
+        x: [B, I], or [I] without a batch.
+        h_prev, c_prev: [B, H], or [H]; zeros if left out.
+
+    Output: (h, c), of the shapes of h_prev and c_prev.
+
+    Parameters, gates in the order i f g o:
+        weight_ih: [4*H, I].
+        weight_hh: [4*H, H].
+        bias_ih, bias_hh: [4*H], with bias.
+        All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        ValueError: input or states of other than one or two dimensions.
+        RuntimeError: input or states of other sizes than above.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> cell = fastrnn.LSTMCell(8, 16)
+        >>> states = None
+        >>> for x in torch.randn(20, 3, 8):  # [B, I] of each step
+        ...     states = cell(x, states)
+        >>> h, c = states
+        >>> h.shape, c.shape
+        (torch.Size([3, 16]), torch.Size([3, 16]))
+    """
 
     _cell = "lstm"
 
+    if TYPE_CHECKING:
+
+        def forward(self, input: Tensor, hx: _States | None = None) -> _States: ...
+
 
 class GRUCell(_RecurrentCell, nn.GRUCell):
-    """torch.nn.GRUCell, fused."""
+    """One step of a GRU (Cho et al. 2014): torch.nn.GRUCell, fused.
+
+        r = sigmoid(W_ir x + b_ir + W_hr h_prev + b_hr)
+        z = sigmoid(W_iz x + b_iz + W_hz h_prev + b_hz)
+        n = tanh(W_in x + b_in + r * (W_hn h_prev + b_hn))
+        h = (1 - z) * n + z * h_prev
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of h.
+        bias: whether there are biases.
+        device, dtype: those of the parameters.
+
+    Inputs: x, h_prev.
+        x: [B, I], or [I] without a batch.
+        h_prev: [B, H], or [H]; zeros if left out.
+
+    Output: h, of the shape of h_prev.
+
+    Parameters, gates in the order r z n:
+        weight_ih: [3*H, I].
+        weight_hh: [3*H, H].
+        bias_ih, bias_hh: [3*H], with bias.
+        All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        ValueError: input or state of other than one or two dimensions.
+        RuntimeError: input or state of other sizes than above.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> cell = fastrnn.GRUCell(8, 16)
+        >>> h = None
+        >>> for x in torch.randn(20, 3, 8):  # [B, I] of each step
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([3, 16])
+    """
 
     _cell = "gru"
 
+    if TYPE_CHECKING:
+
+        def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
+
 
 class RNNCell(_RecurrentCell, nn.RNNCell):
-    """torch.nn.RNNCell, fused."""
+    """One step of a simple recurrent network (Elman 1990): torch.nn.RNNCell, fused.
+
+        h = tanh(W_ih x + b_ih + W_hh h_prev + b_hh), with relu in place of tanh if asked for
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of h.
+        bias: whether there are biases.
+        nonlinearity: "tanh" or "relu".
+        device, dtype: those of the parameters.
+
+    Inputs: x, h_prev.
+        x: [B, I], or [I] without a batch.
+        h_prev: [B, H], or [H]; zeros if left out.
+
+    Output: h, of the shape of h_prev.
+
+    Parameters:
+        weight_ih: [H, I].
+        weight_hh: [H, H].
+        bias_ih, bias_hh: [H], with bias.
+        All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        ValueError: input or state of other than one or two dimensions.
+        RuntimeError: input or state of other sizes than above, another nonlinearity.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> cell = fastrnn.RNNCell(8, 16, nonlinearity="relu")
+        >>> cell(torch.randn(3, 8)).shape
+        torch.Size([3, 16])
+    """
+
+    if TYPE_CHECKING:
+
+        def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...

@@ -49,7 +49,7 @@ def sample(dtype, count: int = 2_000_000, seed: int = 0) -> np.ndarray:
 
 
 def truth(function: str, x: np.ndarray) -> np.ndarray:
-    """In the next wider type, right to far less than an ulp of x's."""
+    """The function in the next wider type, exact to a small part of an ulp of x's type."""
     wide = x.astype(WIDER[x.dtype.type])
     with np.errstate(over="ignore", under="ignore"):
         return np.tanh(wide) if function == "tanh" else 1 / (1 + np.exp(-wide))

@@ -1,4 +1,4 @@
-"""What the core tests share: the internals of the extension as a module, a fixed random state, threads."""
+"""Fixtures of the core tests: the internals of the extension as a module, a fixed random state, threads."""
 
 import importlib.util
 import os

@@ -25,11 +25,11 @@ TIMEOUT = 300  # seconds: a mutant may never end
 
 @dataclass(frozen=True)
 class Tests:
-    """What is to notice."""
+    """The tests that must fail on a mutant."""
 
     arguments: tuple[str, ...]  # of pytest
     sanitizer: str = "plain"
-    cells: tuple[str, ...] = ()  # whose kernels are needed: each takes a while to compile
+    cells: tuple[str, ...] = ()  # the only cells to compile, because each takes a while
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def kernels(cell: str, words: str, sanitizer: str = "plain") -> Tests:
     return Tests(("tests/test_cuda_kernels.py", "-k", words), sanitizer, (cell,))
 
 
-# What the runner is tried on: a kernel of the machine's own tests.
+# Mutants of a kernel of the machine's own tests, to test this runner.
 SAMPLE = [
     Mutant("relay-without-barrier", self_test("meet_at_every_step")),
     Mutant("relay-without-barrier-is-a-race", self_test("meet_at_every_step and fifo", "thread")),
@@ -184,7 +184,7 @@ def mutated(mutant: Mutant, place: tuple[Path, int], work: Path) -> Path:
 
 
 def test(tests: Tests, module: Path) -> str:
-    """What the tests say: nothing if they pass."""
+    """The first failure of the tests in one line; empty if they pass."""
     command = test_command("-x", "-q", "--no-header", *tests.arguments)
     environ = environment(tests.sanitizer, module) | {
         "PYTHONPATH": str(ROOT),
@@ -196,7 +196,7 @@ def test(tests: Tests, module: Path) -> str:
         return f"did not end in {TIMEOUT} s"
     if done.returncode == 0:
         return ""
-    if done.returncode in (2, 3, 4, 5):  # pytest's own: nothing was tested
+    if done.returncode in (2, 3, 4, 5):  # pytest's own faults: no test ran
         raise RuntimeError(" ".join(command) + "\n" + done.stdout + done.stderr)
     lines = reversed((done.stdout + done.stderr).splitlines())
     return next(

@@ -25,7 +25,7 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-# Never with a sanitizer: what is done behind the kernels' back is not for it to see.
+# The machine that runs the kernels: compiled without sanitizers, because only the kernels are checked.
 RUNTIME = {
     "testing/fiber.cpp": "-O2",
     "testing/cuda_on_host.cpp": "-O2",
@@ -107,22 +107,22 @@ def load(path: Path):
 
 
 def environment(sanitizer: str, module: Path) -> dict[str, str]:
-    """For a Python that is to load the module: the sanitizer's runtime must be there before its allocator."""
+    """For a Python that loads the module: the sanitizer's runtime must come before Python's allocator."""
     names = {"plain": [], "address": ["asan", "ubsan", "stdc++"], "thread": ["tsan", "stdc++"]}[sanitizer]
     find = lambda name: subprocess.check_output([CXX, f"-print-file-name=lib{name}.so"], text=True).strip()  # noqa: E731
     return os.environ | {
         MODULE: str(module),
         "LD_PRELOAD": " ".join(map(find, names)),
         "PYTHONMALLOC": "malloc",
-        "OMP_NUM_THREADS": "1",  # torch's own threads are not to be watched
-        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",  # Python leaves much behind
+        "OMP_NUM_THREADS": "1",  # no threads of torch's own under the sanitizer
+        "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",  # Python frees little at its end
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:exitcode=98",
         "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
     }
 
 
 def test_command(*arguments: str) -> list[str]:
-    """What a sanitizer has to say goes past pytest, or it would be lost where it ends the program."""
+    """pytest captures sys.stderr alone: a sanitizer writes past it and is heard when it ends the process."""
     return [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *arguments]
 
 

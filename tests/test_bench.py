@@ -68,6 +68,24 @@ def test_smoke_cases_cover_every_class():
     assert len(quick) < len(CASES) / 2
 
 
+def test_short_calls_are_one_step_of_a_stack_and_sixteen_of_a_cell():
+    short = [
+        (c.cell, c.T, c.B, c.I, c.H, c.layers) for c in CASES if c.class_of(TRAIN) == "short calls training"
+    ]
+    sizes = [(B, H, H) for B in (1, 8) for H in (4, 128, 320)]
+    stacks = [(cell, 1, *size, layers) for cell in ("LSTM", "GRU") for size in sizes for layers in (1, 2)]
+    loops = [(cell, 16, *size, 1) for cell in ("LSTMCell", "GRUCell") for size in sizes]
+    assert sorted(short) == sorted(stacks + loops)
+
+
+@pytest.mark.parametrize(("group", "measured"), [("dense", True), ("short", False)])
+def test_memory_is_measured_where_it_is_above_the_noise(monkeypatch, torch_as_fastrnn, group, measured):
+    monkeypatch.setattr(runner, "peak_megabytes", lambda *a: 2.0)
+    case = Case("GRU", 3, 2, 4, 4, group=group)
+    found = runner.measure_case(case, TRAIN, 1, Peak(100.0, "test"), 0, memory=True)
+    assert bool(found.megabytes) == measured
+
+
 def test_lengths_descend_from_T_to_the_fill():
     case = Case("LSTM", 200, 32, 128, 128, fill=0.56)
     lengths = case.lengths()

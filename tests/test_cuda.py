@@ -78,8 +78,8 @@ def compute_in(numbers: str) -> torch.dtype:
 
 
 def errors(found: dict, exact: dict) -> dict[str, float]:
-    """||found - exact|| / ||exact|| by name. Of a few numbers the terms may cancel, and rounding decides
-    what is left: their error is compared with the largest of all norms."""
+    """||found - exact|| / ||exact|| by name. A tensor of less than 8 numbers may be small by cancellation, so
+    its error is divided by the largest of all norms."""
     assert found.keys() == exact.keys()
     norms = {name: exact[name].detach().double().norm().item() for name in exact}
     result = {}
@@ -97,9 +97,9 @@ def assert_close(numbers: str, found: dict, exact: dict) -> None:
 
 
 def check_module(config: Configuration, numbers: str) -> None:
-    """fastrnn on the device in these numbers against torch.nn in float64, both from the same rounded ones.
-    What lies beyond the limits must be as hard for torch.nn in the same numbers: units at their bounds have
-    derivatives of which rounding leaves little."""
+    """fastrnn on the device in this number type against torch.nn in float64, both from the same rounded
+    weights and inputs. An error beyond the limit may be up to three times torch.nn's own in the same type:
+    the derivatives of saturated units are small, and rounding leaves few digits of them."""
     dtype = compute_in(numbers)
     theirs, ours = parity.make_modules(config)
     ours = ours.to(DEVICE, dtype)
@@ -242,7 +242,7 @@ def test_derivatives_are_those_of_the_function(kind):
 def test_activations_are_within_8_ulp_and_exact_at_their_ends(function):
     """tanh as an RNN of one unit; sigmoid as the update gate of a GRU whose new gate is 0 and h was 1."""
     numbers = torch.logspace(-30, 2.3, 4000)
-    # An infinite input would make no number of the gates that are to be 0.
+    # An infinite input times a weight of 0 would make the other gates NaN.
     end = 3e38 if function == "sigmoid" else torch.inf
     ends = torch.tensor([0.0, end, torch.nan, 1e30, 88.0, 89.0, 104.0])
     x = torch.cat((numbers, -numbers, ends, -ends)).to(DEVICE)

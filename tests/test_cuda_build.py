@@ -1,4 +1,4 @@
-"""What nvcc said of the CUDA kernels: `make cuda` compiles them and leaves it in build/objects/cuda."""
+"""Registers and spills of the CUDA kernels, as nvcc reported them to `make cuda` (build/objects/cuda)."""
 
 import re
 from pathlib import Path
@@ -13,8 +13,8 @@ KERNEL = re.compile(
     r"(?P<spilled>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-# Bytes that may go to memory, by the first of these that is in a kernel's name. Without tensor cores a thread
-# also reads the columns of others, and peepholes and their gradients take registers too.
+# Spilled bytes that are allowed, by the first of these words in a kernel's name. Without tensor cores a
+# thread also reads other threads' columns, and peepholes and their gradients take registers too.
 MOST_SPILLED = {"Ffma": 32, "LstmCellILb1E": 8, "TensorCore": 4}  # eight words, two, one
 
 

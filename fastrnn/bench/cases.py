@@ -45,6 +45,7 @@ class Case:
             f"drop{self.dropout}": self.dropout > 0,
             f"packed{self.fill}": self.fill < 1,
             "fp64": self.dtype == torch.float64,
+            "short": self.group == "short",
         }
         shape = f"{self.cell.lower()}-{self.T}x{self.B}x{width}"
         return "-".join([shape, *(word for word, present in options.items() if present)])
@@ -58,6 +59,7 @@ class Case:
             "proj": f"{self.cell} proj_size {activity}",
             "stack": f"stacks {activity}",
             "step": f"{self.cell} one step",
+            "short": f"short calls {activity}",
             "fp64": f"fp64 {activity}",
             "loop": f"{self.cell} loop {activity}",
         }[self.group]
@@ -81,6 +83,12 @@ class Case:
 def _dense(cell: str, *shapes: tuple[int, ...]) -> list[Case]:
     """Cases from (T, B, H) or (T, B, I, H)."""
     return [Case(cell, T, B, width[0], width[-1]) for T, B, *width in shapes]
+
+
+def _short(B: int, H: int) -> list[Case]:
+    """Calls of microseconds, most of them outside the kernels: one step of a module, sixteen of a cell."""
+    stacks = [Case(cell, 1, B, H, H, "short", layers) for cell in ("LSTM", "GRU") for layers in (1, 2)]
+    return [*stacks, *(Case(cell, 16, B, H, H, "short") for cell in ("LSTMCell", "GRUCell"))]
 
 
 def _step(cell: str, B: int, H: int) -> Case:
@@ -121,12 +129,13 @@ CASES = (
     Case("LSTMCell", 100, 1, 256, 256, group="loop"),
     Case("GRUCell", 100, 32, 128, 128, group="loop"),
     Case("GRUCell", 100, 1, 256, 256, group="loop"),
+    *(case for H in (4, 128, 320) for B in (1, 8) for case in _short(B, H)),
 )
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a class is held to: torch time / fastrnn time, over its shapes and on its worst one."""
+    """The target of a class for torch time / fastrnn time: geometric mean, and worst shape."""
 
     mean: float
     worst: float
@@ -145,6 +154,8 @@ TARGETS = {
     "LSTM one step": Target(5.0, 1.0),
     "GRU one step": Target(2.0, 1.0),
     "fp64 training": Target(1.5, 1.0),
+    "short calls training": Target(1.3, 1.0),
+    "short calls inference": Target(2.0, 1.0),
 }
 
 

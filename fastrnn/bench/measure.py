@@ -1,7 +1,7 @@
 """Paired timing: in every round each contender has one turn, so that a slow moment hits them all.
 
-The order turns around from round to round, and a round during which other processes used the CPU
-is thrown away. What is reported is the ratio within each round, as median and quartiles.
+The order reverses from round to round, and a round during which other processes used the CPU
+is thrown away. The result is the ratio within each round, as median and quartiles.
 """
 
 import gc
@@ -15,7 +15,7 @@ from statistics import median, quantiles
 MIN_ROUNDS = 5
 MIN_TURN = 0.02  # seconds; a shorter call is repeated within its turn, beyond timer and cache noise
 PAUSE = 0.002  # seconds before a turn, in which the other's worker threads stop spinning
-# Of another process's CPU time a round bears 5 % of its length, and two ticks of /proc/stat.
+# A round is quiet while other processes use at most 5 % of its length, or two ticks of /proc/stat.
 OTHERS_SHARE, OTHERS_SECONDS = 0.05, 0.02
 PATIENCE = 3  # times the asked rounds and seconds, after which disturbed rounds are taken too
 

@@ -2,9 +2,8 @@
 
 The figure is the growth of the resident set's high-water mark (VmHWM, reset through
 /proc/self/clear_refs) during the step, over the resident set with parameters and input in place:
-it holds what any allocator takes, oneDNN's and the kernels' own buffers included. A step on a
-small shape goes before it, so that code pages and thread stacks are there. Linux only; about 1 MB
-of noise.
+it covers every allocator, oneDNN's and the kernels' own buffers included. A step on a small shape
+comes first, so that code pages and thread stacks are loaded. Linux only; about 1 MB of noise.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """ONNX Runtime as a peer: the same weights in ONNX LSTM, GRU or RNN nodes, for inference.
 
-Only the optional packages ``onnx`` and ``onnxruntime`` know this file; nothing else imports it
-before the peer is asked for.
+It needs the optional packages ``onnx`` and ``onnxruntime``, so it is imported only when the peer is
+asked for.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def make_call(workload: Workload, threads: int) -> Callable[[], list[np.ndarray]
     """A call of ONNX Runtime that returns y [T, B, D*H] and the final states [L*D, B, H]."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Its workers would go on spinning in the turns of the others.
+    # Otherwise its worker threads go on spinning in the other contenders' turns.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         build_model(workload.module), options, providers=["CPUExecutionProvider"]

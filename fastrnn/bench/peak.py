@@ -1,4 +1,4 @@
-"""The machine's peak of fused multiply-adds at a thread count: what a share of the peak refers to.
+"""The machine's peak rate of fused multiply-adds at a thread count, of which the tables give shares.
 
 Nothing in torch runs at that rate (a product of 1024 x 1024 matrices reaches 75-90 % of it), so a
 loop of independent multiply-adds is written as x86-64 machine code. Where that cannot run, the

@@ -16,7 +16,7 @@ from fastrnn.bench.peak import Peak
 SUBJECT, RIVAL = "fastrnn", "torch"
 FORMAT = 1
 
-# What holds a library to fewer instructions or threads than the machine has; a figure means nothing without.
+# Variables that limit a library's instruction set or threads: figures under one of them are quoted with it.
 VARIABLES = (
     "ATEN_CPU_CAPABILITY", "FASTRNN_CPU_ISA", "KMP_AFFINITY", "MKL_DEBUG_CPU_TYPE", "MKL_ENABLE_INSTRUCTIONS",
     "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_WAIT_POLICY", "ONEDNN_MAX_CPU_ISA",
@@ -68,7 +68,7 @@ class Results:
 
 
 def _record(entry: dict) -> Record:
-    """Without what benchmarks/gpu.py knows besides."""
+    """A record from its JSON, without the fields that only benchmarks/gpu.py has."""
     known = {f.name: entry[f.name] for f in fields(Record) if f.name in entry}
     ratios = {name: Quartiles(**quartiles) for name, quartiles in entry["ratios"].items()}
     return Record(**{**known, "ratios": ratios})

@@ -44,6 +44,7 @@ def measure_case(
     if mode == INFER:
         contenders |= {name: call for name in peers if (call := _peer(name, rival, threads, expected))}
     timing = paired(contenders, SUBJECT, seconds, others_cpu)
+    memory = memory and mode == TRAIN and case.group != "short"  # a short call's is below the noise of 1 MB
     gflops = case.flops(mode) / timing.seconds[SUBJECT] / 1e9
     attainable = peak.gflops / (2 if case.dtype == torch.float64 else 1)
     return Record(
@@ -58,7 +59,7 @@ def measure_case(
         rounds=timing.rounds,
         discarded=timing.discarded,
         disturbed=timing.disturbed,
-        megabytes=_memory(case, threads) if memory and mode == TRAIN else {},
+        megabytes=_memory(case, threads) if memory else {},
     )
 
 

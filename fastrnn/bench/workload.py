@@ -12,10 +12,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastrnn.bench.cases import TRAIN, Case
 
-# ||a - b|| / ||b|| that a correct result stays under, gradients over thousands of rows included.
+# Limits of ||a - b|| / ||b||, wide enough for gradients that are sums over thousands of rows.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
-# torch says so for each projected LSTM: that is why it is measured.
+# torch's warning at each projected LSTM; the benchmark measures this path on purpose and hides it.
 NO_PROJECTION = "LSTM with projections is not supported with oneDNN"
 
 
@@ -114,7 +114,7 @@ def check(workload: Workload, reference: list[Tensor]) -> None:
 
 
 def reference_results(case: Case, mode: str) -> list[Tensor]:
-    """What torch.nn computes in float64, without dropout."""
+    """torch.nn's results in float64, without dropout."""
     workload = Workload(case, nn, mode, torch.float64)
     workload.module.eval()
     return workload()

@@ -33,7 +33,7 @@ class Parser(LightningArgumentParser):
 
 
 def innermost(message: str) -> str:
-    """Of jsonargparse's tree of what each type of a setting expected: the setting, and the deepest lines."""
+    """The setting and the innermost reasons in jsonargparse's message, a tree with a branch for each type."""
     key = ".".join(re.findall(r'Parser key "(.+?)"', message))
     if not key:
         return message
@@ -72,7 +72,7 @@ def refused(error: BaseException) -> str | None:
 
 
 def root(error: BaseException) -> BaseException:
-    """What an error was raised from, and that one in turn."""
+    """The first error in the chain of causes of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -42,6 +42,9 @@ class SequenceClassifier(SequenceTask):
 
     needs = ("mean", "scale", "classes")
     fixed = ("pool",)
+    accuracy: Any  # torchmetrics by stage
+    f1: Any
+    confusion: Any
 
     def __init__(
         self,

@@ -154,13 +154,13 @@ class SequenceCLI(LightningCLI):
 
     @property
     def best(self) -> BestCheckpoint | None:
-        """What chose the checkpoint to test; None without checkpoints."""
+        """The callback that chose the checkpoint to test; None without checkpoints."""
         found = (c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint))
         return next(found, None)
 
     def after_fit(self) -> None:
         """A test of the best checkpoint, or of the last weights where no checkpoint was chosen."""
-        if not self.trainer.fast_dev_run and self.trainer.global_step:
+        if not self.trainer.fast_dev_run and self.trainer.global_step:  # type: ignore[attr-defined]
             best = self.best.best_model_path if self.best else ""
             if not best:
                 rank_zero_info("no checkpoint was chosen by validation: the last weights are tested")
@@ -168,7 +168,7 @@ class SequenceCLI(LightningCLI):
         self.after_test()
 
     def after_test(self) -> None:
-        for callback in self.trainer.callbacks:
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Report) and callback.path:  # only the first process has one
                 say(f"report: {callback.path.resolve()}")
 
@@ -186,11 +186,11 @@ class SequenceCLI(LightningCLI):
             raise
 
     def _predict(self) -> None:
-        """Predictions are written as JSON, for Lightning hands them to nobody."""
+        """Writes the predictions as JSON, because Lightning's command line drops them."""
         found = self.trainer.predict(
             self.model, datamodule=self.datamodule, ckpt_path=self._get(self.config, "ckpt_path")
         )
-        path = Path(self.trainer.log_dir) / f"predictions{self.trainer.global_rank or ''}.json"
+        path = Path(self.trainer.log_dir or ".") / f"predictions{self.trainer.global_rank or ''}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found, ensure_ascii=False, indent=1, default=lambda t: t.tolist())
         path.write_text(text, encoding="utf-8")
@@ -268,12 +268,12 @@ def main(argv: list[str]) -> int:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """False for Lightning's advertisements and for what no run here needs."""
+    """False for Lightning's advertisements and for hints that do not apply to these runs."""
     return not record.getMessage().startswith(("💡", "`weights_only`", "TPU"))
 
 
 def run(argv: list[str], kind: type[SequenceCLI] = SequenceCLI) -> SequenceCLI:
-    """One command, in this process; the trainer and the task are attributes of what comes back."""
+    """Runs one command in this process; the result has the trainer and the task as attributes."""
     for noise in ("LightningCLI's args parameter", ".*LeafSpec", ".*num_workers"):
         warnings.filterwarnings("ignore", message=noise)
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
@@ -309,7 +309,7 @@ def run(argv: list[str], kind: type[SequenceCLI] = SequenceCLI) -> SequenceCLI:
 
 
 def command(argv: list[str], checkpoint: Path | None) -> str:
-    """The line for a shell that does what ``argv`` says, going on from a checkpoint."""
+    """A shell command that repeats ``argv`` from a checkpoint on."""
     given = [a for a in argv if not (checkpoint and a.startswith("--ckpt_path="))]
     more = [f"--ckpt_path={checkpoint}"] if checkpoint else []
     return shlex.join([sys.executable, "-m", "fastrnn", "train", *given, *more])

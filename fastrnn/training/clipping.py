@@ -25,7 +25,7 @@ def clip(parameters: Iterable[nn.Parameter], norm: float | None, value: float | 
     with_grad = [p for p in parameters if p.grad is not None]
     if not with_grad:
         return torch.zeros(())
-    before = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
+    before = torch.nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
     if norm is not None:
         torch.nn.utils.clip_grads_with_norm_(with_grad, norm, before)
     if value is not None:

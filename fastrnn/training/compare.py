@@ -76,7 +76,7 @@ def side_by_side(runs: dict[str, list[dict[str, float]]], metric: str) -> Table:
 
 
 def in_words(runs: dict[str, list[dict[str, float]]], metric: str) -> Iterator[str]:
-    """Of each further run: how far its curve is from the first one's, and how much longer it took."""
+    """A line for each further run: the distance of its curve from the first run's, and its relative time."""
     (first, base), *others = runs.items()
     for name, rows in others:
         time = times(last(rows, "speed/seconds"), last(base, "speed/seconds"))

@@ -1,6 +1,6 @@
 """Forecasting and regression: values ahead of a sequence, several steps by feeding outputs back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,11 @@ from fastrnn.training.standardise import Standardise
 from fastrnn.training.tasks import SequenceTask
 
 COLUMNS = 8  # with a picture in the report
-LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,
+    "mae": F.l1_loss,
+    "huber": F.huber_loss,
+}
 SHOWN = 4  # windows in the report
 
 
@@ -44,6 +48,8 @@ class Forecaster(SequenceTask):
 
     needs = ("mean", "scale", "outputs")
     fixed = ("centre",)
+    rmse: Any  # torchmetrics by stage
+    mae: Any
 
     def __init__(
         self,
@@ -148,11 +154,12 @@ class Forecaster(SequenceTask):
         self._evaluated = 0  # windows so far
         self._every = 1  # of so many windows one is shown
 
-    def _show(self, *parts: Tensor) -> None:
+    def _show(self, past: Tensor, future: Tensor, predicted: Tensor) -> None:
         """Remembers a few windows of an evaluation [.., B, I], evenly spaced however many there are."""
-        size = parts[0].shape[1]
+        size = past.shape[1]
         for i in range(-self._evaluated % self._every, size, self._every):
-            self._shown.append(tuple(part[:, i : i + 1].clone() for part in parts))
+            one = slice(i, i + 1)
+            self._shown.append((past[:, one].clone(), future[:, one].clone(), predicted[:, one].clone()))
         self._evaluated += size
         while len(self._shown) > 2 * SHOWN:
             self._shown, self._every = self._shown[::2], 2 * self._every

@@ -147,13 +147,13 @@ class GradientFlow(L.Callback):
             for loss, quantities in self.records[-1]["norms"].items()
             for quantity in quantities
         }
-        np.savez_compressed(path, steps=[r["step"] for r in self.records], **arrays)
+        np.savez_compressed(path, steps=[r["step"] for r in self.records], **arrays)  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         return {"records": self.records}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of a run that goes on; a test of the best checkpoint leaves the records of its own run alone."""
+        """Restores the records of a resumed run; a test of the best checkpoint keeps those of its own run."""
         self.records = self.records or state["records"]
 
 

@@ -57,6 +57,7 @@ class LanguageModel(SequenceTask):
     """
 
     fixed = ("embedding_size",)
+    nats: Any  # torchmetrics by stage
 
     def __init__(
         self,

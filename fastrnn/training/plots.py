@@ -6,7 +6,7 @@ long names are cut.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -195,7 +195,7 @@ def lines(rows: Rows, title: str) -> Figure:
     return figure
 
 
-def overlay(runs: dict[str, Rows], metric: str) -> Figure:
+def overlay(runs: Mapping[str, Rows], metric: str) -> Figure:
     """Training (thin) and validation (dots) of one metric in several runs."""
     named = min(len(runs), RUNS)
     size = (7.2, 4.2) if named <= 8 else (9.6, 4.2 + 0.1 * named)

@@ -77,7 +77,7 @@ class Report(L.Callback):
         if isinstance(exception, FloatingPointError):
             self._write(trainer, pl_module, trainer.log_dir)
 
-    def _measure(self, trainer: L.Trainer, task: L.LightningModule) -> str:
+    def _measure(self, trainer: L.Trainer, task: Any) -> str:
         comparable = self.compare and trainer.world_size == 1 and self._batch is not None
         if comparable and not task.stack.options and task.stack.backend != "torch":
             device, precision = trainer.strategy.root_device, trainer.precision_plugin
@@ -99,10 +99,10 @@ class Report(L.Callback):
     @matplotlib.rc_context({"text.usetex": False})  # names are no LaTeX
     def _write(self, trainer: L.Trainer, task: L.LightningModule, log_dir: str | None) -> None:
         """All processes ask for ``log_dir``, which they agree on; the first one writes."""
-        if self.write and log_dir is not None and not trainer.fast_dev_run:
+        if self.write and log_dir is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._try("all of it", lambda: self._save(trainer, task, Path(log_dir)))
 
-    def _save(self, trainer: L.Trainer, task: L.LightningModule, folder: Path) -> str:
+    def _save(self, trainer: L.Trainer, task: Any, folder: Path) -> str:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for old in (folder / "figures").glob("*.png"):  # of the report that this one replaces
             old.unlink()
@@ -211,7 +211,7 @@ def exhibit(title: str, shown: Figure | str, folder: Path) -> str:
 
 
 def flow_sections(trainer: L.Trainer, folder: Path) -> Iterator[Section]:
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientFlow) and callback.records:
             callback.save(folder / "gradient_flow.npz")
             verdict = f"<p class=verdict>{html.escape(callback.verdict())}</p>"
@@ -242,7 +242,7 @@ def configuration(folder: Path, task: L.LightningModule) -> str:
 
 
 def environment() -> dict[str, str]:
-    """What the run stood on."""
+    """Versions and machine of the run."""
     found = {"Python": platform.python_version(), "machine": platform.platform()}
     for package in ("fastrnn", "torch", "lightning"):
         try:

@@ -1,4 +1,4 @@
-"""A run on disk: its log, checkpoints that survive a kill, and what ending early and resuming need."""
+"""A run on disk: its log, checkpoints that survive a kill, early ends and resuming."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ class RunLog(CSVLogger):
         """
         try:
             number = super()._get_next_version()
-            while rank_zero_only.rank == 0:
+            while rank_zero_only.rank == 0:  # type: ignore[attr-defined]
                 try:
                     os.makedirs(os.path.join(self.root_dir, f"version_{number}"))
                     break
@@ -138,7 +138,7 @@ def generator_states() -> dict[str, Any]:
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -214,7 +214,7 @@ class LastCheckpoint(ModelCheckpoint):
         )
 
     def save(self, trainer: L.Trainer) -> None:
-        if self.dirpath and not trainer.fast_dev_run:
+        if self.dirpath and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

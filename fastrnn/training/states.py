@@ -33,7 +33,7 @@ class StateGradientNorms:
             (name, m)
             for name, m in model.named_modules()
             if isinstance(m, (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN))
-            and no_kernel_reason(m.weight_hh_l0) is None
+            and no_kernel_reason(m.weight_hh_l0) is None  # type: ignore[arg-type]
         ]
         self._handles = []
         for name, module in modules:

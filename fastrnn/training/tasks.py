@@ -1,4 +1,4 @@
-"""What the three tasks share: optimizer and schedule, hyper-parameters, checks of checkpoints."""
+"""The base of the three tasks: optimizer and schedule, hyper-parameters, checks of checkpoints."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
@@ -142,7 +142,7 @@ class SequenceTask(L.LightningModule):
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Values of which the dataclasses are dictionaries, as checkpoints keep them."""
+    """Values with dataclasses turned into dictionaries, as checkpoints keep them."""
     return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
 
 

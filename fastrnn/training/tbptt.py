@@ -6,6 +6,7 @@ network trajectories", Neural Computation 2 (1990). k1 = k2 is the usual contigu
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -114,7 +115,7 @@ def scan(rnn: nn.Module, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor
     outputs = []
     for start, end in pairwise(sorted({0, *cuts, len(x)})):
         fresh = reset[start].view(1, -1, 1)
-        state = map_state(lambda s, fresh=fresh: s.masked_fill(fresh, 0.0), state)
+        state = map_state(partial(Tensor.masked_fill, mask=fresh, value=0.0), state)
         y, state = rnn(x[start:end], state)
         outputs.append(y)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), state

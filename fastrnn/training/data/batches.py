@@ -60,7 +60,7 @@ class Batches(ABC):
     def __len__(self) -> int: ...
 
     def decisive(self) -> dict[str, Any]:
-        """What decides, with (epoch, position), what a batch holds, by the names of the data's settings."""
+        """The settings that, with (epoch, position), determine the content of a batch."""
         return {}
 
     @abstractmethod
@@ -119,6 +119,7 @@ class ItemBatches(Batches):
     def order(self, epoch: int) -> Tensor:
         """The items' numbers [count]; made once an epoch, for it takes as long as there are items."""
         if self._order is None or self._order[0] != epoch:
+            assert self.seed is not None
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = epoch, torch.randperm(self.count, generator=generator)
         return self._order[1]

@@ -130,7 +130,7 @@ def as_sequence(where: str, values: Any) -> Tensor:
             values = values.detach().cpu()
             values = (values.double() if values.is_floating_point() else values).numpy()
         if isinstance(values, np.ma.MaskedArray):
-            values = values.astype(np.float64).filled(np.nan)
+            values = np.ma.filled(values.astype(np.float64), np.nan)
         found = np.asarray(values)
         if found.dtype == object and not any(isinstance(v, (str, bytes)) for v in found.flat):
             found = found.astype(np.float64)

@@ -5,6 +5,7 @@ form of Le, Jaitly, Hinton, arXiv:1504.00941. Copy: Arjovsky, Shah, Bengio, "Uni
 recurrent neural networks", ICML 2016. Parity: every bit matters, to the last.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,4 +135,8 @@ def copy(length: int, batch: int, generator: torch.Generator) -> StreamBatch:
     return StreamBatch(x, y, reset, keep=total)
 
 
-PROBLEMS = {"adding": adding, "parity": parity, "copy": copy}
+PROBLEMS: dict[str, Callable[..., StreamBatch | SequenceBatch]] = {
+    "adding": adding,
+    "parity": parity,
+    "copy": copy,
+}

@@ -1,6 +1,7 @@
 """The data module that all data sets share: parts in, resumable loaders out."""
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -12,7 +13,10 @@ from fastrnn.training.errors import InputError, listing
 class SequenceData(L.LightningDataModule):
     """Data with a ``spec`` that a task is built from, and batches for each part and process."""
 
-    spec: dict[str, Any]  # what the model must know of the data; plain values
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """Plain values: what the model must know of the data."""
+        raise NotImplementedError
 
     def adopt(self, spec: dict[str, Any]) -> None:
         """Take a trained model's spec, so that symbols and classes are numbered as it knows them.

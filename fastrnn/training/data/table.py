@@ -172,7 +172,7 @@ class Sheet:
             sep=form.sep,
             decimal=form.decimal,
             thousands=form.thousands,
-            na_values=form.na_values,
+            na_values=form.na_values,  # type: ignore[arg-type]  # the stubs know text alone
             skipinitialspace=form.skipinitialspace,
             comment=form.comment,
         )
@@ -206,16 +206,16 @@ class Sheet:
 def records(text: str, form: CsvFormat, name: str) -> Iterator[Record]:
     """The records of a CSV text, blank lines among them; comments and ``skiprows`` are left out."""
     first, last, line = 0, 0, ""
-    sep = " " if form.sep == BLANKS else form.sep
+    sep, comment = " " if form.sep == BLANKS else form.sep, form.comment or ""
 
     def counted() -> Iterator[str]:
         nonlocal first, last, line
         for last, line in enumerate(io.StringIO(text), 1):
             if last <= form.skiprows:
                 continue
-            at = line.find(form.comment) if form.comment else -1
+            at = line.find(comment) if comment else -1
             while at >= 0 and (line[:at].count('"') + (first > 0)) % 2:  # it stands in a quoted cell
-                at = line.find(form.comment, at + 1)
+                at = line.find(comment, at + 1)
             if at == 0:
                 continue
             line = line if at < 0 else line[:at] + "\n"

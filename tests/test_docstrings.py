@@ -1,0 +1,33 @@
+"""Docstrings of the public names: their examples run, and the parameters are as they say."""
+
+import doctest
+import re
+
+import pytest
+
+import fastrnn
+from fastrnn import functional, modules
+
+
+@pytest.mark.parametrize("name", [*modules.__all__, "functional.lstm"])
+def test_the_example_in_a_docstring_runs(name):
+    function = functional.lstm if name == "functional.lstm" else getattr(fastrnn, name)
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
+    result = doctest.DocTestRunner().run(example)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", modules.__all__)
+def test_parameters_have_the_shapes_in_the_docstring(name):
+    """``names: [shape]``, or ``names: [shape], from the second layer on [shape]``."""
+    cls, sizes, options = getattr(fastrnn, name), {"I": 3, "H": 5, "P": 5, "D": 2}, {}
+    if not name.endswith("Cell"):
+        options = {"num_layers": 2, "bidirectional": True}
+    if name == "LSTM":
+        options["proj_size"] = sizes["P"] = 2
+    for parameter, tensor in cls(3, 5, **options).named_parameters():
+        documented = re.sub(r"_l\d(_reverse)?$", "_l{k}", parameter)
+        line = next(line for line in cls.__doc__.splitlines() if documented in line.partition(":")[0])
+        shapes = re.findall(r"\[.*?\]", line)
+        assert list(tensor.shape) == eval(shapes[-1 if "_l1" in parameter else 0], dict(sizes)), parameter
