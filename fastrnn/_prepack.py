@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ._warn import warn
 
 _Module = TypeVar("_Module", bound=nn.Module)
-Weights = Sequence[Sequence[Tensor]]  # w_ih, w_hh, b_ih, b_hh, w_hr of all directions of one layer
+Weights = Sequence[Sequence[Tensor]]  # w_ih, w_hh, b_ih, b_hh, w_hr, u of all directions of one layer
 _CHANGED = "the weights have changed"
 
 
@@ -68,7 +68,11 @@ _owners = WeakIdKeyDictionary()  # module -> its Packs. Not in the module: pickl
 
 
 def _tensors(weights: Weights) -> list[Tensor]:
-    return [t for part in weights for t in part]
+    """Those that users hold: instead of u, which each call joins, the vectors that it is joined from."""
+    tensors = [t for part in weights for t in part]
+    if u := weights[-1]:
+        return tensors[: -len(u)] + [v for one in u for v in getattr(one, "joined", (one,))]
+    return tensors
 
 
 def _key(weights: Weights) -> tuple[int, ...]:
@@ -124,7 +128,7 @@ def _check(name: str, module: nn.Module, weights: torch.dtype | None) -> None:
         raise RuntimeError(f"prepack is for inference: {name} is in training mode, call eval() first")
     own = {id(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
     for _, layer in module._scan_layers():  # type: ignore[operator]
-        for t in (t for part in layer for t in part):
+        for t in _tensors(layer):
             if id(t) not in own:
                 raise ValueError(f"prepack: a weight of {name} is computed at each call (parametrized)")
             if not t.is_cpu or t.dtype not in (torch.float32, torch.float64):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import _prepack, modules
+from . import _options, _prepack, modules
 from ._warn import warn
 
 __all__ = ["convert", "to_torch"]
@@ -112,7 +112,15 @@ class _Rebinding:
 # ---- Models --------------------------------------------------------------------------------------------
 
 
+def _check_options(module: nn.Module, change: Callable[[type], type]) -> None:
+    if change is _unfused and (options := _options.beyond_torch(module)):
+        raise _Left(f"torch.nn has no {_options.text(options)}")
+    if change is _fused and (taken := _options.OPTIONS.keys() & vars(module).keys()):
+        raise _Left(f"it has its own {', '.join(sorted(taken))}, which fastrnn's uses")
+
+
 def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
+    _check_options(module, change)
     target: Any = _target(module, change)
     rebind = _Rebinding(module, type(module).forward, target.forward)
     held = {name: rebind(value) for name, value in vars(module).items() if callable(value)}
@@ -124,6 +132,8 @@ def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
     except TypeError as error:  # __slots__
         raise _Left(str(error)) from None
     vars(module).update(held)
+    for name in _options.OPTIONS:  # those that torch.nn's need not know
+        vars(module).pop(name, None)
 
 
 def _change_classes(model: _Model, name: str, change: Callable[[type], type], bases: Iterable[Any]) -> _Model:
@@ -158,6 +168,7 @@ def to_torch(model: _Model) -> _Model:
     """Undoes convert(): every fastrnn module inside ``model`` becomes torch.nn's, in place; returns it.
 
     For tools that know torch.nn's classes exactly (``torch.ao.quantization``, ``type(m) == nn.GRU``) and for
-    ``torch.jit.script``. Warns of modules that it leaves as they are, by name: subclasses of fastrnn's.
+    ``torch.jit.script``. Warns of modules that it leaves as they are, by name: subclasses of fastrnn's, and
+    modules with options that torch.nn's have not. ``forget_bias``, an initialisation, is dropped.
     """
     return _change_classes(model, "to_torch", _unfused, _TO_TORCH)

@@ -19,8 +19,8 @@ from ._warn import warn
 from .reference import CELLS
 
 __all__ = [
-    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh",
-    "rnn_tanh_cell", "set_strict",
+    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_peephole", "lstm_peephole_cell",
+    "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict",
 ]  # fmt: skip
 
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------
@@ -31,7 +31,8 @@ _warned: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
-    """fastrnn has no kernel for a call and takes torch.nn's own path."""
+    """fastrnn has no kernel for a call and takes torch.nn's own path, or one of torch operations where
+    torch.nn has none."""
 
 
 def set_strict(strict: bool) -> bool:
@@ -72,15 +73,17 @@ def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
 
 
 def takes_torch_path(weight: Tensor, extended: bool = False) -> bool:
-    """Whether this call takes torch.nn's own path, which is said once, or refused in strict mode."""
+    """Whether this call takes torch.nn's own path, or one of torch operations where torch.nn has none
+    (``extended``), which is said once, or refused in strict mode."""
     reason = torch_path_reason(weight, extended)
     if reason is None:
         return False
+    path = "a path of torch operations" if extended else "torch.nn's own path"
     if _strict:
-        raise RuntimeError(f"fastrnn: {reason}, and strict mode forbids torch.nn's own path")
+        raise RuntimeError(f"fastrnn: {reason}, and strict mode forbids {path}")
     if reason not in _warned:
         _warned.add(reason)
-        warn(f"{reason}; torch.nn's own path runs instead", FallbackWarning)
+        warn(f"{reason}; {path} runs instead", FallbackWarning)
     return True
 
 
@@ -165,22 +168,35 @@ class StateGradients:
 StateHook = Callable[[StateGradients], object]
 
 
-def layer_weights(columns: Sequence[_ops.Tensors], has_biases: bool) -> _ops.Weights:
-    """Of one layer, from what torch keeps of each of its D directions, in torch's order: all w_ih [G*H, I],
-    all w_hh [G*H, P], then b_ih and b_hh [G*H] with biases, then w_hr [P, H] with a projection."""
+def layer_weights(name: str, columns: Sequence[_ops.Tensors], has_biases: bool) -> _ops.Weights:
+    """Of one layer, from what its module keeps of each of its D directions, in torch's order: all w_ih
+    [G*H, I], all w_hh [G*H, P], then b_ih and b_hh [G*H] with biases, then w_hr [P, H] with a projection;
+    last, vectors of parameters [k*H] of cells that have some."""
     w_ih, w_hh, *rest = columns
-    b_ih, b_hh = rest[:2] if has_biases else ((), ())
-    return _ops.Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else ())
+    b_ih, b_hh = (rest.pop(0), rest.pop(0)) if has_biases else ((), ())
+    w_hr = rest.pop(0) if rest and rest[0][0].dim() == 2 else ()
+    U = CELLS[name].vectors
+    u = [_joined(vectors, U) for vectors in zip(*rest, strict=True)] if U else ()
+    return _ops.Weights(w_ih, w_hh, b_ih, b_hh, w_hr, u)
+
+
+def _joined(vectors: _ops.Tensors, U: int) -> Tensor:
+    """[U, H], as the kernels take them, of all vectors of a direction. It remembers them for _prepack, which
+    goes by the tensors that users hold."""
+    u = torch.cat(vectors).view(U, -1)
+    if not _ops._is_traced():
+        u.joined = vectors  # type: ignore[attr-defined]
+    return u
 
 
 def stack_weights(
-    params: _ops.Tensors, has_biases: bool, num_layers: int, bidirectional: bool
+    name: str, params: _ops.Tensors, has_biases: bool, num_layers: int, bidirectional: bool
 ) -> list[_ops.Weights]:
     """Of each layer, from all parameters in torch's order: one direction after the other."""
     of_layer = len(params) // num_layers
     each = of_layer // 2 if bidirectional else of_layer
     return [
-        layer_weights([params[k + i : k + of_layer : each] for i in range(each)], has_biases)
+        layer_weights(name, [params[k + i : k + of_layer : each] for i in range(each)], has_biases)
         for k in range(0, len(params), of_layer)
     ]
 
@@ -298,7 +314,7 @@ def _stack(
     dtype = params[1].dtype
     hx = [_as(dtype, h) for h in hx]
     results: list[tuple[Tensor, ...]] = []
-    for index, weights in enumerate(stack_weights(params, has_biases, num_layers, bidirectional)):
+    for index, weights in enumerate(stack_weights(name, params, has_biases, num_layers, bidirectional)):
         h0, *c0 = hx if num_layers == 1 else [h[index * D : (index + 1) * D] for h in hx]
         listener = None if state_hook is None else partial(_tell, state_hook, index, rows)
         x, h, c, all_c = layer(
@@ -366,7 +382,9 @@ def _recurrent(
             raise ValueError("lengths, reset and return_states take dense sequences, not packed ones")
     else:
         x, hx, params, *options, batch_first = args
-    hidden = tuple(hx) if CELLS[name].has_c else (hx,)
+    cell = CELLS[name]
+    hidden = tuple(hx) if cell.has_c else (hx,)
+    extended = extended or cell.vectors > 0  # torch has no such cell
     torch_path = takes_torch_path(params[0], extended)
     if state_hook is not None and (torch_path or _ops._is_traced()):
         reason = torch_path_reason(params[0], extended)
@@ -413,6 +431,14 @@ def lstm(
     ``state_hook`` is called with the ``StateGradients`` of each layer whenever back-propagation passes it.
     """
     return _recurrent("lstm", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+
+
+def lstm_peephole(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``lstm`` with peepholes: after the parameters of a direction that ``torch.lstm`` takes come its
+    weight_ci, weight_cf and weight_co [H]."""
+    return _recurrent("lstm_peephole", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
 
 
 def gru(
@@ -467,22 +493,32 @@ def cell_biases(b_ih: Tensor | None, b_hh: Tensor | None) -> list[Tensor]:
     return [b_ih, torch.zeros_like(b_ih) if b_hh is None else b_hh]
 
 
-def _cell(name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None):
-    """``torch.<name>_cell``. Without units (H = 0) there is nothing to compute, and no kernel for it."""
-    if w_hh.shape[-1] == 0 or takes_torch_path(w_ih):
+def _cell(
+    name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    *vectors: Tensor,
+):  # fmt: skip
+    """``torch.<name>_cell``, and cells with vectors of parameters, which torch has not. Without units (H = 0)
+    there is nothing to compute, and no kernel for it."""
+    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, len(vectors) > 0)
+    if torch_path and not vectors:
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     hidden = tuple(hx) if CELLS[name].has_c else (hx,)
     biases = cell_biases(b_ih, b_hh)
     _check_cell(input, hidden, w_ih, w_hh)
-    _check_attributes(input, hidden, (w_ih, w_hh, *biases))
-    w_ih, w_hh, *biases = lowered((w_ih, w_hh, *biases))
+    _check_attributes(input, hidden, (w_ih, w_hh, *biases, *vectors))
+    w_ih, w_hh, *others = lowered((w_ih, w_hh, *biases, *vectors))
     input, *hidden = lowered((input, *hidden))  # type: ignore[assignment]
     dtypes = _autocast_dtypes(name, input, hidden, w_hh, projected=False, dense=False)
     if dtypes is not None:
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
     c0 = hidden[1].unsqueeze(0) if CELLS[name].has_c else None
-    one_layer = layer_weights([[w] for w in (w_ih, w_hh, *biases)], len(biases) > 0)
-    h, _, c, _ = _ops.scan(name, input, hidden[0].unsqueeze(0), c0, one_layer, _ONE_STEP)
+    one_layer = layer_weights(name, [[w] for w in (w_ih, w_hh, *others)], len(biases) > 0)
+    h0 = hidden[0].unsqueeze(0)
+    if torch_path:
+        layout = _ONE_STEP.layout(len(input), len(input))
+        h, _, c, _ = reference.forward(CELLS[name], layout, input, h0, c0, *one_layer)
+    else:
+        h, _, c, _ = _ops.scan(name, input, h0, c0, one_layer, _ONE_STEP)
     results = _autocast_results(dtypes, (h,), () if c0 is None else (c.squeeze(0),))
     return results if CELLS[name].has_c else results[0]
 
@@ -490,6 +526,11 @@ def _cell(name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None) -> tuple[Tensor, Tensor]:
     """``torch.lstm_cell``: input [B, I], hx = (h, c) [B, H] -> (h, c)."""
     return _cell("lstm", input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def lstm_peephole_cell(input, hx, w_ih, w_hh, b_ih, b_hh, w_ci, w_cf, w_co) -> tuple[Tensor, Tensor]:
+    """``lstm_cell`` with peepholes w_ci, w_cf and w_co [H]; both biases may be None."""
+    return _cell("lstm_peephole", input, hx, w_ih, w_hh, b_ih, b_hh, w_ci, w_cf, w_co)
 
 
 def _single_state_cell(name: str):

@@ -7,17 +7,19 @@ torch.nn does, so that parametrizations, functional_call and replaced parameters
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Proxy
+from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from . import _ops, _prepack, functional
+from . import _ops, _options, _prepack, functional
 from ._warn import warn
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -49,7 +51,44 @@ def _rows_of_first_step(batch_sizes: Tensor, hx) -> int:
 
 class _Fused(nn.Module):
     """What all six share: prepack() serves them by ``_scan_layers``, and they give up their packs when they
-    are trained; in a graph of torch.fx they are leaves, as torch.nn's modules are."""
+    are trained; in a graph of torch.fx they are leaves, as torch.nn's modules are. Options that are off are
+    attributes of the class alone, so that modules of torch.nn's classes can become these."""
+
+    hidden_size: int
+    weight_dropout: float = 0.0
+    _cell = ""  # its name in functional; "" where torch's attributes say it
+    _cell_name: Callable[[], str]
+    _add_vectors: Callable[[dict[str, int]], None]  # {name: k}, each [k*H]
+
+    def _set_options(self, **values: Any) -> None:
+        """The end of a constructor, given its options."""
+        for name, value in values.items():
+            value = _options.OPTIONS[name].checked(name, value, self)
+            if value != _options.OPTIONS[name].off:
+                setattr(self, name, value)
+        for name in _options.given(self):
+            option = _options.OPTIONS[name]
+            if option.vectors:
+                self._cell = self._cell_name() + option.cell
+                self._add_vectors(option.vectors)
+        self._initialise_options()
+
+    def _new_vector(self, weight: Tensor, blocks: int) -> nn.Parameter:
+        """[blocks*H], beside a weight and initialised as torch.nn initialises all of them."""
+        bound = self.hidden_size**-0.5
+        return nn.Parameter(weight.new_empty(blocks * self.hidden_size).uniform_(-bound, bound))
+
+    def _initialise_options(self) -> None:
+        for name, value in _options.given(self).items():
+            if initialise := _options.OPTIONS[name].initialise:
+                initialise(self, value)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # type: ignore[misc]
+        self._initialise_options()
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), _options.text(_options.given(self)))))
 
     def train(self, mode: bool = True):
         if mode:
@@ -156,14 +195,38 @@ class _Recurrent(_Fused, nn.RNNBase):
             self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
         return weights
 
+    def _cell_name(self) -> str:
+        return self._cell or self.mode.lower()
+
+    def _add_vectors(self, vectors: dict[str, int]) -> None:
+        for names in self._all_weights:  # of one layer and direction, the first one weight_ih
+            suffix = names[0].removeprefix("weight_ih")
+            for name, blocks in vectors.items():
+                self.register_parameter(name + suffix, self._new_vector(getattr(self, names[0]), blocks))
+                names.append(name + suffix)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+
+    def flatten_parameters(self) -> None:
+        """torch.nn's, for cuDNN, which has no use for modules with parameters of their own."""
+        if not self._cell:
+            super().flatten_parameters()
+
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
         """The cell and the weights of each layer."""
-        layers = functional.stack_weights(self._weights(), self.bias, self.num_layers, self.bidirectional)
-        return [(self.mode.lower(), weights) for weights in layers]
+        cell = self._cell_name()
+        layers = functional.stack_weights(
+            cell, self._weights(), self.bias, self.num_layers, self.bidirectional
+        )
+        return [(cell, weights) for weights in layers]
 
     def _call(self, weights: list[Tensor], *args, **keywords):
         """The functional form, on (input, hx) or on (data, batch_sizes, hx)."""
-        function = getattr(functional, self.mode.lower())
+        if self.weight_dropout and self.training:
+            each = len(self._all_weights[0])  # of one layer and direction; the second one is weight_hh
+            weights = list(weights)
+            weights[1::each] = [dropout(w_hh, self.weight_dropout) for w_hh in weights[1::each]]
+        function = getattr(functional, self._cell or self.mode.lower())
         options = [self.bias, self.num_layers, self.dropout, self.training, self.bidirectional]
         if len(args) == 2:
             options.append(self.batch_first)
@@ -188,7 +251,9 @@ class _Recurrent(_Fused, nn.RNNBase):
         Raises ValueError and RuntimeError where torch.nn does, in its words.
         """
         extended = lengths is not None or reset is not None or return_states
-        if not isinstance(self, _Recurrent) or (not extended and functional.is_recorded()):
+        if not isinstance(self, _Recurrent) or (
+            not extended and functional.is_recorded() and not _options.beyond_torch(self)
+        ):
             return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
             if extended:
@@ -231,30 +296,75 @@ class _Recurrent(_Fused, nn.RNNBase):
 
 
 class LSTM(_Recurrent, nn.LSTM):
-    """torch.nn.LSTM, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
+    """torch.nn.LSTM, fused. Constructor arguments, inputs, outputs and errors are torch.nn's, and by keyword:
+
+    peephole: the gates see the cell's state, i and f the one before the step and o the one after it (Gers and
+        Schmidhuber 2000),
+        ``i = sigmoid(W_ii x + b_ii + W_hi h + b_hi + weight_ci * c)``, f likewise with weight_cf,
+        ``o = sigmoid(W_io x + b_io + W_ho h + b_ho + weight_co * c')``.
+        ``weight_ci_l{k}``, ``weight_cf_l{k}`` and ``weight_co_l{k}`` [H] (``_reverse`` too) are initialised
+        as all other parameters.
+    weight_dropout: p in [0, 1), DropConnect (Merity et al. 2018): in training each element of every
+        ``weight_hh_l{k}`` is zero with probability p, the others are divided by 1 - p; one mask a call, the
+        same in all steps.
+    forget_bias: v, initialisation only, also by ``reset_parameters()``: the forget gate's part of every
+        ``bias_ih_l{k}`` is v, that of ``bias_hh_l{k}`` 0 (``fastrnn.init.forget_bias_``).
+
+    TypeError and ValueError for values that cannot be, and for a forget_bias with bias=False.
+    """
+
+    peephole: bool = False
+    forget_bias: float | None = None
+
+    def __init__(
+        self,
+        *args: Any,
+        peephole: bool = False,
+        weight_dropout: float = 0.0,
+        forget_bias: float | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*args, **keywords)
+        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
 
 
 class GRU(_Recurrent, nn.GRU):
-    """torch.nn.GRU, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
+    """torch.nn.GRU, fused. Constructor arguments, inputs, outputs and errors are torch.nn's; by keyword
+    weight_dropout as for ``LSTM``."""
+
+    def __init__(self, *args: Any, weight_dropout: float = 0.0, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._set_options(weight_dropout=weight_dropout)
 
 
 class RNN(_Recurrent, nn.RNN):
-    """torch.nn.RNN, fused. Constructor arguments, inputs, outputs and errors are torch.nn's."""
+    """torch.nn.RNN, fused. Constructor arguments, inputs, outputs and errors are torch.nn's; by keyword
+    weight_dropout as for ``LSTM``."""
+
+    def __init__(self, *args: Any, weight_dropout: float = 0.0, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._set_options(weight_dropout=weight_dropout)
 
 
 class _RecurrentCell(_Fused, nn.RNNCellBase):
     """forward() of the cells, in the order and the words of torch.nn's."""
 
-    _cell: str
+    _vectors: tuple[str, ...] = ()  # names of parameters that torch.nn's cell has not
 
     def _cell_name(self) -> str:
         return f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else self._cell
 
+    def _add_vectors(self, vectors: dict[str, int]) -> None:
+        for name, blocks in vectors.items():
+            self.register_parameter(name, self._new_vector(self.weight_ih, blocks))
+        self._vectors += tuple(vectors)
+
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
         """The cell and the weights of its one layer."""
         biases = functional.cell_biases(self.bias_ih, self.bias_hh)
-        params = [self.weight_ih, self.weight_hh, *biases]
-        return [(self._cell_name(), functional.layer_weights([[p] for p in params], bool(biases)))]
+        params = [self.weight_ih, self.weight_hh, *biases, *(getattr(self, name) for name in self._vectors)]
+        cell = self._cell_name()
+        return [(cell, functional.layer_weights(cell, [[p] for p in params], bool(biases)))]
 
     def forward(self, input: Tensor, hx=None):
         """input [B, I] or [I], hx [B, H] or [H], zeros if None -> h; of an LSTMCell hx = (h, c) -> (h, c)."""
@@ -279,9 +389,19 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         if hx is None:
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hidden = (zeros, zeros) if many else (zeros,)
+        weight_hh = self.weight_hh
+        if self.weight_dropout and self.training:
+            weight_hh = dropout(weight_hh, self.weight_dropout)
+        vectors = [getattr(self, name) for name in self._vectors] if self._vectors else ()
         function = getattr(functional, f"{self._cell_name()}_cell")
         out = function(
-            input, hidden if many else hidden[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+            input,
+            hidden if many else hidden[0],
+            self.weight_ih,
+            weight_hh,
+            self.bias_ih,
+            self.bias_hh,
+            *vectors,
         )
         if is_batched:
             return out
@@ -289,16 +409,61 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
 
 
 class LSTMCell(_RecurrentCell, nn.LSTMCell):
-    """torch.nn.LSTMCell, fused."""
+    """torch.nn.LSTMCell, fused; by keyword peephole, weight_dropout and forget_bias as for ``LSTM``, with
+    parameters ``weight_ci``, ``weight_cf`` and ``weight_co`` [H]."""
 
     _cell = "lstm"
+    peephole: bool = False
+    forget_bias: float | None = None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        peephole: bool = False,
+        weight_dropout: float = 0.0,
+        forget_bias: float | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
 
 
 class GRUCell(_RecurrentCell, nn.GRUCell):
-    """torch.nn.GRUCell, fused."""
+    """torch.nn.GRUCell, fused; by keyword weight_dropout as for ``LSTM``."""
 
     _cell = "gru"
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        weight_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self._set_options(weight_dropout=weight_dropout)
+
 
 class RNNCell(_RecurrentCell, nn.RNNCell):
-    """torch.nn.RNNCell, fused."""
+    """torch.nn.RNNCell, fused; by keyword weight_dropout as for ``LSTM``."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device=None,
+        dtype=None,
+        *,
+        weight_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        self._set_options(weight_dropout=weight_dropout)
