@@ -70,7 +70,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
 
 def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence) -> Explanations:
     assert isinstance(module, (modules._Recurrent, modules._RecurrentCell))
-    cell, options = module._cell_name(), _options.text(_options.beyond_torch(module))
+    cell, options = module._cell_name(), _options.text(_options.beyond_torch(module._fused_options))
     if isinstance(module, modules._Recurrent):
         weight = module.weight_hh_l0
         L, D, H, P = _stack_sizes(module)

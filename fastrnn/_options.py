@@ -55,15 +55,23 @@ OPTIONS = {
 }
 
 
-def given(module: nn.Module) -> dict[str, Any]:
-    """The options that are on, in the order of the table."""
-    values = ((name, getattr(module, name, option.off)) for name, option in OPTIONS.items())
-    return {name: value for name, value in values if value != OPTIONS[name].off}
+def on(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of a constructor's options that are not off, checked."""
+    checked = {name: OPTIONS[name].checked(name, value, module) for name, value in values.items()}
+    return {name: value for name, value in checked.items() if value != OPTIONS[name].off}
 
 
-def beyond_torch(module: nn.Module) -> dict[str, Any]:
-    """Those with which the module computes something else than torch.nn's."""
-    return {name: value for name, value in given(module).items() if not OPTIONS[name].only_initialises}
+def cell_suffix(options: dict[str, Any]) -> str:
+    return "".join(OPTIONS[name].cell for name in options)
+
+
+def vectors(options: dict[str, Any]) -> dict[str, int]:
+    return {vector: blocks for name in options for vector, blocks in OPTIONS[name].vectors.items()}
+
+
+def beyond_torch(options: dict[str, Any]) -> dict[str, Any]:
+    """Those with which a module computes something else than torch.nn's."""
+    return {name: value for name, value in options.items() if not OPTIONS[name].only_initialises}
 
 
 def text(options: dict[str, Any]) -> str:

@@ -112,15 +112,9 @@ class _Rebinding:
 # ---- Models --------------------------------------------------------------------------------------------
 
 
-def _check_options(module: nn.Module, change: Callable[[type], type]) -> None:
-    if change is _unfused and (options := _options.beyond_torch(module)):
-        raise _Left(f"torch.nn has no {_options.text(options)}")
-    if change is _fused and (taken := _options.OPTIONS.keys() & vars(module).keys()):
-        raise _Left(f"it has its own {', '.join(sorted(taken))}, which fastrnn's uses")
-
-
 def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
-    _check_options(module, change)
+    if change is _unfused and (options := _options.beyond_torch(module._fused_options)):  # type: ignore[arg-type]
+        raise _Left(f"torch.nn has no {_options.text(options)}")
     target: Any = _target(module, change)
     rebind = _Rebinding(module, type(module).forward, target.forward)
     held = {name: rebind(value) for name, value in vars(module).items() if callable(value)}
@@ -132,8 +126,6 @@ def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
     except TypeError as error:  # __slots__
         raise _Left(str(error)) from None
     vars(module).update(held)
-    for name in _options.OPTIONS:  # those that torch.nn's need not know
-        vars(module).pop(name, None)
 
 
 def _change_classes(model: _Model, name: str, change: Callable[[type], type], bases: Iterable[Any]) -> _Model:
@@ -169,6 +161,6 @@ def to_torch(model: _Model) -> _Model:
 
     For tools that know torch.nn's classes exactly (``torch.ao.quantization``, ``type(m) == nn.GRU``) and for
     ``torch.jit.script``. Warns of modules that it leaves as they are, by name: subclasses of fastrnn's, and
-    modules with options that torch.nn's have not. ``forget_bias``, an initialisation, is dropped.
+    modules with options that torch.nn's have not.
     """
     return _change_classes(model, "to_torch", _unfused, _TO_TORCH)

@@ -65,10 +65,16 @@ def is_recorded() -> bool:
 
 def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
     """Why this very call takes torch.nn's own path, or None: as no_kernel_reason, and while it is recorded,
-    unless it has options that torch.nn has not (``extended``)."""
+    unless it has options that torch.nn has not (``extended``): a trace holds fastrnn's operators for them."""
     reason = no_kernel_reason(weight)
-    if reason is None and not extended and is_recorded():
-        return "torch.jit.trace and torch.onnx.export record torch's own operators"
+    if reason is None and is_recorded():
+        if not extended:
+            return "torch.jit.trace and torch.onnx.export record torch's own operators"
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "fastrnn: torch.onnx.export takes what torch.nn has, "
+                "not lengths, reset, return_states or peephole"
+            )
     return reason
 
 
@@ -172,18 +178,21 @@ def layer_weights(name: str, columns: Sequence[_ops.Tensors], has_biases: bool) 
     """Of one layer, from what its module keeps of each of its D directions, in torch's order: all w_ih
     [G*H, I], all w_hh [G*H, P], then b_ih and b_hh [G*H] with biases, then w_hr [P, H] with a projection;
     last, vectors of parameters [k*H] of cells that have some."""
-    w_ih, w_hh, *rest = columns
-    b_ih, b_hh = (rest.pop(0), rest.pop(0)) if has_biases else ((), ())
+    b_ih: _ops.Tensors = ()
+    b_hh: _ops.Tensors = ()
+    if has_biases:
+        w_ih, w_hh, b_ih, b_hh, *rest = columns
+    else:
+        w_ih, w_hh, *rest = columns
     w_hr = rest.pop(0) if rest and rest[0][0].dim() == 2 else ()
-    U = CELLS[name].vectors
-    u = [_joined(vectors, U) for vectors in zip(*rest, strict=True)] if U else ()
+    u = [_joined(name, vectors) for vectors in zip(*rest, strict=True)] if rest else ()
     return _ops.Weights(w_ih, w_hh, b_ih, b_hh, w_hr, u)
 
 
-def _joined(vectors: _ops.Tensors, U: int) -> Tensor:
+def _joined(name: str, vectors: _ops.Tensors) -> Tensor:
     """[U, H], as the kernels take them, of all vectors of a direction. It remembers them for _prepack, which
     goes by the tensors that users hold."""
-    u = torch.cat(vectors).view(U, -1)
+    u = torch.cat(vectors).view(CELLS[name].vectors, -1)
     if not _ops._is_traced():
         u.joined = vectors  # type: ignore[attr-defined]
     return u
@@ -499,7 +508,7 @@ def _cell(
 ):  # fmt: skip
     """``torch.<name>_cell``, and cells with vectors of parameters, which torch has not. Without units (H = 0)
     there is nothing to compute, and no kernel for it."""
-    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, len(vectors) > 0)
+    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, vectors != ())
     if torch_path and not vectors:
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     hidden = tuple(hx) if CELLS[name].has_c else (hx,)

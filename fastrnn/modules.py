@@ -51,27 +51,22 @@ def _rows_of_first_step(batch_sizes: Tensor, hx) -> int:
 
 class _Fused(nn.Module):
     """What all six share: prepack() serves them by ``_scan_layers``, and they give up their packs when they
-    are trained; in a graph of torch.fx they are leaves, as torch.nn's modules are. Options that are off are
-    attributes of the class alone, so that modules of torch.nn's classes can become these."""
+    are trained; in a graph of torch.fx they are leaves, as torch.nn's modules are.
+
+    Options are kept by name in a place of their own: subclasses have attributes of the same names."""
 
     hidden_size: int
-    weight_dropout: float = 0.0
-    _cell = ""  # its name in functional; "" where torch's attributes say it
-    _cell_name: Callable[[], str]
+    _fused_options: dict[str, Any] = {}  # noqa: RUF012  those that are on; never changed in place
+    _cell_name: Callable[[], str]  # in functional and in reference.CELLS
     _add_vectors: Callable[[dict[str, int]], None]  # {name: k}, each [k*H]
 
     def _set_options(self, **values: Any) -> None:
-        """The end of a constructor, given its options."""
-        for name, value in values.items():
-            value = _options.OPTIONS[name].checked(name, value, self)
-            if value != _options.OPTIONS[name].off:
-                setattr(self, name, value)
-        for name in _options.given(self):
-            option = _options.OPTIONS[name]
-            if option.vectors:
-                self._cell = self._cell_name() + option.cell
-                self._add_vectors(option.vectors)
-        self._initialise_options()
+        """The end of a constructor, with its options."""
+        if options := _options.on(self, values):
+            self._fused_options = options
+            if vectors := _options.vectors(options):
+                self._add_vectors(vectors)
+            self._initialise_options()
 
     def _new_vector(self, weight: Tensor, blocks: int) -> nn.Parameter:
         """[blocks*H], beside a weight and initialised as torch.nn initialises all of them."""
@@ -79,7 +74,7 @@ class _Fused(nn.Module):
         return nn.Parameter(weight.new_empty(blocks * self.hidden_size).uniform_(-bound, bound))
 
     def _initialise_options(self) -> None:
-        for name, value in _options.given(self).items():
+        for name, value in self._fused_options.items():
             if initialise := _options.OPTIONS[name].initialise:
                 initialise(self, value)
 
@@ -88,7 +83,13 @@ class _Fused(nn.Module):
         self._initialise_options()
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), _options.text(_options.given(self)))))
+        options = _options.text(self._fused_options)
+        return super().extra_repr() + (f", {options}" if options else "")
+
+    def _dropped(self, w_hh: Tensor) -> Tensor:
+        """W_hh as this call takes it."""
+        p = self._fused_options.get("weight_dropout", 0.0)
+        return dropout(w_hh, p) if p and self.training else w_hh
 
     def train(self, mode: bool = True):
         if mode:
@@ -196,7 +197,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         return weights
 
     def _cell_name(self) -> str:
-        return self._cell or self.mode.lower()
+        return self.mode.lower() + _options.cell_suffix(self._fused_options)
 
     def _add_vectors(self, vectors: dict[str, int]) -> None:
         for names in self._all_weights:  # of one layer and direction, the first one weight_ih
@@ -209,7 +210,7 @@ class _Recurrent(_Fused, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """torch.nn's, for cuDNN, which has no use for modules with parameters of their own."""
-        if not self._cell:
+        if not _options.vectors(self._fused_options):
             super().flatten_parameters()
 
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
@@ -222,11 +223,12 @@ class _Recurrent(_Fused, nn.RNNBase):
 
     def _call(self, weights: list[Tensor], *args, **keywords):
         """The functional form, on (input, hx) or on (data, batch_sizes, hx)."""
-        if self.weight_dropout and self.training:
+        name = self.mode.lower()
+        if self._fused_options:
+            name, weights = self._cell_name(), list(weights)
             each = len(self._all_weights[0])  # of one layer and direction; the second one is weight_hh
-            weights = list(weights)
-            weights[1::each] = [dropout(w_hh, self.weight_dropout) for w_hh in weights[1::each]]
-        function = getattr(functional, self._cell or self.mode.lower())
+            weights[1::each] = map(self._dropped, weights[1::each])
+        function = getattr(functional, name)
         options = [self.bias, self.num_layers, self.dropout, self.training, self.bidirectional]
         if len(args) == 2:
             options.append(self.batch_first)
@@ -252,7 +254,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         """
         extended = lengths is not None or reset is not None or return_states
         if not isinstance(self, _Recurrent) or (
-            not extended and functional.is_recorded() and not _options.beyond_torch(self)
+            not extended and functional.is_recorded() and not _options.beyond_torch(self._fused_options)
         ):
             return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
@@ -313,9 +315,6 @@ class LSTM(_Recurrent, nn.LSTM):
     TypeError and ValueError for values that cannot be, and for a forget_bias with bias=False.
     """
 
-    peephole: bool = False
-    forget_bias: float | None = None
-
     def __init__(
         self,
         *args: Any,
@@ -349,20 +348,23 @@ class RNN(_Recurrent, nn.RNN):
 class _RecurrentCell(_Fused, nn.RNNCellBase):
     """forward() of the cells, in the order and the words of torch.nn's."""
 
-    _vectors: tuple[str, ...] = ()  # names of parameters that torch.nn's cell has not
+    _cell: str
 
     def _cell_name(self) -> str:
-        return f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else self._cell
+        name = f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else self._cell
+        return name + _options.cell_suffix(self._fused_options) if self._fused_options else name
 
     def _add_vectors(self, vectors: dict[str, int]) -> None:
         for name, blocks in vectors.items():
             self.register_parameter(name, self._new_vector(self.weight_ih, blocks))
-        self._vectors += tuple(vectors)
+
+    def _vectors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in _options.vectors(self._fused_options)]
 
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
         """The cell and the weights of its one layer."""
         biases = functional.cell_biases(self.bias_ih, self.bias_hh)
-        params = [self.weight_ih, self.weight_hh, *biases, *(getattr(self, name) for name in self._vectors)]
+        params = [self.weight_ih, self.weight_hh, *biases, *self._vectors()]
         cell = self._cell_name()
         return [(cell, functional.layer_weights(cell, [[p] for p in params], bool(biases)))]
 
@@ -389,10 +391,9 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         if hx is None:
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hidden = (zeros, zeros) if many else (zeros,)
-        weight_hh = self.weight_hh
-        if self.weight_dropout and self.training:
-            weight_hh = dropout(weight_hh, self.weight_dropout)
-        vectors = [getattr(self, name) for name in self._vectors] if self._vectors else ()
+        weight_hh, vectors = self.weight_hh, []
+        if self._fused_options:
+            weight_hh, vectors = self._dropped(weight_hh), self._vectors()
         function = getattr(functional, f"{self._cell_name()}_cell")
         out = function(
             input,
@@ -413,8 +414,6 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
     parameters ``weight_ci``, ``weight_cf`` and ``weight_co`` [H]."""
 
     _cell = "lstm"
-    peephole: bool = False
-    forget_bias: float | None = None
 
     def __init__(
         self,
