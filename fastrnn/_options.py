@@ -17,7 +17,7 @@ class Option(NamedTuple):
     off: Any  # the default
     checked: Callable[[str, Any, nn.Module], Any]  # (name, value, module) -> the value, or raises
     cell: str = ""  # what it appends to the name of the module's cell in reference.CELLS
-    vectors: dict[str, int] = {}  # noqa: RUF012  {name: k}: parameters [k*H], in the order of the rows of u
+    vectors: dict[str, dict[str, int]] = {}  # noqa: RUF012  of a cell {name: k}: [k*H], in the order of u
     initialise: Callable[[nn.Module, Any], object] | None = None  # after torch's own initialisation
     only_initialises: bool = False  # the module computes what torch.nn's computes
 
@@ -48,7 +48,10 @@ def _bias(name: str, value: Any, module: nn.Module) -> float | None:
 
 OPTIONS = {
     "peephole": Option(
-        False, _flag, cell="_peephole", vectors={"weight_ci": 1, "weight_cf": 1, "weight_co": 1}
+        False,
+        _flag,
+        cell="_peephole",
+        vectors={"lstm": {"weight_ci": 1, "weight_cf": 1, "weight_co": 1}},
     ),
     "weight_dropout": Option(0.0, _probability),
     "forget_bias": Option(None, _bias, initialise=init.forget_bias_, only_initialises=True),
@@ -56,17 +59,19 @@ OPTIONS = {
 
 
 def on(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
-    """Those of a constructor's options that are not off, checked."""
-    checked = {name: OPTIONS[name].checked(name, value, module) for name, value in values.items()}
+    """Those of a constructor's options that are not off, checked, in the order of the table."""
+    checked = {name: OPTIONS[name].checked(name, values[name], module) for name in OPTIONS if name in values}
     return {name: value for name, value in checked.items() if value != OPTIONS[name].off}
 
 
-def cell_suffix(options: dict[str, Any]) -> str:
-    return "".join(OPTIONS[name].cell for name in options)
+def cell_name(cell: str, options: dict[str, Any]) -> str:
+    """Of torch.nn's cell with these options, in reference.CELLS and in functional."""
+    return cell + "".join(OPTIONS[name].cell for name in options)
 
 
-def vectors(options: dict[str, Any]) -> dict[str, int]:
-    return {vector: blocks for name in options for vector, blocks in OPTIONS[name].vectors.items()}
+def vectors(cell: str, options: dict[str, Any]) -> dict[str, int]:
+    """{name: k}: the parameters [k*H] that the options bring."""
+    return {vector: k for name in options for vector, k in OPTIONS[name].vectors.get(cell, {}).items()}
 
 
 def beyond_torch(options: dict[str, Any]) -> dict[str, Any]:

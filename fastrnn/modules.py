@@ -57,21 +57,28 @@ class _Fused(nn.Module):
 
     hidden_size: int
     _fused_options: dict[str, Any] = {}  # noqa: RUF012  those that are on; never changed in place
-    _cell_name: Callable[[], str]  # in functional and in reference.CELLS
-    _add_vectors: Callable[[dict[str, int]], None]  # {name: k}, each [k*H]
+    _plain_cell: Callable[[], str]  # without options
+    _add_vectors: Callable[[dict[str, int]], None]
 
     def _set_options(self, **values: Any) -> None:
         """The end of a constructor, with its options."""
         if options := _options.on(self, values):
             self._fused_options = options
-            if vectors := _options.vectors(options):
+            if vectors := self._vectors():
                 self._add_vectors(vectors)
             self._initialise_options()
 
-    def _new_vector(self, weight: Tensor, blocks: int) -> nn.Parameter:
-        """[blocks*H], beside a weight and initialised as torch.nn initialises all of them."""
+    def _cell_name(self) -> str:
+        return _options.cell_name(self._plain_cell(), self._fused_options)
+
+    def _vectors(self) -> dict[str, int]:
+        """{name: k}: parameters [k*H] that torch.nn's module has not, of one layer and direction."""
+        return _options.vectors(self._plain_cell(), self._fused_options)
+
+    def _new_vector(self, weight: Tensor, k: int) -> nn.Parameter:
+        """[k*H], beside a weight and initialised as torch.nn initialises all of them."""
         bound = self.hidden_size**-0.5
-        return nn.Parameter(weight.new_empty(blocks * self.hidden_size).uniform_(-bound, bound))
+        return nn.Parameter(weight.new_empty(k * self.hidden_size).uniform_(-bound, bound))
 
     def _initialise_options(self) -> None:
         for name, value in self._fused_options.items():
@@ -196,21 +203,21 @@ class _Recurrent(_Fused, nn.RNNBase):
             self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
         return weights
 
-    def _cell_name(self) -> str:
-        return self.mode.lower() + _options.cell_suffix(self._fused_options)
+    def _plain_cell(self) -> str:
+        return self.mode.lower()
 
     def _add_vectors(self, vectors: dict[str, int]) -> None:
         for names in self._all_weights:  # of one layer and direction, the first one weight_ih
             suffix = names[0].removeprefix("weight_ih")
-            for name, blocks in vectors.items():
-                self.register_parameter(name + suffix, self._new_vector(getattr(self, names[0]), blocks))
+            for name, k in vectors.items():
+                self.register_parameter(name + suffix, self._new_vector(getattr(self, names[0]), k))
                 names.append(name + suffix)
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
 
     def flatten_parameters(self) -> None:
         """torch.nn's, for cuDNN, which has no use for modules with parameters of their own."""
-        if not _options.vectors(self._fused_options):
+        if not self._vectors():
             super().flatten_parameters()
 
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
@@ -350,21 +357,17 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
 
     _cell: str
 
-    def _cell_name(self) -> str:
-        name = f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else self._cell
-        return name + _options.cell_suffix(self._fused_options) if self._fused_options else name
+    def _plain_cell(self) -> str:
+        return f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else self._cell
 
     def _add_vectors(self, vectors: dict[str, int]) -> None:
-        for name, blocks in vectors.items():
-            self.register_parameter(name, self._new_vector(self.weight_ih, blocks))
-
-    def _vectors(self) -> list[Tensor]:
-        return [getattr(self, name) for name in _options.vectors(self._fused_options)]
+        for name, k in vectors.items():
+            self.register_parameter(name, self._new_vector(self.weight_ih, k))
 
     def _scan_layers(self) -> list[tuple[str, _ops.Weights]]:
         """The cell and the weights of its one layer."""
         biases = functional.cell_biases(self.bias_ih, self.bias_hh)
-        params = [self.weight_ih, self.weight_hh, *biases, *self._vectors()]
+        params = [self.weight_ih, self.weight_hh, *biases, *(getattr(self, name) for name in self._vectors())]
         cell = self._cell_name()
         return [(cell, functional.layer_weights(cell, [[p] for p in params], bool(biases)))]
 
@@ -391,19 +394,13 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         if hx is None:
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hidden = (zeros, zeros) if many else (zeros,)
-        weight_hh, vectors = self.weight_hh, []
+        name, weight_hh, vectors = self._plain_cell(), self.weight_hh, []
         if self._fused_options:
-            weight_hh, vectors = self._dropped(weight_hh), self._vectors()
-        function = getattr(functional, f"{self._cell_name()}_cell")
-        out = function(
-            input,
-            hidden if many else hidden[0],
-            self.weight_ih,
-            weight_hh,
-            self.bias_ih,
-            self.bias_hh,
-            *vectors,
-        )
+            name, weight_hh = self._cell_name(), self._dropped(weight_hh)
+            vectors = [getattr(self, vector) for vector in self._vectors()]
+        function = getattr(functional, f"{name}_cell")
+        weights = (self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, *vectors)
+        out = function(input, hidden if many else hidden[0], *weights)
         if is_batched:
             return out
         return tuple(h.squeeze(0) for h in out) if many else out.squeeze(0)

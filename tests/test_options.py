@@ -725,5 +725,5 @@ def test_the_functional_forms_take_peepholes_after_torchs_parameters():
 def test_vectors_of_another_size_are_refused():
     lstm = make("LSTM", peephole=True)
     lstm.weight_cf_l0 = nn.Parameter(torch.zeros(H + 3, dtype=torch.float64))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"u must be \[U, H\] = \[3, 4\], got \[3, 5\]"):
         lstm(make_input("LSTM"))
