@@ -159,6 +159,41 @@ def test_peepholes_follow_the_paper_over_packed_sequences(lstm):
     assert_same_with_gradients(found, expected, [*hx, *lstm.parameters()])
 
 
+def test_peepholes_are_those_of_onnx():
+    """Somebody else's: the reference evaluator of ONNX's LSTM, whose gates stand in the order i, o, f, g."""
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    inputs = ["x", "w", "r", "b", "", "h", "c", "p"]
+    node = onnx.helper.make_node("LSTM", inputs, ["y", "h_n", "c_n"], hidden_size=H)
+    value = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.DOUBLE, None)  # noqa: E731
+    graph = onnx.helper.make_graph(
+        [node], "lstm", [value(name) for name in inputs if name], [value(name) for name in node.output]
+    )
+    lstm, x = make("LSTM", peephole=True), make_input("LSTM")
+    h, c = (t.detach() for t in initial(lstm))
+    p = {name.removesuffix("_l0"): t for name, t in lstm.state_dict().items()}
+
+    def iofg(t):
+        return t.view(4, H, -1)[[0, 3, 1, 2]].reshape(1, 4 * H, -1)
+
+    b = torch.cat([iofg(p["bias_ih"]), iofg(p["bias_hh"])], 1).squeeze(-1)
+    peepholes = torch.cat([p["weight_ci"], p["weight_co"], p["weight_cf"]]).unsqueeze(0)
+    given = {
+        "x": x,
+        "w": iofg(p["weight_ih"]),
+        "r": iofg(p["weight_hh"]),
+        "b": b,
+        "h": h,
+        "c": c,
+        "p": peepholes,
+    }
+    model = onnx.helper.make_model(graph)
+    y, h_n, c_n = ReferenceEvaluator(model).run(None, {name: t.numpy() for name, t in given.items()})
+    expected = [torch.from_numpy(t) for t in (y[:, 0], h_n, c_n)]
+    torch.testing.assert_close(flat(lstm(x, (h, c))), expected)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_cell_with_peepholes_follows_the_paper(bias):
     cell = make("LSTMCell", peephole=True, bias=bias)
