@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from . import _flops, functional  # noqa: F401  (_flops: for torch.utils.flop_counter)
+    from . import _flops, functional, init  # noqa: F401  (_flops: for torch.utils.flop_counter)
     from ._explain import Explanation, explain
     from ._prepack import prepack
     from .convert import convert, to_torch
@@ -17,5 +17,5 @@ except (ImportError, AttributeError, RuntimeError) as error:  # the last two: a 
 __version__ = "0.1.0"
 __all__ = [
     "GRU", "LSTM", "RNN", "Explanation", "FallbackWarning", "GRUCell", "LSTMCell", "RNNCell", "convert",
-    "explain", "functional", "prepack", "set_strict", "to_torch",
+    "explain", "functional", "init", "prepack", "set_strict", "to_torch",
 ]  # fmt: skip

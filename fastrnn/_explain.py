@@ -6,25 +6,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cuda, _prepack, functional, modules
+from . import _cuda, _options, _prepack, functional, modules
 from .reference import CELLS
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one layer does. ``operator`` is the cell of the kernel, None where torch.nn's own path runs, for
-    the stated reason."""
+    """The kernels of one layer. Where fastrnn has none, ``operator`` is None and the other fields say why."""
 
     module: str
     layer: int
     operator: str | None
     forward: str
     backward: str
+    options: str = ""  # that torch.nn's modules have not, as in the module's repr
 
     def __str__(self) -> str:
-        name = f"{self.module or '(model)'} layer {self.layer}"
+        name = f"{self.module or '(model)'} layer {self.layer}" + (self.options and f" ({self.options})")
         if self.operator is None:
-            return f"{name}: torch.nn's own path, because {self.forward}"
+            return f"{name}: no kernel of fastrnn's, because {self.forward}"
         return f"{name}: {self.operator}\n  forward   {self.forward}\n  backward  {self.backward}"
 
 
@@ -69,22 +69,21 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
 
 
 def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence) -> Explanations:
+    assert isinstance(module, (modules._Recurrent, modules._RecurrentCell))
+    cell, options = module._cell_name(), _options.text(_options.beyond_torch(module._fused_options))
     if isinstance(module, modules._Recurrent):
-        cell, weight = module.mode.lower(), module.weight_hh_l0
+        weight = module.weight_hh_l0
         L, D, H, P = _stack_sizes(module)
         T, B = _sequence_sizes(module.batch_first, input)
     else:
-        assert isinstance(module, (nn.LSTMCell, nn.GRUCell, nn.RNNCell))
         assert isinstance(input, Tensor)
-        mode = f"rnn_{module.nonlinearity}" if isinstance(module, nn.RNNCell) else None
-        cell = mode or ("lstm" if isinstance(module, nn.LSTMCell) else "gru")
         weight, L, D, H, P = module.weight_hh, 1, 1, module.hidden_size, module.hidden_size
         T, B = 1, input.shape[0] if input.dim() == 2 else 1
     assert isinstance(weight, Tensor)
     (weight,) = functional.lowered((weight,))
     reason = functional.no_kernel_reason(weight) if H > 0 else "there are no units (H = 0) to compute"
     if reason is not None:
-        return Explanations(Explanation(name, layer, None, reason, reason) for layer in range(L))
+        return Explanations(Explanation(name, layer, None, reason, reason, options) for layer in range(L))
     gates = CELLS[cell].gates
     if weight.is_cuda:
         forward, backward = (_cuda.plan(weight, way, gates, T, B, H, D, H != P) for way in (True, False))
@@ -92,8 +91,8 @@ def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence
         forward = _shared_out(T, B, H, P, gates, D, weight.element_size())
         backward = _shared_out(T, B, P, H, gates, D, weight.element_size())
     return Explanations(
-        Explanation(name, layer, f"fastrnn::{cell}", forward + _prepack.note(weights), backward)
-        for layer, (_, weights) in enumerate(module._scan_layers())  # type: ignore[operator]
+        Explanation(name, layer, f"fastrnn::{cell}", forward + _prepack.note(weights), backward, options)
+        for layer, (_, weights) in enumerate(module._scan_layers())
     )
 
 

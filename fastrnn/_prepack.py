@@ -69,7 +69,8 @@ _owners = WeakIdKeyDictionary()  # module -> its Packs. Not in the module: pickl
 
 
 def _tensors(weights: Weights) -> list[Tensor]:
-    return [t for t in weights if t is not None]
+    """Those that users hold: instead of u, which each call joins, the vectors that it is joined from."""
+    return [v for t in weights if t is not None for v in getattr(t, "joined", (t,))]
 
 
 def _key(weights: Weights) -> tuple[int, ...]:

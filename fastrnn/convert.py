@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import _prepack, modules
+from . import _options, _prepack, modules
 from ._warn import warn
 
 __all__ = ["convert", "to_torch"]
@@ -113,6 +113,8 @@ class _Rebinding:
 
 
 def _change_class(module: nn.Module, change: Callable[[type], type]) -> None:
+    if change is _unfused and (options := _options.beyond_torch(module._fused_options)):  # type: ignore[arg-type]
+        raise _Left(f"torch.nn has no {_options.text(options)}")
     target: Any = _target(module, change)
     rebind = _Rebinding(module, type(module).forward, target.forward)
     held = {name: rebind(value) for name, value in vars(module).items() if callable(value)}
@@ -158,6 +160,7 @@ def to_torch(model: _Model) -> _Model:
     """Undoes convert(): every fastrnn module inside ``model`` becomes torch.nn's, in place; returns it.
 
     For tools that know torch.nn's classes exactly (``torch.ao.quantization``, ``type(m) == nn.GRU``) and for
-    ``torch.jit.script``. Warns of modules that it leaves as they are, by name: subclasses of fastrnn's.
+    ``torch.jit.script``. Warns of modules that it leaves as they are, by name: subclasses of fastrnn's, and
+    modules with options that torch.nn's have not.
     """
     return _change_classes(model, "to_torch", _unfused, _TO_TORCH)

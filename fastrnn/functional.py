@@ -20,8 +20,8 @@ from .reference import CELLS
 from .rows import Rows
 
 __all__ = [
-    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh",
-    "rnn_tanh_cell", "set_strict",
+    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_peephole", "lstm_peephole_cell",
+    "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict",
 ]  # fmt: skip
 
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------
@@ -32,7 +32,8 @@ _warned: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
-    """fastrnn has no kernel for a call and takes torch.nn's own path."""
+    """fastrnn has no kernel for a call and takes torch.nn's own path, or one of torch operations where
+    torch.nn has none."""
 
 
 def set_strict(strict: bool) -> bool:
@@ -65,23 +66,31 @@ def is_recorded() -> bool:
 
 def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
     """Why this very call takes torch.nn's own path, or None: as no_kernel_reason, and while it is recorded,
-    unless it has options that torch.nn has not (``extended``)."""
+    unless it has options that torch.nn has not (``extended``): a trace holds fastrnn's operators for them."""
     reason = no_kernel_reason(weight)
-    if reason is None and not extended and is_recorded():
-        return "torch.jit.trace and torch.onnx.export record torch's own operators"
+    if reason is None and is_recorded():
+        if not extended:
+            return "torch.jit.trace and torch.onnx.export record torch's own operators"
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "fastrnn: torch.onnx.export takes what torch.nn has, "
+                "not lengths, reset, return_states or peephole"
+            )
     return reason
 
 
 def takes_torch_path(weight: Tensor, extended: bool = False) -> bool:
-    """Whether this call takes torch.nn's own path, which is said once, or refused in strict mode."""
+    """Whether this call takes torch.nn's own path, or one of torch operations where torch.nn has none
+    (``extended``), which is said once, or refused in strict mode."""
     reason = torch_path_reason(weight, extended)
     if reason is None:
         return False
+    path = "a path of torch operations" if extended else "torch.nn's own path"
     if _strict:
-        raise RuntimeError(f"fastrnn: {reason}, and strict mode forbids torch.nn's own path")
+        raise RuntimeError(f"fastrnn: {reason}, and strict mode forbids {path}")
     if reason not in _warned:
         _warned.add(reason)
-        warn(f"{reason}; torch.nn's own path runs instead", FallbackWarning)
+        warn(f"{reason}; {path} runs instead", FallbackWarning)
     return True
 
 
@@ -132,18 +141,32 @@ Lengths = Tensor | Sequence[int]  # [B]
 Parameters = list[Tensor] | tuple[Tensor, ...]
 
 
+def slots(
+    name: str, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, *others: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The weights of one direction as the operators take them. others: w_hr [P, H] with a projection, then
+    the vectors of parameters [k*H] of cells that have some."""
+    projected = len(others) > 0 and others[0].dim() == 2
+    vectors = others[1:] if projected else others
+    u = None
+    if vectors:
+        u = torch.cat(vectors).view(CELLS[name].vectors, -1)
+        if not _autograd._is_traced():
+            u.joined = vectors  # type: ignore[attr-defined]  # prepack() goes by the tensors that users hold
+    return w_ih, w_hh, b_ih, b_hh, others[0] if projected else None, u
+
+
 def stack_weights(
-    params: Sequence[Tensor], has_biases: bool, num_layers: int, bidirectional: bool
+    name: str, params: Sequence[Tensor], has_biases: bool, num_layers: int, bidirectional: bool
 ) -> list[_autograd.Weights]:
     """Of each layer, from all parameters in torch's order, one direction after the other: w_ih [G*H, I],
-    w_hh [G*H, P], b_ih and b_hh [G*H] with biases, and w_hr [P, H] with a projection."""
+    w_hh [G*H, P], b_ih and b_hh [G*H] with biases, then the others of ``slots``."""
     each = len(params) // (num_layers * (2 if bidirectional else 1))
-    projected = each > (4 if has_biases else 2)
     directions = []
     for k in range(0, len(params), each):
-        w_ih, w_hh, *rest = params[k : k + each]
-        b_ih, b_hh = rest[:2] if has_biases else (None, None)
-        directions.append((w_ih, w_hh, b_ih, b_hh, rest[-1] if projected else None, None))
+        w_ih, w_hh, *others = params[k : k + each]
+        biases = others[:2] if has_biases else (None, None)
+        directions.append(slots(name, w_ih, w_hh, *biases, *others[2 if has_biases else 0 :]))
     if not bidirectional:
         return directions  # type: ignore[return-value]
     return [(*there, *back) for there, back in zip(directions[::2], directions[1::2], strict=True)]
@@ -258,7 +281,7 @@ def _stack(
     dtype = params[1].dtype
     hx = [_as(dtype, h) for h in hx]
     results: list[tuple[Tensor, ...]] = []
-    for index, weights in enumerate(stack_weights(params, has_biases, num_layers, bidirectional)):
+    for index, weights in enumerate(stack_weights(name, params, has_biases, num_layers, bidirectional)):
         states = hx if num_layers == 1 else [h[index * D : (index + 1) * D] for h in hx]
         listener = None if state_hook is None else partial(_tell, state_hook, index, rows)
         x, last, history = layer(name, x, states, weights, rows, return_states, composed, listener)
@@ -325,7 +348,9 @@ def _recurrent(
             raise ValueError("lengths, reset and return_states take dense sequences, not packed ones")
     else:
         x, hx, params, *options, batch_first = args
-    hidden = tuple(hx) if CELLS[name].states > 1 else (hx,)
+    cell = CELLS[name]
+    hidden = tuple(hx) if cell.states > 1 else (hx,)
+    extended = extended or cell.vectors > 0  # torch has no such cell
     torch_path = takes_torch_path(params[0], extended)
     if state_hook is not None and (torch_path or _autograd._is_traced()):
         reason = torch_path_reason(params[0], extended)
@@ -401,6 +426,14 @@ def lstm(*args, lengths=None, reset=None, return_states=False, state_hook=None):
     return _recurrent("lstm", args, lengths, reset, return_states, state_hook)
 
 
+def lstm_peephole(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``lstm`` with peepholes: after the parameters of a direction that ``torch.lstm`` takes come its
+    weight_ci, weight_cf and weight_co [H]."""
+    return _recurrent("lstm_peephole", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+
+
 class _SingleState(Protocol):
     """``torch.gru`` and its siblings, dense and packed."""
 
@@ -454,22 +487,28 @@ def _check_cell(input: Tensor, hidden: Sequence[Tensor], w_ih: Tensor, w_hh: Ten
             )
 
 
-def _cell(name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None):
-    """``torch.<name>_cell``. Without units (H = 0) there is nothing to compute, and no kernel for it."""
-    if w_hh.shape[-1] == 0 or takes_torch_path(w_ih):
+def _cell(
+    name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    *vectors: Tensor,
+):  # fmt: skip
+    """``torch.<name>_cell``, and cells with vectors of parameters, which torch has not. Without units (H = 0)
+    there is nothing to compute, and no kernel for it."""
+    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, vectors != ())
+    if torch_path and not vectors:
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     hidden = tuple(hx) if CELLS[name].states > 1 else (hx,)
-    weights = (w_ih, w_hh, b_ih, b_hh, None, None)
     _check_cell(input, hidden, w_ih, w_hh)
+    weights: list[Tensor | None] = [w_ih, w_hh, b_ih, b_hh, *vectors]
     _check_attributes(input, hidden, [w for w in weights if w is not None])
     if input.is_cuda:
-        weights = tuple(None if w is None else lowered((w,))[0] for w in weights)  # type: ignore[assignment]
+        weights = [None if w is None else lowered((w,))[0] for w in weights]
         input, *hidden = lowered((input, *hidden))  # type: ignore[assignment]
     dtypes = _autocast_dtypes(name, input, hidden, w_hh, projected=False, dense=False)
     if dtypes is not None:
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
     states = [h.unsqueeze(0) for h in hidden]
-    h, (_, *others), _ = _autograd.scan(name, input, states, weights, Rows(1, input.shape[0]))
+    rows = Rows(1, input.shape[0])
+    h, (_, *others), _ = layer(name, input, states, slots(name, *weights), rows, composed=torch_path)  # type: ignore[arg-type]
     results = _autocast_results(dtypes, (h,), [state.squeeze(0) for state in others])
     return results if others else results[0]
 
@@ -484,6 +523,21 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     """``torch.lstm_cell``: input [B, I], hx = (h, c) [B, H] -> (h, c)."""
     return _cell("lstm", input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def lstm_peephole_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_ci: Tensor,
+    w_cf: Tensor,
+    w_co: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``lstm_cell`` with peepholes w_ci, w_cf and w_co [H]; both biases may be None."""
+    return _cell("lstm_peephole", input, hx, w_ih, w_hh, b_ih, b_hh, w_ci, w_cf, w_co)
 
 
 class _SingleStateCell(Protocol):

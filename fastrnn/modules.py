@@ -7,17 +7,19 @@ torch.nn does, so that parametrizations, functional_call and replaced parameters
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Proxy
+from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from . import _autograd, _prepack, functional
+from . import _autograd, _options, _prepack, functional
 from ._warn import warn
 from .functional import Lengths
 
@@ -51,7 +53,52 @@ def _rows_of_first_step(batch_sizes: Tensor, hx) -> int:
 
 class _Fused(nn.Module):
     """What all six share: prepack() serves them by ``_scan_layers``, and they give up their packs when they
-    are trained; in a graph of torch.fx they are leaves, as torch.nn's modules are."""
+    are trained; in a graph of torch.fx they are leaves, as torch.nn's modules are.
+
+    Options are kept by name in a place of their own: subclasses have attributes of the same names."""
+
+    hidden_size: int
+    _fused_options: dict[str, Any] = {}  # noqa: RUF012  those that are on; never changed in place
+    _plain_cell: Callable[[], str]  # without options
+    _add_vectors: Callable[[dict[str, int]], None]
+
+    def _set_options(self, **values: Any) -> None:
+        """The end of a constructor, with its options."""
+        if options := _options.on(self, values):
+            self._fused_options = options
+            if vectors := self._vectors():
+                self._add_vectors(vectors)
+            self._initialise_options()
+
+    def _cell_name(self) -> str:
+        return _options.cell_name(self._plain_cell(), self._fused_options)
+
+    def _vectors(self) -> dict[str, int]:
+        """{name: k}: parameters [k*H] that torch.nn's module has not, of one layer and direction."""
+        return _options.vectors(self._plain_cell(), self._fused_options)
+
+    def _new_vector(self, weight: Tensor, k: int) -> nn.Parameter:
+        """[k*H], beside a weight and initialised as torch.nn initialises all of them."""
+        bound = self.hidden_size**-0.5
+        return nn.Parameter(weight.new_empty(k * self.hidden_size).uniform_(-bound, bound))
+
+    def _initialise_options(self) -> None:
+        for name, value in self._fused_options.items():
+            if initialise := _options.OPTIONS[name].initialise:
+                initialise(self, value)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # type: ignore[misc]
+        self._initialise_options()
+
+    def extra_repr(self) -> str:
+        options = _options.text(self._fused_options)
+        return super().extra_repr() + (f", {options}" if options else "")
+
+    def _dropped(self, w_hh: Tensor) -> Tensor:
+        """W_hh as this call takes it."""
+        p = self._fused_options.get("weight_dropout", 0.0)
+        return dropout(w_hh, p) if p and self.training else w_hh
 
     def train(self, mode: bool = True):
         if mode:
@@ -159,14 +206,39 @@ class _Recurrent(_Fused, nn.RNNBase):
             self._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
         return weights
 
+    def _plain_cell(self) -> str:
+        return self.mode.lower()
+
+    def _add_vectors(self, vectors: dict[str, int]) -> None:
+        for names in self._all_weights:  # of one layer and direction, the first one weight_ih
+            suffix = names[0].removeprefix("weight_ih")
+            for name, k in vectors.items():
+                self.register_parameter(name + suffix, self._new_vector(getattr(self, names[0]), k))
+                names.append(name + suffix)
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+
+    def flatten_parameters(self) -> None:
+        """torch.nn's, for cuDNN, which has no use for modules with parameters of their own."""
+        if not self._vectors():
+            super().flatten_parameters()
+
     def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
         """The cell and the weights of each layer."""
-        layers = functional.stack_weights(self._weights(), self.bias, self.num_layers, self.bidirectional)
-        return [(self.mode.lower(), weights) for weights in layers]
+        cell = self._cell_name()
+        layers = functional.stack_weights(
+            cell, self._weights(), self.bias, self.num_layers, self.bidirectional
+        )
+        return [(cell, weights) for weights in layers]
 
     def _call(self, weights: list[Tensor], *args, **keywords):
         """The functional form, on (input, hx) or on (data, batch_sizes, hx)."""
-        function = getattr(functional, self.mode.lower())
+        name = self.mode.lower()
+        if self._fused_options:
+            name, weights = self._cell_name(), list(weights)
+            each = len(self._all_weights[0])  # of one layer and direction; the second one is weight_hh
+            weights[1::each] = map(self._dropped, weights[1::each])
+        function = getattr(functional, name)
         options = [self.bias, self.num_layers, self.dropout, self.training, self.bidirectional]
         if len(args) == 2:
             options.append(self.batch_first)
@@ -199,7 +271,9 @@ class _Recurrent(_Fused, nn.RNNBase):
         Raises ValueError and RuntimeError where torch.nn does, in its words.
         """
         extended = lengths is not None or reset is not None or return_states
-        if not isinstance(self, _Recurrent) or (not extended and functional.is_recorded()):
+        if not isinstance(self, _Recurrent) or (
+            not extended and functional.is_recorded() and not _options.beyond_torch(self._fused_options)
+        ):
             return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
             if extended:
@@ -265,6 +339,17 @@ class LSTM(_Recurrent, nn.LSTM):
         proj_size: P, the width of h with a projection; 0: P = H, without one.
         device, dtype: those of the parameters.
 
+    Options, keyword-only:
+        peephole: the gates see the cell's state, i and f the one before the step and o the one after it
+            (Gers and Schmidhuber 2000): ``weight_ci * c_prev``, ``weight_cf * c_prev`` and ``weight_co * c``
+            are added inside the three sigmoids. Parameters ``weight_ci_l{k}``, ``weight_cf_l{k}`` and
+            ``weight_co_l{k}`` [H].
+        weight_dropout: p in [0, 1), DropConnect (Merity et al. 2018): in training each element of every
+            ``weight_hh_l{k}`` is zero with probability p, the others are divided by 1 - p; one mask a call,
+            the same in all steps.
+        forget_bias: v, initialisation only, also by ``reset_parameters()``: the forget gate's part of every
+            ``bias_ih_l{k}`` is v, that of ``bias_hh_l{k}`` 0 (``fastrnn.init.forget_bias_``).
+
     Inputs: x, (h_0, c_0), and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
         h_0, c_0: [L*D, B, P] and [L*D, B, H], without B if x has none; zeros if left out.
@@ -294,6 +379,17 @@ class LSTM(_Recurrent, nn.LSTM):
         (torch.Size([20, 3, 16]), torch.Size([2, 3, 16]))
         >>> y, (h_n, c_n) = lstm(x[:1], (h_n, c_n))  # one more step
     """
+
+    def __init__(
+        self,
+        *args: Any,
+        peephole: bool = False,
+        weight_dropout: float = 0.0,
+        forget_bias: float | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*args, **keywords)
+        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
 
     if TYPE_CHECKING:
 
@@ -328,6 +424,9 @@ class GRU(_Recurrent, nn.GRU):
         bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
         device, dtype: those of the parameters.
 
+    Options, keyword-only:
+        weight_dropout: as for ``LSTM``.
+
     Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
         h_0: [L*D, B, H], without B if x has none; zeros if left out.
@@ -358,6 +457,10 @@ class GRU(_Recurrent, nn.GRU):
         True
     """
 
+    def __init__(self, *args: Any, weight_dropout: float = 0.0, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._set_options(weight_dropout=weight_dropout)
+
 
 class RNN(_Recurrent, nn.RNN):
     """Layers of a simple recurrent network (Elman 1990): torch.nn.RNN with fused kernels.
@@ -376,6 +479,9 @@ class RNN(_Recurrent, nn.RNN):
         dropout: the probability with which training zeroes an element of each layer's output but the last's.
         bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
         device, dtype: those of the parameters.
+
+    Options, keyword-only:
+        weight_dropout: as for ``LSTM``.
 
     Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
@@ -406,18 +512,28 @@ class RNN(_Recurrent, nn.RNN):
         (torch.Size([8, 16]), torch.Size([1, 2, 16]))
     """
 
+    def __init__(self, *args: Any, weight_dropout: float = 0.0, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._set_options(weight_dropout=weight_dropout)
+
 
 class _RecurrentCell(_Fused, nn.RNNCellBase):
     """forward() of the cells, in the order and the words of torch.nn's."""
 
     _cell: str
 
-    def _cell_name(self) -> str:
+    def _plain_cell(self) -> str:
         return f"rnn_{self.nonlinearity}" if isinstance(self, nn.RNNCell) else self._cell
+
+    def _add_vectors(self, vectors: dict[str, int]) -> None:
+        for name, k in vectors.items():
+            self.register_parameter(name, self._new_vector(self.weight_ih, k))
 
     def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
         """The cell and the weights of its one layer."""
-        return [(self._cell_name(), (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None, None))]
+        cell, vectors = self._cell_name(), [getattr(self, name) for name in self._vectors()]
+        weights = functional.slots(cell, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, *vectors)
+        return [(cell, weights)]
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """input [B, I] or [I], hx [B, H] or [H], zeros if None -> h; of an LSTMCell hx = (h, c) -> (h, c)."""
@@ -442,10 +558,13 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         if hx is None:
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hidden = (zeros, zeros) if many else (zeros,)
-        function = getattr(functional, f"{self._cell_name()}_cell")
-        out = function(
-            input, hidden if many else hidden[0], self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        )
+        name, weight_hh, vectors = self._plain_cell(), self.weight_hh, []
+        if self._fused_options:
+            name, weight_hh = self._cell_name(), self._dropped(weight_hh)
+            vectors = [getattr(self, vector) for vector in self._vectors()]
+        function = getattr(functional, f"{name}_cell")
+        weights = (self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, *vectors)
+        out = function(input, hidden if many else hidden[0], *weights)
         if is_batched:
             return out
         return tuple(h.squeeze(0) for h in out) if many else out.squeeze(0)
@@ -466,6 +585,9 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         hidden_size: H, the width of h and c.
         bias: whether there are biases.
         device, dtype: those of the parameters.
+
+    Options, keyword-only: peephole, weight_dropout and forget_bias as for ``LSTM``, with parameters
+        ``weight_ci``, ``weight_cf`` and ``weight_co`` [H].
 
     Inputs: x, (h_prev, c_prev).
         x: [B, I], or [I] without a batch.
@@ -496,6 +618,21 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
 
     _cell = "lstm"
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        peephole: bool = False,
+        weight_dropout: float = 0.0,
+        forget_bias: float | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
+
     if TYPE_CHECKING:
 
         def forward(self, input: Tensor, hx: _States | None = None) -> _States: ...
@@ -514,6 +651,8 @@ class GRUCell(_RecurrentCell, nn.GRUCell):
         hidden_size: H, the width of h.
         bias: whether there are biases.
         device, dtype: those of the parameters.
+
+    Options, keyword-only: weight_dropout as for ``LSTM``.
 
     Inputs: x, h_prev.
         x: [B, I], or [I] without a batch.
@@ -543,6 +682,19 @@ class GRUCell(_RecurrentCell, nn.GRUCell):
 
     _cell = "gru"
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        weight_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self._set_options(weight_dropout=weight_dropout)
+
     if TYPE_CHECKING:
 
         def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
@@ -559,6 +711,8 @@ class RNNCell(_RecurrentCell, nn.RNNCell):
         bias: whether there are biases.
         nonlinearity: "tanh" or "relu".
         device, dtype: those of the parameters.
+
+    Options, keyword-only: weight_dropout as for ``LSTM``.
 
     Inputs: x, h_prev.
         x: [B, I], or [I] without a batch.
@@ -582,6 +736,20 @@ class RNNCell(_RecurrentCell, nn.RNNCell):
         >>> cell(torch.randn(3, 8)).shape
         torch.Size([3, 16])
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device=None,
+        dtype=None,
+        *,
+        weight_dropout: float = 0.0,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        self._set_options(weight_dropout=weight_dropout)
 
     if TYPE_CHECKING:
 

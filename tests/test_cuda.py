@@ -196,12 +196,15 @@ def test_every_path_equals_torch_nn(path):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("numbers", ["f32", NARROW])
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_lengths_resets_and_every_state(kind, numbers, bidirectional, batch_first, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "options"), [("LSTM", {}), ("LSTM", {"peephole": True}), ("GRU", {}), ("RNN", {})]
+)
+def test_lengths_resets_and_every_state(kind, options, numbers, bidirectional, batch_first, monkeypatch):
     """Against the CPU's kernels in float64, which have tests of their own."""
     T, B, I, H, dtype = 7, 6, 5, 40, compute_in(numbers)
     torch.manual_seed(3)
-    module = getattr(fastrnn, kind)(I, H, 2, batch_first=batch_first, bidirectional=bidirectional).to(dtype)
+    options = options | {"batch_first": batch_first, "bidirectional": bidirectional}
+    module = getattr(fastrnn, kind)(I, H, 2, **options).to(dtype)
     shape = (B, T) if batch_first else (T, B)
     x, reset = torch.randn(*shape, I).to(dtype), torch.rand(shape) < 0.2
     lengths = torch.tensor([7, 0, 3, 5, 1, 7])

@@ -28,6 +28,7 @@ def test_parameters_have_the_shapes_in_the_docstring(name):
         options["proj_size"] = sizes["P"] = 2
     for parameter, tensor in cls(3, 5, **options).named_parameters():
         documented = re.sub(r"_l\d(_reverse)?$", "_l{k}", parameter)
-        line = next(line for line in cls.__doc__.splitlines() if documented in line.partition(":")[0])
+        rows = re.compile(rf"\s+([\w{{}}]+, )*{re.escape(documented)}(, [\w{{}}]+)*: \[")
+        line = next(line for line in cls.__doc__.splitlines() if rows.match(line))
         shapes = re.findall(r"\[.*?\]", line)
         assert list(tensor.shape) == eval(shapes[-1 if "_l1" in parameter else 0], dict(sizes)), parameter
