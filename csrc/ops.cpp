@@ -20,10 +20,11 @@ extern "C" PyMODINIT_FUNC PyInit__C() {
 namespace fastrnn {
 namespace {
 
-// {G, E, U, states, S, reuses_saved} of a cell, as CellInfo has them.
+// {G, E, U, states, S, reuses_saved, dense, takes_gates, R} of a cell, as CellInfo has them.
 std::vector<int64_t> cell_info(std::string name) {
   const CellInfo& info = cell_named(name);
-  return {info.gates, info.gradients(), info.vectors, info.states, info.saved, info.reuses_saved};
+  return {info.gates,        info.gradients(), info.vectors,     info.states,     info.saved,
+          info.reuses_saved, info.dense,       info.takes_gates, info.row_numbers};
 }
 
 std::string cpu_isa() { return instruction_set().name; }

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from . import _operators, _prepack, _vmap, reference
 from ._operators import Keep, Maybe
-from .reference import CELLS, SLOTS, W_HR
+from .reference import CELLS, SLOTS, W_HR, U
 from .rows import Rows
 
 __all__ = ["Weights", "scan"]
@@ -259,19 +259,27 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
     products: Callable = _operators.weight_gradients
     if x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
         products = _operators.weight_gradients_of_torch
-    of_weights = any(want for i, want in enumerate(wanted_weights) if i % SLOTS < W_HR)
-    dx, dweights = products(form.name, dgates, x, y, states, *given, *options, wanted[0], of_weights)
+    of_weights = any(any(wanted_weights[slot::SLOTS]) for slot in cell.product_slots)
+    inputs = wanted[0] and not cell.takes_gates
+    dx, dweights = products(form.name, dgates, x, y, states, *given, *options, inputs, of_weights)
+    if wanted[0] and cell.takes_gates:
+        dx = [_operators.input_gradients(cell, dgates).transpose(0, 1).flatten(1)]  # type: ignore[arg-type]
     dw_hr = [] if hidden is None else [complete[0][d].T @ hidden[d] for d in range(len(hidden))]
-    return chosen(wanted, dx, dstates, dweights, dw_hr, du)
+    return chosen(cell, wanted, dx, dstates, dweights, dw_hr, du)
 
 
-def chosen(wanted: Sequence[bool], dx, dstates, dweights, dw_hr, du) -> list[Tensor]:
+def chosen(cell: reference.Cell, wanted: Sequence[bool], dx, dstates, dweights, dw_hr, du) -> list[Tensor]:
     """Of all gradients, lists that are empty where none of theirs is wanted, those that are wanted."""
     found: list = [*dx] if dx else [None]
     found += dstates
+    products = iter(dweights)
     for d in range((len(wanted) - len(found)) // SLOTS):
-        found += dweights[4 * d : 4 * d + 4] or [None] * 4
-        found += [dw_hr[d] if dw_hr else None, du[d] if du else None]
+        of_direction = [None] * SLOTS
+        for slot in cell.product_slots if dweights else ():
+            of_direction[slot] = next(products)
+        of_direction[W_HR] = dw_hr[d] if dw_hr else None
+        of_direction[U] = du[d] if du else None
+        found += of_direction
     return [gradient for gradient, want in zip(found, wanted, strict=True) if want]
 
 

@@ -54,13 +54,17 @@ def _tf32_is_allowed() -> bool:
     return torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32"
 
 
-def plan(weight: Tensor, forward: bool, gates: int, T: int, B: int, H: int, D: int, projected: bool) -> str:
+def plan(weight: Tensor, cell: Any, forward: bool, T: int, B: int, H: int, D: int, projected: bool) -> str:
     """The path of one scan on the device of the weight, in words."""
+    if not cell.dense:
+        return "one kernel for all steps: no unit waits for another"
+    if cell.row_numbers:
+        return "a matrix product and a kernel each step: the cell has sums over its units"
     numbers = _NUMBERS[weight.dtype]
     if numbers == "f32" and _tf32_is_allowed():
         numbers = "tf32"
     device: Any = torch.cuda.get_device_properties(weight.device)
     return torch.ops.fastrnn.cuda_plan(
-        forward, numbers, gates, T, B, H, D, projected,
+        forward, numbers, cell.gates, T, B, H, D, projected,
         device.multi_processor_count, device.shared_memory_per_block_optin,
     )  # fmt: skip

@@ -84,12 +84,12 @@ def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence
     reason = functional.no_kernel_reason(weight) if H > 0 else "there are no units (H = 0) to compute"
     if reason is not None:
         return Explanations(Explanation(name, layer, None, reason, reason, options) for layer in range(L))
-    gates = CELLS[cell].gates
+    numbers = CELLS[cell]
     if weight.is_cuda:
-        forward, backward = (_cuda.plan(weight, way, gates, T, B, H, D, H != P) for way in (True, False))
+        forward, backward = (_cuda.plan(weight, numbers, way, T, B, H, D, H != P) for way in (True, False))
     else:
-        forward = _shared_out(T, B, H, P, gates, D, weight.element_size())
-        backward = _shared_out(T, B, P, H, gates, D, weight.element_size())
+        forward = _shared_out(T, B, H, P, numbers.gates, D, weight.element_size())
+        backward = _shared_out(T, B, P, H, numbers.gates, D, weight.element_size())
     return Explanations(
         Explanation(name, layer, f"fastrnn::{cell}", forward + _prepack.note(weights), backward, options)
         for layer, (_, weights) in enumerate(module._scan_layers())

@@ -12,28 +12,29 @@ from .reference import CELLS
 Shape = tuple[int, ...]
 
 
-def _widths(name: str, states: list[Shape]) -> tuple[int, int, int, int]:
-    """D, the width of the gates, P and the width of what is projected (0: nothing is)."""
-    (D, _, P), H = states[0], states[-1][2]
-    return D, CELLS[name].gates * H, P, H if H != P else 0
+def _weights(name: str, states: list[Shape], I: int) -> tuple[int, int, int, int]:
+    """D, and the numbers of elements of W_ih, W_hh and W_hr, 0 for those that there are not."""
+    (D, _, P), H, cell = states[0], states[-1][2], CELLS[name]
+    GH = cell.gates * H
+    return D, 0 if cell.takes_gates else GH * I, GH * P if cell.dense else 0, H * P if H != P else 0
 
 
 @register_flop_formula(torch.ops.fastrnn.scan)
 def _scan(name: str, x: Shape, states: list[Shape], *_: Any, **__: Any) -> int:
-    D, GH, P, projected = _widths(name, states)
-    return 2 * D * x[0] * (GH * (x[1] + P) + P * projected)
+    D, *weights = _weights(name, states, x[1])
+    return 2 * D * x[0] * sum(weights)
 
 
 @register_flop_formula(torch.ops.fastrnn.scan_backward)
 def _scan_backward(name: str, dy: Any, dlast: Any, dhistory: Any, y: Shape, *arguments: Any, **_: Any) -> int:
-    D, GH, P, projected = _widths(name, arguments[2])
-    return 2 * D * y[0] * P * (GH + projected)
+    D, _w_ih, *weights = _weights(name, arguments[2], 0)
+    return 2 * D * y[0] * sum(weights)
 
 
 @register_flop_formula(torch.ops.fastrnn.weight_gradients)
 def _weight_gradients(
     name: str, dgates: Shape, x: Shape, y: Shape, states: list[Shape], *arguments: Any, **_: Any
 ) -> int:
-    D, GH, P, _projected = _widths(name, states)
+    D, w_ih, w_hh, _w_hr = _weights(name, states, x[1])
     inputs, of_weights = arguments[-2:]
-    return 2 * D * x[0] * GH * (x[1] * (inputs + of_weights) + P * of_weights)
+    return 2 * D * x[0] * (w_ih * (inputs + of_weights) + w_hh * of_weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _cuda  # noqa: F401  (_C registers the operators)
-from .reference import CELLS, SLOTS, W_HR, Cell
+from .reference import CELLS, SLOTS, W_HH, W_HR, W_IH, Cell
 from .rows import Rows
 
 Maybe = Tensor | None
@@ -36,7 +36,9 @@ def _(cell, x, states, weights, slots, packed, batch_sizes, lengths, reset, batc
         like.new_empty(N, D * P),
         [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states],
         [like.new_empty(D, N, H) for _ in states[1:] if keep != Keep.NOTHING],
-        [like.new_empty(D, N, numbers.saved * H)] if keep == Keep.FOR_BACKWARD and numbers.saved else [],
+        [like.new_empty(D, N, numbers.saved * H + numbers.row_numbers)]
+        if keep == Keep.FOR_BACKWARD and numbers.saved
+        else [],
     )
 
 
@@ -73,10 +75,11 @@ def _scanned_back(cell: str, y, states, weights, slots: int, keep: bool) -> tupl
 def _(
     cell, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights
 ):
-    (D, _, P), (GH, I) = states[0].shape, weights[0].shape
+    (D, _, P), GH = states[0].shape, weights[0].shape[0]
     dx = [torch.empty_like(x, memory_format=torch.contiguous_format)] if inputs else []
-    shapes = [(GH, I), (GH, P), (GH,), (GH,)] * D
-    return dx, [y.new_empty(shape) for shape in shapes if of_weights]
+    shapes = {W_IH: (GH, x.shape[1]), W_HH: (GH, P)}
+    slots = CELLS[cell].product_slots * D
+    return dx, [y.new_empty(shapes.get(slot, (GH,))) for slot in slots if of_weights]
 
 
 @torch.library.register_fake("fastrnn::pack")
@@ -97,9 +100,10 @@ def recurrent_gradients(cell: Cell, dgates: Tensor) -> Tensor:
     """The part of dgates [N, E*H] that belongs to the recurrent gates, in the order of W_hh [G*H, P]."""
     H = dgates.shape[-1] // cell.gradients
     first = dgates[..., : cell.gates * H]
-    # Where x and the recurrent product have different gradients (GRU's last gate), the recurrent one stands
-    # first in dgates; here it goes back to the end.
-    return first if cell.gradients == cell.gates else first.roll(-H, -1)
+    # The recurrent gradients of the split gates, which are the last ones, stand first in dgates; here they go
+    # back to the end.
+    split = cell.gradients - cell.gates
+    return first.roll(-split * H, -1) if 0 < split < cell.gates else first
 
 
 def composed_weight_gradients(
@@ -117,7 +121,8 @@ def composed_weight_gradients(
     x, dweights = rows.without_padding(x), []
     for d in range(D):
         before = rows.previous(y[:, d * P : (d + 1) * P], h0[d], d)
-        dweights += [dgx[d].T @ x, dga[d].T @ before, dgx[d].sum(0), dga[d].sum(0)]
+        found = (dgx[d].T @ x, dga[d].T @ before, dgx[d].sum(0), dga[d].sum(0))
+        dweights += [found[slot] for slot in cell.product_slots]
     return dx, dweights
 
 
@@ -136,10 +141,13 @@ def weight_gradients_of_torch(
             dx[0].addmm_(dgx[1], w_ih[1])
     if not of_weights:
         return dx, []
-    (GH, _), x = w_ih[0].shape, rows.without_padding(x)
+    GH, x = w_ih[0].shape[0], rows.without_padding(x)
     sums, dweights = dgates.sum(1), []
     for d in range(D):
         dga, h, dw_hh = dgates[d, :, :GH], y[:, d * P : (d + 1) * P], dgates.new_empty(GH, P)
+        if not cell.dense:
+            dweights += [dgx[d].T @ x, input_gradients(cell, sums[d]).clone()]
+            continue
         if batch_first or batch_sizes is not None or reset is not None or (d == 1 and lengths is not None):
             torch.mm(dga.T, rows.previous(h, h0[d], d), out=dw_hh)
         else:  # the state before a row lies B rows before it, or is the initial one
@@ -152,10 +160,13 @@ def weight_gradients_of_torch(
             torch.mm(dga[begin].T, h0[d], out=dw_hh)
             if N > B:
                 dw_hh.addmm_(dga[rest].T, h[before])
-        db_hh = sums[d, :GH]
-        if cell.gradients > cell.gates:  # the gate that is kept apart stands first
+        if cell.takes_gates:
+            dweights.append(dw_hh)
+            continue
+        db_hh, split = sums[d, :GH], cell.gradients - cell.gates
+        if split:  # as in recurrent_gradients
             H = GH // cell.gates
-            dw_hh, db_hh = dw_hh.roll(-H, 0), db_hh.roll(-H, 0)
+            dw_hh, db_hh = dw_hh.roll(-split * H, 0), db_hh.roll(-split * H, 0)
         dweights += [dgx[d].T @ x, dw_hh, input_gradients(cell, sums[d]).clone(), db_hh.clone()]
     return dx, dweights
 

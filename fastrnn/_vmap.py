@@ -71,7 +71,7 @@ def gradients(form, V: int, wanted: tuple, grouped: tuple, dims: tuple) -> tuple
         )
         dw_hr = list((dh.mT @ hidden).unbind(1))
     dstates = [_unfold_state(t, V) for t in dstates]
-    return tuple(_autograd.chosen(wanted, dx, dstates, dweights, dw_hr, []))
+    return tuple(_autograd.chosen(cell, wanted, dx, dstates, dweights, dw_hr, []))
 
 
 def one_by_one(function, V: int, options: tuple, args: tuple, dims: tuple):

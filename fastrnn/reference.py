@@ -63,6 +63,10 @@ def lstm_hidden(saved, c):
     return saved[..., 3 * c.shape[-1] :] * torch.tanh(c)
 
 
+# What the operators take for each direction (csrc/common/operators.h).
+W_IH, W_HH, B_IH, B_HH, W_HR, U, SLOTS = range(7)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One row of the table of cells: its formulas, and the numbers that csrc/cells says of it."""
@@ -75,11 +79,23 @@ class Cell:
     states: int  # h, and what lives beside it
     saved: int  # S: numbers of a unit that the kernels save for the way back
     reuses_saved: bool  # whether the gate gradients may be written over the saved numbers
+    dense: bool  # h meets the matrix W_hh; else only what the step makes of it, and its ``a`` is None
+    takes_gates: bool  # x holds the input's part of the gates [N, D*G*H]: there is no W_ih
+    row_numbers: int  # R: numbers of a row that the kernels save after those of its units
 
     @classmethod
     def of(cls, name: str, step: Callable, hidden: Callable | None = None) -> "Cell":
-        gates, gradients, vectors, states, saved, reuses_saved = torch.ops.fastrnn.cell_info(name)
-        return cls(step, hidden, gates, gradients, vectors, states, saved, bool(reuses_saved))
+        *counts, reuses_saved, dense, takes_gates, numbers = torch.ops.fastrnn.cell_info(name)
+        gates, gradients, vectors, states, saved = counts
+        flags = bool(reuses_saved), bool(dense), bool(takes_gates)
+        return cls(step, hidden, gates, gradients, vectors, states, saved, *flags, numbers)
+
+    @property
+    def product_slots(self) -> tuple[int, ...]:
+        """The slots of the weights whose gradients are products over all steps or sums."""
+        if self.takes_gates:
+            return (W_HH,)
+        return (W_IH, W_HH, B_IH, B_HH) if self.dense else (W_IH, B_IH)
 
 
 CELLS = {
@@ -90,9 +106,6 @@ CELLS = {
     "rnn_relu": Cell.of("rnn_relu", rnn_relu_step),
 }
 
-# What the operators take for each direction: w_ih, w_hh, b_ih, b_hh, w_hr, u (csrc/common/operators.h).
-SLOTS, W_HR = 6, 4
-
 
 # ---- The scan over time ------------------------------------------------------------------------------
 
@@ -102,18 +115,23 @@ def steps(cell: Cell, rows: Rows, direction: int, x, initial: Sequence[Tensor], 
     ``rows.steps()`` has them, each state at the end [B, *]). initial: h0 [B, P] and the others [B, H];
     weights: the slots of this direction."""
     w_ih, w_hh, b_ih, b_hh, w_hr, u = weights
-    H = w_ih.shape[0] // cell.gates
+    GH = (w_hh if cell.takes_gates else w_ih).shape[0]
+    H = GH // cell.gates
     places, order = rows.steps(), rows.order
     back = torch.argsort(order)
     vectors = () if u is None else u.unbind()
-    gx = torch.nn.functional.linear(rows.without_padding(x), w_ih, b_ih)
+    gx = rows.without_padding(x)
+    if cell.takes_gates:
+        gx = gx[:, direction * GH : (direction + 1) * GH]
+    else:
+        gx = torch.nn.functional.linear(gx, w_ih, b_ih)
     now = [state[order] for state in initial]
     every: list[list] = [[None] * rows.T for _ in now]
     for t in range(rows.T) if direction == 0 else range(rows.T - 1, -1, -1):
         n = len(places[t])
         before = [rows.keep(places[t], state[:n]) for state in now]
-        a = torch.nn.functional.linear(before[0], w_hh, b_hh)
-        h, *others = cell.step(gx[places[t]].split(H, -1), a.split(H, -1), before, *vectors)
+        a = torch.nn.functional.linear(before[0], w_hh, b_hh).split(H, -1) if cell.dense else None
+        h, *others = cell.step(gx[places[t]].split(H, -1), a, before, *vectors)
         after = [h if w_hr is None else h @ w_hr.T, *others]
         now = [torch.cat((new, old[n:])) for new, old in zip(after, now, strict=True)]
         for states, state in zip(every, after, strict=True):

@@ -53,7 +53,7 @@ def worst_error(cell: str, T: int, B: int, H: int, D: int, form: str, dtype: tor
 def path(cell: str, T: int, B: int, H: int, D: int, dtype: torch.dtype) -> str:
     if DEVICE == "cuda":
         weight = torch.empty(0, device="cuda", dtype=dtype)
-        return _cuda.plan(weight, True, CELLS[cell].gates, T, B, H, D, False)
+        return _cuda.plan(weight, CELLS[cell], True, T, B, H, D, False)
     return torch.ops.fastrnn.cuda_plan(
         True, _cuda._NUMBERS[dtype], CELLS[cell].gates, T, B, H, D, False, *PLACES
     )

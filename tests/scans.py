@@ -68,7 +68,7 @@ class Scan:
     @property
     def slots(self) -> list[Tensor | None]:
         """The weights as the operators take them: one direction after the other."""
-        return [part[d] if part else None for d in range(len(self.w_ih)) for part in self.weights]
+        return [part[d] if part else None for d in range(len(self.h0)) for part in self.weights]
 
     def arguments(self, save: int = 1, packed: Tensor | None = None) -> tuple:
         given = _operators.given(self.slots if packed is None else [])
@@ -169,13 +169,15 @@ def make_scan(
         given = torch.randint(0, T + 1, (B,), generator=g)  # in any order, and some of no length
     scan = Scan(
         name,
-        normal(N, I),
+        normal(N, D * cell.gates * H if cell.takes_gates else I),
         normal(D, B, width),
         normal(D, B, H) if cell.states > 1 else None,
-        [normal(cell.gates * H, I) for _ in range(D)],
-        [normal(cell.gates * H, width, scale=bound) for _ in range(D)],
-        [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias else [],
-        [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias else [],
+        [] if cell.takes_gates else [normal(cell.gates * H, I) for _ in range(D)],
+        [normal(cell.gates * H, width, scale=bound) for _ in range(D)] if cell.dense else [],
+        [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias and not cell.takes_gates else [],
+        [normal(cell.gates * H, scale=bound) for _ in range(D)]
+        if bias and cell.dense and not cell.takes_gates
+        else [],
         [normal(P, H, scale=bound) for _ in range(D)] if P else [],
         [normal(cell.vectors, H) for _ in range(D)] if cell.vectors else [],
         batch_sizes,

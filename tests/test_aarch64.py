@@ -47,13 +47,15 @@ def filled(array, scale, *shape):
 
 
 def make(name, T, B, I, H, P):
-    G, W = CELLS[name].gates, P or H
+    cell, G, W = CELLS[name], CELLS[name].gates, P or H
+    takes_x = not cell.takes_gates
     return Scan(
-        name, filled(1, 1, T * B, I), filled(2, 1, 1, B, W),
-        filled(3, 1, 1, B, H) if CELLS[name].states > 1 else None,
-        [filled(4, 0.3, G * H, I)], [filled(5, 0.3, G * H, W)], [filled(6, 1, G * H)], [filled(7, 1, G * H)],
+        name, filled(1, 1, T * B, I if takes_x else G * H), filled(2, 1, 1, B, W),
+        filled(3, 1, 1, B, H) if cell.states > 1 else None,
+        [filled(4, 0.3, G * H, I)] if takes_x else [], [filled(5, 0.3, G * H, W)] if cell.dense else [],
+        [filled(6, 1, G * H)] if takes_x else [], [filled(7, 1, G * H)] if takes_x and cell.dense else [],
         [filled(8, 0.3, W, H)] if P else [],
-        [filled(10, 0.3, CELLS[name].vectors, H)] if CELLS[name].vectors else [], None, None, None, False,
+        [filled(10, 0.3, cell.vectors, H)] if cell.vectors else [], None, None, None, False,
     )  # fmt: skip
 
 
@@ -63,10 +65,11 @@ def expected(scan):
     y, h_n, c_n = outputs[:3]
     dy = filled(9, 1, *y.shape)
     dgates, dh0, dc0, _, _, du = scan.reference_backward(outputs, (dy, None, None, None, None))
-    (dx,), (dw_ih, dw_hh, db_ih, db_hh) = _operators.composed_weight_gradients(
-        scan.name, dgates, scan.x, y, scan.states, *_operators.given(scan.slots), *scan.rows, True, True
+    inputs = not CELLS[scan.name].takes_gates
+    dx, dweights = _operators.composed_weight_gradients(
+        scan.name, dgates, scan.x, y, scan.states, *_operators.given(scan.slots), *scan.rows, inputs, True
     )
-    return [y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh, *([du] if scan.u else [])]
+    return [y, h_n, c_n, dgates, dh0, dc0, *dx, *dweights, *([du] if scan.u else [])]
 
 
 # Few rows and one step in place, turned tiles, packed panels, ragged blocks, a projection, two threads.

@@ -119,7 +119,7 @@ def test_an_empty_batch_gives_empty_results(name, batch_first):
         (0, 10),
         (2, 0, 5),
         (2, 0, 5) if cell.states > 1 else (0,),
-        (2, 0, cell.saved * 5) if cell.saved else (0,),
+        (2, 0, cell.saved * 5 + cell.row_numbers) if cell.saved else (0,),
         (2, 0, 5) if cell.states > 1 else (0,),
     ]
     dgates, dh0, _, dh, dc, du = scan.kernel_backward(outputs, scan.gradients(outputs))
@@ -135,7 +135,7 @@ def test_the_way_back_is_the_derivative_of_the_reference(name):
     """way_back.py, which judges the backward kernels, is itself judged by torch's derivative."""
     for form, P in itertools.product(FORMS.values(), (None, 2) if CELLS[name].hidden else (None,)):
         scan = make_scan(name, 4, 3, 5, D=2, P=P, **form)
-        leaves = [scan.x, scan.h0, *scan.b_ih]
+        leaves = [scan.x, scan.h0, *scan.b_ih, *scan.u]
         for leaf in leaves:
             leaf.requires_grad_()
         outputs = scan.reference()
@@ -144,14 +144,15 @@ def test_the_way_back_is_the_derivative_of_the_reference(name):
         ends, given = zip(*pairs, strict=True)
         expected = torch.autograd.grad(ends, leaves, given)
         detached = scan.map(torch.Tensor.detach)
-        dgates, dh0, *_ = detached.reference_backward(tuple(o.detach() for o in outputs), gradients)
+        dgates, dh0, *_, du = detached.reference_backward(tuple(o.detach() for o in outputs), gradients)
         cell = CELLS[name]
         dgx = [_operators.input_gradients(cell, dgates[d]) for d in range(2)]
-        dx = sum(dgx[d] @ detached.w_ih[d] for d in range(2))
+        dx = sum(dgx[d] @ w for d, w in enumerate(detached.w_ih)) if detached.w_ih else torch.cat(dgx, 1)
         torch.testing.assert_close(dx, expected[0])
         torch.testing.assert_close(dh0, expected[1])
-        for d in range(2):
-            torch.testing.assert_close(dgx[d].sum(0), expected[2 + d])
+        biases = [part.sum(0) for part in dgx] if detached.b_ih else []
+        for found, exact in zip([*biases, *(du if detached.u else ())], expected[2:], strict=True):
+            torch.testing.assert_close(found, exact)
 
 
 @pytest.mark.parametrize("name", CELL_NAMES)
@@ -276,7 +277,8 @@ def test_results_are_the_same_bits_every_time(name, threads):
 def test_nan_and_infinity_reach_what_they_reach_in_the_reference(name, dtype, poison, B):
     for where in range(4):
         scan = make_scan(name, 4, B, 21, dtype=dtype)
-        target = [scan.x[0], scan.h0[0, 0], scan.b_ih[0], scan.b_ih[0][-21:]][where]
+        biases = scan.b_ih[0].view(-1, 21) if scan.b_ih else scan.u[0]
+        target = [scan.x[0], scan.h0[0, 0], biases[0], biases[-1]][where]
         target[2] = poison
         expected, got = scan.reference(), scan.kernel()
         for a, b in zip(got[:3], expected[:3], strict=True):

@@ -31,7 +31,7 @@ def gru_saved(x, a):
     return r, z, torch.tanh(x[2] + r * a[2]), a[2]
 
 
-def nothing_saved(x, a):
+def nothing_saved(x, a, *state_and_u):
     return ()
 
 
@@ -94,7 +94,7 @@ def forward(name, layout, x, states, weights):
     cell, saves, none = CELLS[name], [], x.new_empty(0)
 
     def step(x, a, states, *u):
-        save = SAVED[name](x, a, *((states[1], *u) if u else ()))
+        save = SAVED[name](x, a, *((states[-1], *u) if u else ()))
         saves.append(torch.cat(save, -1) if save else none)
         return cell.step(x, a, states, *u)
 
@@ -106,11 +106,17 @@ def forward(name, layout, x, states, weights):
     return y, h_n, *(others or [none]), *saved, *(history or [none])
 
 
+def numbers_of(cell, saved, H):
+    """The saved numbers of the units, each [n, H], and those of the rows [n, R], if any."""
+    units, numbers = saved.split([cell.saved * H, cell.row_numbers], -1)
+    return (*units.split(H, -1), numbers) if cell.row_numbers else units.split(H, -1)
+
+
 def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh, w_hr, u, keep):
     """The operator ``fastrnn::scan_backward``: dgates, dh0, dc0, dL/dh_t, dL/dc_t, du ([0]: missing)."""
     cell = CELLS[name]
     D, _, P = h0.shape
-    H = w_hh[0].shape[0] // cell.gates
+    H = c0.shape[2] if cell.states > 1 else P
     steps, batch = layout.steps(), layout.order
     back = torch.argsort(batch)
     all_dgates, dh0, dc0, all_dh, all_dc = [], [], [], [], []
@@ -142,7 +148,7 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
                 c, c_prev = all_c[d][rows], previous(all_c[d], c0[d])
                 dc_t = dc[:n] + dall_c[d][rows] if dall_c is not None else dc[:n]
             gates, direct, dcs[t], dc_prev, *shares = BACK[name](
-                saved[d][rows].split(H, -1) if cell.saved else (),
+                numbers_of(cell, saved[d][rows], H) if cell.saved else (),
                 y_d[rows],
                 previous(y_d, h0[d]),
                 c,
@@ -154,9 +160,10 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
             for k, share in enumerate(shares):
                 du[d][k] += share.sum(0)
             dgates[t] = torch.cat(gates, -1)
-            dh_prev = _operators.recurrent_gradients(cell, dgates[t]) @ w_hh[d]
-            if direct is not None:
-                dh_prev = dh_prev + direct
+            dh_prev = direct
+            if cell.dense:
+                dh_prev = _operators.recurrent_gradients(cell, dgates[t]) @ w_hh[d]
+                dh_prev = dh_prev if direct is None else dh_prev + direct
             dh = torch.cat((layout.keep(rows, dh_prev), dh[n:]))
             dc = torch.cat((layout.keep(rows, dc_prev), dc[n:])) if cell.states > 1 else None
         all_dgates.append(layout.assemble(dgates))

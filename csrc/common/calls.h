@@ -30,14 +30,22 @@ class LayerWeights {
     for (size_t i = 0, next = 0; i < tensors_.size(); ++i)
       if (slots >> i % kSlots & 1) tensors_[i] = given[next++];
     const int64_t G = cell.gates;
-    STD_TORCH_CHECK(has(kWeightIh) && at(kWeightIh).dim() == 2, "w_ih must be matrices [G*H, I]");
-    STD_TORCH_CHECK(has(kWeightHh), "w_hh must be matrices [G*H, P]");
+    const bool dense = cell.dense, gates_given = cell.takes_gates;
+    STD_TORCH_CHECK(has(kWeightIh) != gates_given, cell.name,
+                    gates_given ? " takes no w_ih" : " takes w_ih [G*H, I]");
+    STD_TORCH_CHECK(has(kWeightHh) == dense, cell.name, dense ? " takes w_hh [G*H, P]" : " takes no w_hh");
+    STD_TORCH_CHECK((dense && !gates_given) || !has(kBiasHh), cell.name, " takes no b_hh");
+    STD_TORCH_CHECK(!gates_given || !has(kBiasIh), cell.name, " takes no b_ih");
+    const Tensor& sized = at(gates_given ? kWeightHh : kWeightIh);
+    STD_TORCH_CHECK(sized.dim() == 2,
+                    gates_given ? "w_hh must be matrices [G*H, P]" : "w_ih must be matrices [G*H, I]");
     projected = has(kWeightHr);
     STD_TORCH_CHECK(!projected || cell.projects, cell.name, " has no projection");
     STD_TORCH_CHECK(!projected || at(kWeightHr).dim() == 2, "w_hr must be matrices [P, H]");
     STD_TORCH_CHECK(has(kVectors) == (cell.vectors > 0), cell.name, cell.vectors ? " takes" : " takes no",
                     " vectors u");
-    H = at(kWeightIh).size(0) / G, I = at(kWeightIh).size(1), P = projected ? at(kWeightHr).size(0) : H;
+    H = sized.size(0) / G, P = projected ? at(kWeightHr).size(0) : H;
+    I = gates_given ? D * G * H : sized.size(1);  // the width of x
     STD_TORCH_CHECK(H > 0 && P > 0, "H and P must be positive, got ", H, " and ", P);
     const Arguments arguments(like);
     for (int64_t d = 0; d < D; ++d) {
@@ -172,7 +180,7 @@ struct ForwardCall : ScanCall {
       last.push_back(torch::stable::clone(states[size_t(k)]));
       if (keep != kNothing) history.push_back(empty({D, N, H}, like()));
     }
-    if (keep == kForBackward && cell.saved > 0) saved.push_back(empty({D, N, cell.saved * H}, like()));
+    if (keep == kForBackward && cell.saved > 0) saved.push_back(empty({D, N, cell.saved_width(H)}, like()));
   }
 
   template <class S>
@@ -225,7 +233,7 @@ struct BackwardCall : ScanCall {
     STD_TORCH_CHECK(!over || (cell.reuses_saved && saved_->is_contiguous()),
                     "only contiguous numbers of a cell that reuses them can be written over");
     arguments.check(y_, "y", "[N, D*P]", {N, D * P});
-    if (saved) arguments.check(*saved, "saved", "[D, N, S*H]", {D, N, cell.saved * H});
+    if (saved) arguments.check(*saved, "saved", "[D, N, S*H + R]", {D, N, cell.saved_width(H)});
     if (dy) arguments.check(*dy, "dy", "[N, D*P]", {N, D * P});
     doutput.push_back(dy ? MaybeTensor(with_rows(*dy)) : std::nullopt);
     for (size_t k = 0; k < others; ++k) {
@@ -273,7 +281,9 @@ struct BackwardCall : ScanCall {
 /// fastrnn::weight_gradients
 struct ProductsCall : ScanCall {
   Tensor dgates, x, y;
-  Tensors dx, dweights;  // results: dx [N, I] or none; dw_ih, dw_hh, db_ih, db_hh of each direction, or none
+  // Results: dx [N, I] or none; of each direction dw_ih, dw_hh, db_ih, db_hh, those that the cell takes, or
+  // none.
+  Tensors dx, dweights;
 
   ProductsCall(const CellInfo& cell_, const LayerWeights& weights_, const Tensor& dgates_, const Tensor& x_,
                const Tensor& y_, const Tensors& states_, const RowArguments& given, bool inputs,
@@ -288,10 +298,13 @@ struct ProductsCall : ScanCall {
     arguments.check(dgates_, "dgates", "[D, N, E*H]", {D, N, cell.gradients() * H});
     arguments.check(x_, "x", "[N, I]", {N, I});
     arguments.check(y_, "y", "[N, D*P]", {N, D * P});
+    STD_TORCH_CHECK(!inputs || !cell.takes_gates, "the gradient of given gates is dgates");
     if (inputs) dx.push_back(empty({N, I}, like()));
     for (int64_t d = 0; d < D && wants_weights; ++d) {
-      dweights.push_back(empty({GH, I}, like())), dweights.push_back(empty({GH, P}, like()));
-      dweights.push_back(empty({GH}, like())), dweights.push_back(empty({GH}, like()));
+      if (!cell.takes_gates) dweights.push_back(empty({GH, I}, like()));
+      if (cell.dense) dweights.push_back(empty({GH, P}, like()));
+      if (cell.takes_gates) continue;
+      for (int bias = 0; bias < (cell.dense ? 2 : 1); ++bias) dweights.push_back(empty({GH}, like()));
     }
   }
 
@@ -307,11 +320,12 @@ struct ProductsCall : ScanCall {
       direction.y = columns<const S>(y, d);
       direction.h0 = direction_rows<const S>(states[kH], d);
       if (dweights.empty()) continue;
-      const auto of = [&](size_t slot) {
-        return static_cast<S*>(dweights[size_t(d) * 4 + slot].mutable_data_ptr());
-      };
-      direction.dw_ih = {of(kWeightIh), sizes.I}, direction.dw_hh = {of(kWeightHh), sizes.P};
-      direction.db_ih = of(kBiasIh), direction.db_hh = of(kBiasHh);
+      size_t next = size_t(d) * (dweights.size() / size_t(sizes.D));
+      const auto take = [&] { return static_cast<S*>(dweights[next++].mutable_data_ptr()); };
+      if (!cell.takes_gates) direction.dw_ih = {take(), sizes.I};
+      if (cell.dense) direction.dw_hh = {take(), sizes.P};
+      if (!cell.takes_gates) direction.db_ih = take();
+      if (!cell.takes_gates && cell.dense) direction.db_hh = take();
     }
     return problem;
   }

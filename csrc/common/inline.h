@@ -7,3 +7,14 @@
 #else
 #define FASTRNN_INLINE __attribute__((always_inline)) inline
 #endif
+
+namespace fastrnn {
+template <class S>
+FASTRNN_INLINE S square_root(S v) {
+#ifdef __CUDACC__
+  return sqrt(v);
+#else
+  return static_cast<S>(__builtin_sqrt(static_cast<double>(v)));
+#endif
+}
+}  // namespace fastrnn

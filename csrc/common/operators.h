@@ -22,7 +22,7 @@ namespace fastrnn {
 // reset bool [N], each or none. keep: 0 nothing, 1 what backward wants, 2 every state.
 // -> y [N, D*P]; last: h_n [D, B, P] and the others [D, B, H]; history: every state beside h [D, N, H], or
 // none;
-//    saved: [D, N, S*H], or none
+//    saved: [D, N, S*H + R], or none
 constexpr const char* kScan =
     "scan(str cell, Tensor x, Tensor[] states, Tensor[] weights, int slots, Tensor? packed, Tensor? "
     "batch_sizes, "
@@ -50,7 +50,9 @@ constexpr const char* kScanBackwardOver =
     "reset, "
     "bool batch_first, bool keep) -> (Tensor[] dstates, Tensor[] complete, Tensor[] du)";
 
-// -> dx [N, I] (if inputs); dweights: dw_ih, dw_hh, db_ih, db_hh for each direction (if weight_gradients)
+// -> dx [N, I] (if inputs); dweights: for each direction those that the cell takes of dw_ih, dw_hh, db_ih,
+// db_hh
+//    (if of_weights)
 constexpr const char* kWeightGradients =
     "weight_gradients(str cell, Tensor dgates, Tensor x, Tensor y, Tensor[] states, Tensor[] weights, int "
     "slots, "

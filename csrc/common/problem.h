@@ -48,8 +48,8 @@ struct Rows {
 /// The weights of one direction.
 template <class S>
 struct Weights {
-  Rows<const S> w_ih;  // [G*H, I]; null in the backward problem
-  Rows<const S> w_hh;  // [G*H, P]
+  Rows<const S> w_ih;  // [G*H, I], or null where x holds the gates
+  Rows<const S> w_hh;  // [G*H, P], or null where h meets no matrix
   const S *b_ih, *b_hh;  // [G*H] or null
   Rows<const S> w_hr;  // [P, H], or null without projection
   Rows<const S> u;  // [U, H] vectors of parameters, or null

@@ -32,7 +32,9 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     if (sequence.T == 0 || sequence.B == 0) return true;
     const Scratch scratch([this](Memory& memory) { lay_out(memory); }, kKeptInTraining);
     if (scratch.failed()) return false;
-    this->Base::run(*this, projected() ? 2 * sequence.T + 1 : sequence.T + 1);
+    this->Base::run(*this, kInfo.staged() ? 2 * sequence.T
+                           : projected()  ? 2 * sequence.T + 1
+                                          : sequence.T + 1);
     for (int team = 0; team < this->teams(); ++team) {
       initial_gradient(team);
       add_vectors_gradient(team);
@@ -42,7 +44,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
 
   /// Worker `part` of `parts` in what comes before the first phase.
   void prepare(int64_t part, int64_t parts) {
-    for (int d = 0; d < problem.directions && !few(); ++d) {
+    for (int d = 0; d < problem.directions && kInfo.dense && !few(); ++d) {
       w_hh_[d].pack(part, parts);
       if (projected()) w_hr_[d].pack(part, parts);
     }
@@ -52,23 +54,29 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         copy_row(dh_buffer(team)[i],
                  problem.direction[this->direction_of(team)].dstate[kH][sequence.batch(rows.position(i))],
                  problem.P);
-      if constexpr (kInfo.vectors > 0)
-        __builtin_memset(du_buffer(team), 0, kInfo.vectors * problem.H * sizeof(S));
+      for (int buffer = 0; kInfo.vectors > 0 && buffer < shares(); ++buffer)
+        __builtin_memset(du_buffer(team, buffer), 0, kInfo.vectors * problem.H * sizeof(S));
     }
   }
 
   /// The product that closes step s+1 and the cell of step s need no meeting between them, because a part
   /// owns the same units in both.
   void phase(int team, int64_t phase, int part) {
-    const int64_t back = projected() ? phase / 2 : phase, s = sequence.T - 1 - back;
-    if (projected() && phase % 2 == 1) return cell_gradient(team, s, share(units.count(), part, plan.parts));
     const Range mine = share(outputs.count(), part, plan.parts);
-    if (back > 0) state_gradient(team, s + 1, mine);
-    if (s < 0) return;
-    if (projected())
-      output_gradient(team, s, mine);
-    else
-      cell_gradient(team, s, mine);
+    if constexpr (kInfo.staged()) {
+      const int64_t s = sequence.T - 1 - phase / 2;
+      phase % 2 == 0 ? row_gradients(team, s, part) : state_gradient(team, s, mine);
+    } else {
+      const int64_t back = projected() ? phase / 2 : phase, s = sequence.T - 1 - back;
+      if (projected() && phase % 2 == 1)
+        return cell_gradient(team, s, share(units.count(), part, plan.parts));
+      if (back > 0) state_gradient(team, s + 1, mine);
+      if (s < 0) return;
+      if (projected())
+        output_gradient(team, s, mine);
+      else
+        cell_gradient(team, s, mine);
+    }
   }
 
  private:
@@ -83,9 +91,9 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     dh_ = s.take<S>(this->teams() * most * dh_stride_);
     dh_complete_ = s.take<S>(projected() ? this->teams() * most * dh_stride_ : 0);
     dgates_ = s.take<S>(this->teams() * 2 * most * dgates_stride_);
-    du_ = s.take<S>(this->teams() * kInfo.vectors * problem.H);
+    du_ = s.take<S>(this->teams() * shares() * kInfo.vectors * problem.H);
     for (int d = 0; d < problem.directions; ++d) {
-      if (few()) continue;
+      if (few() || !kInfo.dense) continue;
       const Weights<S>& w = problem.direction[d].weights;
       const bool packs = most <= kFewRows ||
                          packing_columns_pays<S>(most * sequence.T, sequence.T, G * problem.H, problem.P);
@@ -108,8 +116,12 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     return {dgates_ + (team * 2 + s % 2) * this->most_rows() * dgates_stride_, dgates_stride_};
   }
 
-  /// The team's rows' share of the gradient of the vectors of parameters, [U, H].
-  FASTRNN_INLINE S* du_buffer(int team) const { return du_ + team * kInfo.vectors * problem.H; }
+  /// Rows' share of the gradient of the vectors of parameters, [U, H]: those of a team, or in stages, where
+  /// the parts of a team share its rows, those of a part.
+  FASTRNN_INLINE S* du_buffer(int team, int part) const {
+    return du_ + (team * shares() + part) * kInfo.vectors * problem.H;
+  }
+  FASTRNN_INLINE int shares() const { return kInfo.staged() ? plan.parts : 1; }
 
   /// dL/dh_t = its recurrent part + dL/dy_t, for some outputs.
   void output_gradient(int team, int64_t s, Range blocks) {
@@ -170,7 +182,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const int64_t t = this->time(d, s), H = problem.H;
     const int64_t t_prev = this->time(d, s - 1), rows_prev = s > 0 ? sequence.rows(t_prev) : 0;
     const Rows<S> dgates_now = dgates_buffer(team, s);
-    S* const du = du_buffer(team);
+    S* const du = du_buffer(team, 0);
     const bool add_dy = dir.doutput[kH] && !projected(), keep_dh = dir.complete[kH] && !projected();
     for (int64_t k = 0; k < n; ++k) {
       const int64_t i = i_begin + k, position = rows.position(i), b = sequence.batch(position);
@@ -216,13 +228,75 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     }
   }
 
+  /// The backward step of a part's rows, of a cell in stages.
+  void row_gradients(int team, int64_t s, int part) {
+    const Range mine = share(this->rows_at(team, s), part, plan.parts);
+    for (int64_t i = mine.begin; i < mine.end; ++i) row_gradient(team, s, i, du_buffer(team, part));
+  }
+
+  void row_gradient(int team, int64_t s, int64_t i, S* du) {
+    const int d = this->direction_of(team);
+    const BackwardDirection<S>& dir = problem.direction[d];
+    const int64_t t = this->time(d, s), H = problem.H, position = this->rows_of(team).position(i);
+    const int64_t t_prev = this->time(d, s - 1), rows_prev = s > 0 ? sequence.rows(t_prev) : 0;
+    const int64_t row = sequence.row(t, position), b = sequence.batch(position);
+    const bool begins = position >= rows_prev, forgets = sequence.resets(t, position);
+    const int64_t row_prev = begins ? 0 : sequence.row(t_prev, position);
+    const S* const saved_row = dir.saved[row];
+    S *const dh = dh_buffer(team)[i], *const dgates_row = dir.dgates[row],
+             *const now = dgates_buffer(team, s)[i];
+    S totals[kInfo.backward_stages][kMaxSums] = {};
+    each_stage<kInfo.backward_stages>([&]<int kStage>() {
+      constexpr bool kLast = kStage == kInfo.backward_stages - 1;
+      V<S> sums[kMaxSums] = {};
+      each_vector<S>(0, H, [&](auto io, int64_t u, int64_t) FASTRNN_LAMBDA_INLINE {
+        BackwardUnit<Cell, V<S>> unit;
+        for (int j = 0; j < kInfo.saved; ++j) unit.saved[j] = io.load(saved_row + j * H + u);
+        for (int r = 0; r < kInfo.row_numbers; ++r) unit.row[r] = broadcast(saved_row[kInfo.saved * H + r]);
+        for (int k = 0; k < kInfo.vectors; ++k)
+          unit.u[k] = io.load(dir.weights.u[k] + u), unit.du[k] = V<S>{};
+        for (int stage = 0; stage < kStage; ++stage)
+          for (int k = 0; k < kMaxSums; ++k) unit.total[stage][k] = broadcast(totals[stage][k]);
+        unit.units = broadcast(static_cast<S>(H));
+        for (int k = 0; k < kInfo.states; ++k) {
+          if (kInfo.after(k)) unit.after[k] = io.load(dir.history[k][row] + u);
+          if (kInfo.before(k))
+            unit.before[k] =
+                forgets ? V<S>{} : io.load((begins ? dir.initial[k][b] : dir.history[k][row_prev]) + u);
+        }
+        if constexpr (kStage <= kInfo.complete_in)
+          for (int k = 0; k < kInfo.states; ++k) {
+            unit.dafter[k] = io.load((k == kH ? dh : dir.dstate[k][b]) + u);
+            if (dir.doutput[k]) unit.dafter[k] += io.load(dir.doutput[k][row] + u);
+          }
+        if constexpr (kStage > 0)
+          for (int e = 0; e < kInfo.gradients(); ++e) unit.dgates[e] = io.load(dgates_row + e * H + u);
+        Cell::template backward<Math<S>, kStage>(unit);
+        for (int e = 0; e < kInfo.gradients(); ++e) io.store(dgates_row + e * H + u, unit.dgates[e]);
+        if constexpr (kStage == kInfo.complete_in)
+          for (int k = 0; k < kInfo.states; ++k) {
+            if (dir.complete[k]) io.store(dir.complete[k][row] + u, unit.dafter[k]);
+            if (kInfo.before(k))
+              io.store((k == kH ? dh : dir.dstate[k][b]) + u, forgets ? V<S>{} : unit.dbefore[k]);
+          }
+        if constexpr (kLast)
+          for (int g = 0; g < G; ++g) io.store(now + g * H + u, unit.dgates[kInfo.gradient_of_recurrent(g)]);
+        else
+          for (int k = 0; k < kMaxSums; ++k) sums[k] += io.only(unit.sums[k]);
+        for (int v = 0; v < kInfo.vectors; ++v)
+          io.store(du + v * H + u, io.load(du + v * H + u) + unit.du[v]);
+      });
+      for (int k = 0; k < kMaxSums && !kLast; ++k) totals[kStage][k] = sum_of_lanes<S>(sums[k]);
+    });
+  }
+
   /// The recurrent part of dL/dh_{t-1} = dgates W_hh (+ the direct part), for some outputs.
   void state_gradient(int team, int64_t s, Range blocks) {
     const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
     const int64_t n = this->rows_at(team, s), t = this->time(this->direction_of(team), s);
     const TeamRows rows = this->rows_of(team);
     const Rows<S> dh = dh_buffer(team);
-    state_product(team, s, blocks, n, {dh.data + first, dh.stride}, end - first);
+    if constexpr (kInfo.dense) state_product(team, s, blocks, n, {dh.data + first, dh.stride}, end - first);
     for (int64_t i = 0; sequence.reset && i < n; ++i)
       if (sequence.resets(t, rows.position(i))) __builtin_memset(dh[i] + first, 0, (end - first) * sizeof(S));
   }
@@ -262,8 +336,9 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   /// Adds the team's share to dL/du, one team after the other: always in the same order.
   void add_vectors_gradient(int team) const {
     const Rows<S>& du = problem.direction[this->direction_of(team)].du;
-    for (int v = 0; v < kInfo.vectors; ++v)
-      for (int64_t u = 0; u < problem.H; ++u) du[v][u] += du_buffer(team)[v * problem.H + u];
+    for (int part = 0; part < shares(); ++part)
+      for (int v = 0; v < kInfo.vectors; ++v)
+        for (int64_t u = 0; u < problem.H; ++u) du[v][u] += du_buffer(team, part)[v * problem.H + u];
   }
 
   S *dh_ = nullptr, *dh_complete_ = nullptr, *dgates_ = nullptr, *du_ = nullptr;

@@ -31,7 +31,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       : Base(given, choose_plan({.T = given.sequence.T,
                                  .B = given.sequence.B,
                                  .blocks = Blocks<S>{given.H}.count(),
-                                 .block_weights = given.P * kWidth,
+                                 .block_weights = (kInfo.dense ? given.P : given.I) * kWidth,
                                  .element_bytes = sizeof(S),
                                  .directions = given.directions,
                                  .threads = given.parallel.threads})) {}
@@ -40,13 +40,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   bool run() {
     if (sequence.T == 0 || sequence.B == 0) return true;
     const int64_t most = this->most_rows();
-    turns_ = turning_pays();
+    turns_ = !kInfo.staged() && turning_pays();
     far_ = (problem.I + problem.P) * kWidth * units.count() * int64_t(sizeof(S)) > kNear;
     const int64_t wanted = far_ ? kFarInputRows : kInputRows;
-    steps_at_once_ = turns_ ? 1 : min(sequence.T, (wanted + most - 1) / most);
+    steps_at_once_ = turns_ || kInfo.staged() ? 1 : min(sequence.T, (wanted + most - 1) / most);
     const Scratch scratch([this](Memory& memory) { lay_out(memory); });
     if (scratch.failed()) return false;
-    this->Base::run(*this, problem.projected ? 2 * sequence.T : sequence.T);
+    this->Base::run(*this, problem.projected || kInfo.staged() ? 2 * sequence.T : sequence.T);
     for (int d = 0; d < problem.directions; ++d) final_states(d);
     return true;
   }
@@ -60,7 +60,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
 
   void phase(int team, int64_t phase, int part) {
-    if (!problem.projected)
+    if constexpr (kInfo.staged())
+      phase % 2 == 0 ? row_products(team, phase / 2, part) : row_cells(team, phase / 2, part);
+    else if (!problem.projected)
       step(team, phase, part);
     else if (phase % 2 == 0)
       step(team, phase / 2, part);
@@ -85,7 +87,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   /// register keep the multipliers busy only with many rows of W.
   bool turning_pays() const {
     constexpr int64_t L = kLanes<S>;
-    const int64_t rows = this->most_rows(), K = problem.I + problem.P, GH = G * problem.H;
+    const int64_t rows = this->most_rows(), GH = G * problem.H;
+    const int64_t K = problem.I + (kInfo.dense ? problem.P : 0);
     return !problem.packed && (rows > L || kTileRows >= 8) && 4 * rows >= 3 * ((rows + L - 1) / L * L) &&
            3 * sequence.T * rows * (K + 2 * GH) <= 2 * K * GH;
   }
@@ -98,7 +101,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     x_stride_ = padded<S>(problem.I, kBlock<S>);
     h_ = s.take<S>(this->teams() * 2 * most * h_stride_);
     m_ = s.take<S>(this->teams() * most * m_stride_);
-    x_ = s.take<S>(this->workers() * input_rows * x_stride_);
+    if constexpr (kInfo.staged()) {
+      gate_stride_ = units.count() * kBlock<S>;
+      row_stride_ = padded<S>(G * gate_stride_, kBlock<S>);
+      rows_ = s.take<S>(this->teams() * most * row_stride_);
+      after_ = s.take<S>(this->workers() * kInfo.states * problem.H);
+    }
+    x_ = s.take<S>(kInfo.staged() ? 0 : this->workers() * input_rows * x_stride_);
     part_blocks_ = (units.count() + plan.parts - 1) / plan.parts;
     if (steps_at_once_ > 1)
       products_ = s.take<S>(this->workers() * part_blocks_ * input_rows * kProductWidth);
@@ -170,7 +179,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       if (offset == 0) input_products(team, s, part);
       for (int64_t block = blocks.begin; block < blocks.end; ++block) {
         S* const product = products(team, part, block) + offset * kProducts * width_of(block);
-        recurrent_product(d, block, h, n, product);
+        if constexpr (kInfo.dense) recurrent_product(d, block, h, n, product);
         finish(team, s, block, 0, n, product);
       }
       return;
@@ -186,7 +195,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       for (int64_t i = 0, left = (n + chunk - 1) / chunk; left > 0; --left) {
         const int64_t rows = turns_ ? min(chunk, n - i) : (n - i + left - 1) / left;
         input_product(d, block, x.from(i), rows, product);
-        recurrent_product(d, block, h.from(i), rows, product);
+        if constexpr (kInfo.dense) recurrent_product(d, block, h.from(i), rows, product);
         finish(team, s, block, i, rows, product);
         i += rows;
       }
@@ -233,7 +242,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const auto& weights = problem.direction[d].weights.w_ih;
     for (int gate = 0; gate < G; ++gate)
       gate_product(x, n, panels_[d].w_ih ? panels_[d].input_panel(block, gate) : nullptr, weights, block,
-                   gate, product + Panels::input_product(gate) * width_of(block), false);
+                   gate, product + Panels::input_product(gate) * width_of(block), kProducts * width_of(block),
+                   false);
   }
 
   /// Adds W_hh h of n rows to the products of a block.
@@ -241,13 +251,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const auto& weights = problem.direction[d].weights.w_hh;
     for (int gate = 0; gate < G; ++gate)
       gate_product(h, n, panels_[d].w_hh ? panels_[d].recurrent_panel(block, gate) : nullptr, weights, block,
-                   gate, product + gate * width_of(block), Panels::input_product(gate) == gate);
+                   gate, product + gate * width_of(block), kProducts * width_of(block),
+                   Panels::input_product(gate) == gate);
   }
 
-  /// One gate's product c [n][kProducts * width] of a block, from its panel or from W as it lies.
+  /// One gate's product c [n, units] of a block, in rows ldc apart, from its panel or from W as it lies.
   void gate_product(const Operand& a, int64_t n, const W* panel, const Rows<const S>& w, int64_t block,
-                    int gate, S* c, bool accumulate) {
-    const int64_t ldc = kProducts * width_of(block);
+                    int gate, S* c, int64_t ldc, bool accumulate) {
     if (panel) return multiply<S>(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate, far_);
     const Rows<const S> rows{w[gate * problem.H + block * kBlock<S>], w.stride};
     if (a.turned)
@@ -315,6 +325,83 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     }
   }
 
+  // ---- A cell in stages: first the products of all units, then whole rows -----------------------------
+
+  /// W_hh h of the team's rows without gaps, [row][gate][units of whole blocks].
+  FASTRNN_INLINE Rows<S> products_buffer(int team) const {
+    return {rows_ + team * this->most_rows() * row_stride_, row_stride_};
+  }
+
+  void row_products(int team, int64_t s, int part) {
+    const int d = this->direction_of(team);
+    const int64_t n = this->rows_at(team, s);
+    const Rows<S> h_rows = h_buffer(team, s), to = products_buffer(team);
+    const Operand h{{h_rows.data, h_rows.stride}, problem.P, nullptr};
+    const Range blocks = blocks_of(part);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block)
+      for (int gate = 0; gate < G; ++gate)
+        gate_product(h, n, panels_[d].w_hh ? panels_[d].recurrent_panel(block, gate) : nullptr,
+                     problem.direction[d].weights.w_hh, block, gate,
+                     to.data + gate * gate_stride_ + block * kBlock<S>, to.stride, false);
+  }
+
+  /// The step of a part's rows.
+  void row_cells(int team, int64_t s, int part) {
+    const Range mine = share(this->rows_at(team, s), part, plan.parts);
+    S* const after = after_ + (team * plan.parts + part) * kInfo.states * problem.H;
+    for (int64_t i = mine.begin; i < mine.end; ++i) row_cell(team, s, i, after);
+  }
+
+  /// after [states][H]: what the stages hand on.
+  void row_cell(int team, int64_t s, int64_t i, S* after) {
+    const int d = this->direction_of(team);
+    const ForwardDirection<S>& dir = problem.direction[d];
+    const int64_t t = this->time(d, s), H = problem.H, position = this->rows_of(team).position(i);
+    const int64_t row = sequence.row(t, position), b = sequence.batch(position);
+    const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
+    const bool forget = position < rows_after && sequence.resets(this->time(d, s + 1), position);
+    const S *const products = products_buffer(team)[i], *const x_row = problem.x[row] + d * G * H;
+    const S *const vectors = panels_[d].u, *const h_row = h_buffer(team, s)[i];
+    S* const h_next = h_buffer(team, s + 1)[i];
+    S* const saved_row = dir.saved ? dir.saved[row] : nullptr;
+    S numbers[array_length(kInfo.row_numbers)] = {};
+    each_stage<kInfo.stages>([&]<int kStage>() {
+      constexpr bool kLast = kStage == kInfo.stages - 1;
+      V<S> sums[kMaxSums] = {};
+      each_vector<S>(0, H, [&](auto io, int64_t u, int64_t) FASTRNN_LAMBDA_INLINE {
+        ForwardUnit<Cell, V<S>> unit;
+        for (int g = 0; g < G; ++g) unit.a[g] = load(products + g * gate_stride_ + u);
+        for (int g = 0; g < kInfo.split; ++g) unit.x[g] = io.load(x_row + g * H + u);
+        for (int k = 0; k < kInfo.vectors; ++k) unit.u[k] = io.load(vectors + k * H + u);
+        for (int r = 0; r < kInfo.row_numbers; ++r) unit.row[r] = broadcast(numbers[r]);
+        if (kInfo.before(kH)) unit.before[kH] = io.load(h_row + u);
+        for (int k = 1; k < kInfo.states; ++k) {
+          unit.before[k] = io.load(dir.last[k][b] + u);
+          if constexpr (kStage > 0) unit.after[k] = io.load(after + k * H + u);
+        }
+        Cell::template forward<Math<S>, kStage>(unit);
+        if (kStage == kInfo.saves_in && saved_row)
+          for (int j = 0; j < kInfo.saved; ++j) io.store(saved_row + j * H + u, unit.saved[j]);
+        if constexpr (kLast) {
+          for (int k = 1; k < kInfo.states; ++k) {
+            if (dir.history[k]) io.store(dir.history[k][row] + u, unit.after[k]);
+            io.store(dir.last[k][b] + u, forget ? V<S>{} : unit.after[k]);
+          }
+          io.store(dir.history[kH][row] + u, unit.after[kH]);
+          io.store(h_next + u, forget ? V<S>{} : unit.after[kH]);
+        } else {
+          for (int k = 1; k < kInfo.states; ++k) io.store(after + k * H + u, unit.after[k]);
+          for (int k = 0; k < kMaxSums; ++k) sums[k] += io.only(unit.sums[k]);
+        }
+      });
+      if constexpr (!kLast) {
+        const S totals[kMaxSums] = {sum_of_lanes<S>(sums[0]), sum_of_lanes<S>(sums[1])};
+        Cell::template row<kStage>(totals, static_cast<S>(H), numbers);
+      }
+    });
+    for (int r = 0; r < kInfo.row_numbers && saved_row; ++r) saved_row[kInfo.saved * H + r] = numbers[r];
+  }
+
   /// h_t = W_hr m_t for the part's blocks of outputs.
   void project(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
@@ -360,11 +447,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     __builtin_memset(dir.history[kH][row], 0, problem.P * sizeof(S));
     for (int k = 1; k < kInfo.states; ++k)
       if (dir.history[k]) __builtin_memset(dir.history[k][row], 0, problem.H * sizeof(S));
-    if (dir.saved) __builtin_memset(dir.saved[row], 0, kInfo.saved * problem.H * sizeof(S));
+    if (dir.saved) __builtin_memset(dir.saved[row], 0, kInfo.saved_width(problem.H) * sizeof(S));
   }
 
   bool turns_ = false, far_ = false;
   S *h_ = nullptr, *m_ = nullptr, *x_ = nullptr, *products_ = nullptr, *turned_ = nullptr;
+  S *rows_ = nullptr, *after_ = nullptr;
+  int64_t gate_stride_ = 0, row_stride_ = 0;
   int64_t h_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0, steps_at_once_ = 1;
   Panels panels_[kMaxDirections];
 };

@@ -30,8 +30,8 @@ class Panels {
     units_ = {H}, outputs_ = {P};
     bias = memory.take<S>(kProducts * H);
     u = memory.take<S>(U * H);
-    w_ih = packs_ih ? memory.take<W>(units_.count() * I * kBlockWidth) : nullptr;
-    w_hh = packs_hh ? memory.take<W>(units_.count() * P * kBlockWidth) : nullptr;
+    w_ih = packs_ih && !Cell::kInfo.takes_gates ? memory.take<W>(units_.count() * I * kBlockWidth) : nullptr;
+    w_hh = packs_hh && Cell::kInfo.dense ? memory.take<W>(units_.count() * P * kBlockWidth) : nullptr;
     w_hr = packs_hh && projected ? memory.take<W>(outputs_.count() * H * kPanelWidth<S, W>) : nullptr;
   }
 

@@ -11,6 +11,7 @@ template <class Cell, class S>
 class Products {
   static constexpr CellInfo kInfo = Cell::kInfo;
   static constexpr int G = kInfo.gates;
+  static constexpr bool kTakesX = !kInfo.takes_gates;
   static constexpr int64_t kChunk = 48;  // rows of dx at a time
   static constexpr int64_t kRowsDeep = 256;  // rows that one pass over dW adds
   static constexpr int kTall = kTileRows;  // units of a tile of dW
@@ -168,10 +169,14 @@ class Products {
       for (int64_t row = mine.begin; row < mine.end; ++row) {
         const auto gate = static_cast<int>(row / problem.H);
         const int64_t of_x = of_input(gate, row % problem.H), of_h = of_recurrent(gate, row % problem.H);
-        dir.db_ih[row] =
-            outer_row(sources, n, of_x, problem.I, dir.dw_ih[row], [](const Source& s) { return s.x; });
-        dir.db_hh[row] =
-            outer_row(sources, n, of_h, problem.P, dir.dw_hh[row], [](const Source& s) { return s.h; });
+        if constexpr (kTakesX)
+          dir.db_ih[row] =
+              outer_row(sources, n, of_x, problem.I, dir.dw_ih[row], [](const Source& s) { return s.x; });
+        if constexpr (kInfo.dense) {
+          const S sum =
+              outer_row(sources, n, of_h, problem.P, dir.dw_hh[row], [](const Source& s) { return s.h; });
+          if constexpr (kTakesX) dir.db_hh[row] = sum;
+        }
       }
     }
   }
@@ -203,8 +208,10 @@ class Products {
       for (bool first = true;; first = false) {
         const int64_t n = next_rows(d, walk, sources);
         if (n == 0 && !first) break;
-        pack_columns(sources, n, inputs, columns, [](const Source& source) { return source.x; });
-        pack_columns(sources, n, outputs, h_columns, [](const Source& source) { return source.h; });
+        if constexpr (kTakesX)
+          pack_columns(sources, n, inputs, columns, [](const Source& source) { return source.x; });
+        if constexpr (kInfo.dense)
+          pack_columns(sources, n, outputs, h_columns, [](const Source& source) { return source.h; });
         for (int64_t tile = mine.begin; tile < mine.end;) {
           const int64_t gate = tile / tall, u = tile % tall * kTall;
           const int64_t end = min(mine.end, (gate + 1) * tall);  // of the gate
@@ -239,16 +246,19 @@ class Products {
     const ProductsDirection<S>& dir = problem.direction[d];
     const int64_t of_x = of_input(gate, u), of_h = of_recurrent(gate, u);
     const int64_t row = gate * problem.H + u;
-    pack_units(sources, n, of_x, count, packed, dir.db_ih + row, accumulate);
-    add_columns(packed, n, count, inputs, x_columns, {dir.dw_ih[row], dir.dw_ih.stride}, accumulate);
-    if (of_h != of_x)
-      pack_units(sources, n, of_h, count, packed, dir.db_hh + row, accumulate);
+    if constexpr (kTakesX) {
+      pack_units(sources, n, of_x, count, packed, dir.db_ih + row, accumulate);
+      add_columns(packed, n, count, inputs, x_columns, {dir.dw_ih[row], dir.dw_ih.stride}, accumulate);
+    }
+    if constexpr (!kInfo.dense) return;
+    if (of_h != of_x || !kTakesX)
+      pack_units(sources, n, of_h, count, packed, kTakesX ? dir.db_hh + row : nullptr, accumulate);
     else
       copy_row(dir.db_hh + row, dir.db_ih + row, count);
     add_columns(packed, n, count, outputs, h_columns, {dir.dw_hh[row], dir.dw_hh.stride}, accumulate);
   }
 
-  /// packed[tile][k][unit] = dgates of the n rows, and their sum into db.
+  /// packed[tile][k][unit] = dgates of the n rows, and their sum into db, if there is one.
   void pack_units(const Source* sources, int64_t n, int64_t first, int count, S* packed, S* db,
                   bool accumulate) const {
     S total[kStrip] = {};
@@ -260,7 +270,7 @@ class Products {
         __builtin_memcpy(packed + i * deep_ + k * kTall, from + i, kTall * sizeof(S));
       if (i < count) copy_row(packed + i * deep_ + k * (count - i), from + i, count - i);
     }
-    for (int i = 0; i < count; ++i) db[i] = total[i] + (accumulate ? db[i] : S{0});
+    for (int i = 0; i < count && db; ++i) db[i] = total[i] + (accumulate ? db[i] : S{0});
   }
 
   void add_columns(const S* packed, int64_t n, int count, const Blocks<S>& blocks, const S* panels,

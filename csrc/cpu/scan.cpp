@@ -118,7 +118,7 @@ struct Cpu {
                        (projected ? cell.projects : H == P) &&
                        (!pairs || like.scalar_type() == ScalarType::Float) &&
                        // A weight takes two bytes at least. After this no product of the sizes overflows.
-                       2.0 * double(H) * (double(I) + double(P)) <= double(packed.numel());
+                       2.0 * double(H) * ((cell.takes_gates ? 0 : double(I)) + (cell.dense ? double(P) : 0)) <= double(packed.numel());
     const LayerWeights weights(sizes ? D : 1, I, H, P, projected != 0, {from + kHeaderBytes, pairs != 0});
     const PackHeader expected = header_of(cell, like, weights);
     STD_TORCH_CHECK(sizes && !std::memcmp(&header, &expected, sizeof header) &&

@@ -20,6 +20,10 @@ struct Full {
   FASTRNN_INLINE void store(S* p, V<S> v) const {
     FASTRNN_ISA::store(p, v);
   }
+  template <class V>
+  FASTRNN_INLINE V only(V v) const {
+    return v;
+  }
 };
 struct Part {
   int count;
@@ -31,7 +35,20 @@ struct Part {
   FASTRNN_INLINE void store(S* p, V<S> v) const {
     FASTRNN_ISA::store(p, v, count);
   }
+  /// Zero in the lanes beyond the row.
+  template <class V>
+  FASTRNN_INLINE V only(V v) const {
+    for (int lane = count; lane < static_cast<int>(sizeof v / sizeof v[0]); ++lane) v[lane] = 0;
+    return v;
+  }
 };
+
+template <class S>
+FASTRNN_INLINE S sum_of_lanes(V<S> v) {
+  S sum = 0;
+  for (int lane = 0; lane < kLanes<S>; ++lane) sum += v[lane];
+  return sum;
+}
 
 /// f(io, unit, offset) for each register of `units` units that begin at `first`.
 template <class S, class F>

@@ -107,7 +107,8 @@ class Driver {
       const auto problem = call.template problem<S>(sequence.get());
       Tensors gates_x;
       for (int64_t d = 0; d < call.sizes.D; ++d) gates_x.push_back(input_gates(call, d));
-      if (forward_persistent(call, problem, gates_x)) return;
+      if constexpr (kPersistent)
+        if (forward_persistent(call, problem, gates_x)) return;
       for (int64_t d = 0; d < call.sizes.D; ++d) forward_steps(call, problem, gates_x[size_t(d)], d);
     });
   }
@@ -121,7 +122,8 @@ class Driver {
     const DeviceSequence<Device> sequence(device_, call.layout.get());
     with_storage(call.y, [&]<class S>(S) {
       const auto problem = call.template problem<S>(sequence.get());
-      if (backward_persistent(call, problem)) return;
+      if constexpr (kPersistent)
+        if (backward_persistent(call, problem)) return;
       for (int64_t d = 0; d < call.sizes.D; ++d) backward_steps(call, problem, d);
     });
   }
@@ -129,6 +131,7 @@ class Driver {
  private:
   static constexpr CellInfo kInfo = Cell::kInfo;
   static constexpr int64_t G = kInfo.gates;
+  static constexpr bool kPersistent = kInfo.dense && !kInfo.staged();
 
   static void clear(Tensors tensors) {
     for (Tensor& tensor : tensors) torch::stable::zero_(tensor);
@@ -141,8 +144,12 @@ class Driver {
     return {(count + kStepThreads - 1) / kStepThreads, kStepThreads, 0, false};
   }
 
-  /// [N, G*H] = x W_ih^T + b_ih
+  /// [N, G*H] = x W_ih^T + b_ih, or what x holds of it
   Tensor input_gates(const ForwardCall& call, int64_t d) {
+    if constexpr (kInfo.takes_gates) {
+      Tensor x = call.x;
+      return torch::stable::narrow(x, 1, d * G * call.sizes.H, G * call.sizes.H);
+    }
     Tensor gates = empty({call.N, G * call.sizes.H}, call.y);
     const Tensor w = torch::stable::transpose(call.weights.at(kWeightIh, d), 0, 1);
     if (!call.weights.has(kBiasIh))
@@ -217,33 +224,40 @@ class Driver {
     const auto [D, B, I, H, P] = call.sizes;
     const Tensor& like = call.y;
     const Tensor h = accumulators<S>({B, P}, like), others = accumulators<S>({kInfo.states - 1, B, H}, like);
-    const Tensor h_in = empty({B, P}, like), gates_h = empty({B, G * H}, like);
+    const Tensor h_in = empty({B, P}, like), gates_h = empty({kInfo.dense ? B : 0, G * H}, like);
+    const Tensor after = accumulators<S>({kInfo.staged() ? kInfo.states : 0, B, H}, like);
     const bool projects = call.weights.projected;
     const Tensor hidden = empty({projects ? B : 0, H}, like), projected = empty({projects ? B : 0, P}, like);
-    const Tensor w_hh = torch::stable::transpose(call.weights.at(kWeightHh, d), 0, 1);
     ForwardStep<S> p{.sequence = problem.sequence,
                      .direction = problem.direction[d],
-                     .states = {pointer<Acc<S>>(h), pointer<Acc<S>>(others), pointer<S>(h_in), kInfo.states},
+                     .states = {pointer<Acc<S>>(h), pointer<Acc<S>>(others), pointer<S>(h_in),
+                                pointer<Acc<S>>(after), kInfo.states},
+                     .reverse = d == 1,
                      .H = H,
                      .P = P,
                      .t = -1,
                      .t_next = d == 0 ? 0 : host.T - 1,
-                     .gates_x = pointer<S>(gates_x),
+                     .gates_x = rows<S>(gates_x),
                      .gates_h = pointer<S>(gates_h),
                      .hidden = projects ? pointer<S>(hidden) : nullptr,
                      .projected = projects ? pointer<S>(projected) : nullptr};
     const Grid states = one_thread_each(B * larger(int(P), int(H)));
     device_.launch(begin_forward<S>, states, p);
-    for (int64_t step = 0; step < host.T; ++step) {
+    if constexpr (!kInfo.dense) device_.launch(forward_alone<Cell, S>, one_thread_each(B * H), p);
+    for (int64_t step = 0; kInfo.dense && step < host.T; ++step) {
       p.t = p.t_next;
       p.t_next += d == 0 ? 1 : -1;
       const int64_t n = host.rows(p.t);
       if (n > 0) {
         Tensor out = first_rows(gates_h, n);
-        device_.multiply(out, first_rows(h_in, n), w_hh);
+        device_.multiply(out, first_rows(h_in, n),
+                         torch::stable::transpose(call.weights.at(kWeightHh, d), 0, 1));
       }
-      // mutant: single-steps-rows-yet-to-begin-not-reset
-      device_.launch(forward_step<Cell, S>, one_thread_each(B * H), p);
+      if constexpr (kInfo.staged())
+        device_.launch(forward_row<Cell, S>, Grid{B, kStepThreads, kRowSharedBytes<S>, false}, p);
+      else
+        // mutant: single-steps-rows-yet-to-begin-not-reset
+        device_.launch(forward_step<Cell, S>, one_thread_each(B * H), p);
       if constexpr (kInfo.projects)
         if (projects) {
           if (n > 0) {
@@ -263,7 +277,8 @@ class Driver {
     const auto [D, B, I, H, P] = call.sizes;
     const Tensor& like = call.y;
     const bool projects = call.weights.projected;
-    const Tensor dh = empty({B, P}, like), dgates_h = empty({B, G * H}, like);
+    const Tensor dh = empty({B, P}, like), dgates_h = empty({kInfo.dense ? B : 0, G * H}, like);
+    const Tensor dgates = accumulators<S>({kInfo.staged() ? B : 0, kInfo.gradients() * H}, like);
     const Tensor dothers = accumulators<S>({kInfo.states - 1, B, H}, like);
     const Tensor direct = empty({kInfo.before(kH) ? B : 0, H}, like);
     const Tensor dh_complete = empty({projects ? B : 0, P}, like),
@@ -282,10 +297,12 @@ class Driver {
                       .dgates_h = pointer<S>(dgates_h),
                       .dh_complete = projects ? pointer<S>(dh_complete) : nullptr,
                       .du = pointer<Acc<S>>(du),
+                      .dgates = pointer<Acc<S>>(dgates),
                       .dh_hidden = projects ? pointer<S>(dh_hidden) : nullptr};
     const Grid states = one_thread_each(B * larger(int(P), int(H)));
     device_.launch(begin_backward<S>, states, p);
-    for (int64_t step = 0; step < host.T; ++step) {
+    if constexpr (!kInfo.dense) device_.launch(backward_alone<Cell, S>, one_thread_each(B * H), p);
+    for (int64_t step = 0; kInfo.dense && step < host.T; ++step) {
       p.t = d == 0 ? host.T - 1 - step : step;  // mutant: one-direction-for-both
       const int64_t n = host.rows(p.t);
       if (n == 0) continue;
@@ -295,7 +312,10 @@ class Driver {
           Tensor out = first_rows(dh_hidden, n);
           device_.multiply(out, first_rows(dh_complete, n), call.weights.at(kWeightHr, d));
         }
-      device_.launch(backward_step<Cell, S>, one_thread_each(n * H), p);
+      if constexpr (kInfo.staged())
+        device_.launch(backward_row<Cell, S>, Grid{n, kStepThreads, kRowSharedBytes<S>, false}, p);
+      else
+        device_.launch(backward_step<Cell, S>, one_thread_each(n * H), p);
       Tensor out = first_rows(dh, n);
       if constexpr (kInfo.before(kH))
         device_.multiply_add(out, first_rows(direct, n), first_rows(dgates_h, n),

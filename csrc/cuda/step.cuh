@@ -14,6 +14,7 @@ struct StepStates {
   Acc<S>* h;       // [B, P]
   Acc<S>* others;  // [states - 1, B, H] those beside h, or null
   S* h_in;         // [B, P] what the next product takes: h as it is stored, or zero before a reset
+  Acc<S>* after;   // [states, B, H] what the stages of a step hand on, or null
   int states;
 };
 
@@ -22,9 +23,10 @@ struct ForwardStep {
   Sequence sequence;
   ForwardDirection<S> direction;
   StepStates<S> states;
+  bool reverse;
   int64_t H, P, t, t_next;  // t_next outside 0..T-1: there is none; t likewise: before the first
-  const S* gates_x;         // [N, G*H] = x W_ih^T + b_ih
-  const S* gates_h;         // [rows, G*H] = h_in W_hh^T
+  Rows<const S> gates_x;    // [N, G*H] = x W_ih^T + b_ih
+  const S* gates_h;         // [rows, G*H] = h_in W_hh^T, or null where h meets no matrix
   S* hidden;                // [rows, H] what the projection takes, or null
   const S* projected;       // [rows, P] = hidden W_hr^T
 };
@@ -50,22 +52,22 @@ __global__ void __launch_bounds__(kStepThreads) begin_forward(const ForwardStep<
     p.states.others[(k - 1) * size + i] = load(p.direction.last[k][p.sequence.batch(i / p.H)][i % p.H]);
 }
 
-/// One step of every (row, unit) [B, H].
+/// Unit j of row b at step p.t.
 template <class Cell, class S>
-__global__ void __launch_bounds__(kStepThreads) forward_step(const ForwardStep<S> p) {
+__device__ __forceinline__ void forward_unit(const ForwardStep<S>& p, int64_t b, int64_t j) {
   constexpr CellInfo kInfo = Cell::kInfo;
   constexpr int G = kInfo.gates;
-  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x, b = i / p.H, j = i % p.H;
-  if (b >= p.sequence.B) return;
+  const int64_t i = b * p.H + j;
   if (b < p.sequence.rows(p.t)) {
     const ForwardDirection<S>& d = p.direction;
     const int64_t row = p.sequence.row(p.t, b);
     ForwardUnit<Cell, Acc<S>> s{};
 #pragma unroll
     for (int gate = 0; gate < G; ++gate) {
-      Acc<S> a = load(p.gates_h[(b * G + gate) * p.H + j]);
+      Acc<S> a{};
+      if constexpr (kInfo.dense) a = load(p.gates_h[(b * G + gate) * p.H + j]);
       if (d.weights.b_hh) a += load(d.weights.b_hh[gate * p.H + j]);
-      s.set_gate(gate, load(p.gates_x[(row * G + gate) * p.H + j]), a);
+      s.set_gate(gate, load(p.gates_x[row][gate * p.H + j]), a);
     }
 #pragma unroll
     for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = load(d.weights.u[k][j]);
@@ -92,6 +94,99 @@ __global__ void __launch_bounds__(kStepThreads) forward_step(const ForwardStep<S
     }
   }
   if (!p.hidden) publish(p, b, j);
+}
+
+/// One step of every (row, unit) [B, H].
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) forward_step(const ForwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (i < p.sequence.B * p.H) forward_unit<Cell>(p, i / p.H, i % p.H);
+}
+
+/// All steps of every (row, unit) [B, H] of a cell whose h meets no matrix: no unit waits for another.
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) forward_alone(ForwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (i >= p.sequence.B * p.H) return;
+  for (int64_t step = 0; step < p.sequence.T; ++step) {
+    p.t = p.reverse ? p.sequence.T - 1 - step : step;
+    p.t_next = p.reverse ? p.t - 1 : p.t + 1;
+    forward_unit<Cell>(p, i / p.H, i % p.H);
+  }
+}
+
+// ---- Cells in stages: a block has a row, and adds over its units between two stages
+// ------------------------
+
+template <class S>
+__device__ __forceinline__ void add_over_block(Acc<S> (&sums)[kMaxSums]) {
+  Acc<S>* const partial = dev::shared<Acc<S>>(0);  // [kStepThreads]
+  for (int k = 0; k < kMaxSums; ++k) {
+    partial[threadIdx.x] = sums[k];
+    __syncthreads();
+    for (int half = kStepThreads / 2; half > 0; half /= 2) {
+      if (int(threadIdx.x) < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+      __syncthreads();  // mutant: sums-of-a-row-without-barrier
+    }
+    sums[k] = partial[0];
+    __syncthreads();
+  }
+}
+template <class S>
+constexpr int kRowSharedBytes = kStepThreads * int(sizeof(Acc<S>));
+
+/// One step of every row [B].
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) forward_row(const ForwardStep<S> p) {
+  using A = Acc<S>;
+  constexpr CellInfo kInfo = Cell::kInfo;
+  const int64_t b = blockIdx.x, size = p.sequence.B * p.H;
+  if (b < p.sequence.rows(p.t)) {
+    const ForwardDirection<S>& d = p.direction;
+    const int64_t row = p.sequence.row(p.t, b);
+    const bool zero = p.sequence.resets(p.t, b);
+    A numbers[array_length(kInfo.row_numbers)] = {};
+    each_stage<kInfo.stages>([&]<int kStage>() {
+      constexpr CellInfo kNumbers = Cell::kInfo;
+      constexpr bool kLast = kStage == kNumbers.stages - 1;
+      A sums[kMaxSums] = {};
+      for (int64_t j = threadIdx.x; j < p.H; j += kStepThreads) {
+        const int64_t i = b * p.H + j;
+        ForwardUnit<Cell, A> s{};
+        for (int gate = 0; gate < kNumbers.gates; ++gate)
+          s.set_gate(gate, load(p.gates_x[row][gate * p.H + j]),
+                     load(p.gates_h[(b * kNumbers.gates + gate) * p.H + j]));
+        for (int k = 0; k < kNumbers.vectors; ++k) s.u[k] = load(d.weights.u[k][j]);
+        for (int r = 0; r < kNumbers.row_numbers; ++r) s.row[r] = numbers[r];
+        s.before[kH] = zero ? A{} : p.states.h[i];
+        for (int k = 1; k < kNumbers.states; ++k) {
+          s.before[k] = zero ? A{} : p.states.others[(k - 1) * size + i];
+          s.after[k] = p.states.after[k * size + i];
+        }
+        Cell::template forward<MathOf<S>, kStage>(s);
+        if (kStage == kNumbers.saves_in && d.saved)
+          for (int k = 0; k < kNumbers.saved; ++k) d.saved[row][k * p.H + j] = store<S>(s.saved[k]);
+        for (int k = 1; k < kNumbers.states; ++k) {
+          p.states.after[k * size + i] = s.after[k];
+          if (!kLast) continue;
+          p.states.others[(k - 1) * size + i] = s.after[k];
+          if (d.history[k]) d.history[k][row][j] = store<S>(s.after[k]);
+        }
+        if (kLast) {
+          p.states.h[i] = s.after[kH];
+          d.history[kH][row][j] = store<S>(s.after[kH]);
+        }
+        for (int k = 0; k < kMaxSums && !kLast; ++k) sums[k] += s.sums[k];
+      }
+      if constexpr (!kLast) {
+        add_over_block<S>(sums);
+        Cell::template row<kStage>(sums, A(p.H), numbers);
+      }
+    });
+    if (d.saved && threadIdx.x == 0)
+      for (int r = 0; r < kInfo.row_numbers; ++r) d.saved[row][kInfo.saved * p.H + r] = store<S>(numbers[r]);
+  }
+  for (int64_t j = threadIdx.x; j < p.H; j += kStepThreads) publish(p, b, j);
 }
 
 /// The projected h of every (row, unit) [B, P].
@@ -130,6 +225,7 @@ struct BackwardStep {
   S* dgates_h;        // [rows, G*H] gradients of the gates of the product with W_hh
   S* dh_complete;     // [rows, P] with a projection: complete dL/dh_t, or null
   Acc<S>* du;         // [B, U, H] each row's share of dL/du so far, or null
+  Acc<S>* dgates;     // [rows, E*H] what the stages of a step hand on, or null
   const S* dh_hidden; // [rows, H] with a projection: dL/d(h before it) = dh_complete W_hr, or null
 };
 
@@ -155,11 +251,11 @@ __global__ void __launch_bounds__(kStepThreads) backward_projected(const Backwar
   p.dh_complete[i] = p.direction.complete[kH][row][j] = store<S>(dh);
 }
 
-/// One step of every (row, unit) [rows, H].
+/// Unit j of row b at step p.t.
 template <class Cell, class S>
-__global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep<S> p) {
+__device__ __forceinline__ void backward_unit(const BackwardStep<S>& p, int64_t b, int64_t j) {
   constexpr CellInfo kInfo = Cell::kInfo;
-  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x, b = i / p.H, j = i % p.H;
+  const int64_t i = b * p.H + j;
   if (b >= p.sequence.rows(p.t)) return;
   const int64_t row = p.sequence.row(p.t, b);
   const bool zero = p.sequence.resets(p.t, b);
@@ -186,12 +282,92 @@ __global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep
 #pragma unroll
   for (int e = 0; e < kInfo.gradients(); ++e) (&d.dgates[row])[e * p.H] = store<S>(s.dgates[e]);
 #pragma unroll
-  for (int gate = 0; gate < kInfo.gates; ++gate)
+  for (int gate = 0; kInfo.dense && gate < kInfo.gates; ++gate)
     p.dgates_h[(b * kInfo.gates + gate) * p.H + j] =
         store<S>(zero ? Acc<S>{} : s.dgates[kInfo.gradient_of_recurrent(gate)]);
-  if constexpr (kInfo.before(kH)) p.direct[i] = store<S>(s.dbefore[kH]);
+  if constexpr (kInfo.before(kH)) (kInfo.dense ? p.direct : p.dh)[i] = store<S>(s.dbefore[kH]);
 #pragma unroll
   for (int k = 1; k < kInfo.states; ++k) p.dothers[(k - 1) * size + i] = s.dbefore[k];
+}
+
+/// One step of every (row, unit) [rows, H].
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) backward_step(const BackwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (i < p.sequence.B * p.H) backward_unit<Cell>(p, i / p.H, i % p.H);
+}
+
+/// All steps of every (row, unit) [B, H] of a cell whose h meets no matrix.
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) backward_alone(BackwardStep<S> p) {
+  const int64_t i = int64_t(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (i >= p.sequence.B * p.H) return;
+  for (int64_t step = 0; step < p.sequence.T; ++step) {
+    p.t = p.reverse ? step : p.sequence.T - 1 - step;  // mutant: alone-one-direction-for-both
+    backward_unit<Cell>(p, i / p.H, i % p.H);
+  }
+}
+
+/// One step of every row of a cell in stages.
+template <class Cell, class S>
+__global__ void __launch_bounds__(kStepThreads) backward_row(const BackwardStep<S> p) {
+  using A = Acc<S>;
+  constexpr CellInfo kInfo = Cell::kInfo;
+  const int64_t b = blockIdx.x, size = p.sequence.B * p.H;
+  if (b >= p.sequence.rows(p.t)) return;
+  const BackwardDirection<S>& d = p.direction;
+  const int64_t row = p.sequence.row(p.t, b), batch = p.sequence.batch(b);
+  const int64_t t_before = p.reverse ? p.t + 1 : p.t - 1;
+  const bool begins = t_before < 0 || t_before >= p.sequence.T || p.sequence.rows(t_before) <= b;
+  const int64_t row_before = begins ? -1 : p.sequence.row(t_before, b);
+  const bool zero = p.sequence.resets(p.t, b);
+  A totals[kInfo.backward_stages][kMaxSums] = {};
+  each_stage<kInfo.backward_stages>([&]<int kStage>() {
+    constexpr CellInfo kNumbers = Cell::kInfo;
+    constexpr bool kLast = kStage == kNumbers.backward_stages - 1;
+    constexpr int kE = kNumbers.gradients();
+    A sums[kMaxSums] = {};
+    for (int64_t j = threadIdx.x; j < p.H; j += kStepThreads) {
+      const int64_t i = b * p.H + j;
+      BackwardUnit<Cell, A> s{};
+      for (int k = 0; k < kNumbers.saved; ++k) s.saved[k] = load(d.saved[row][k * p.H + j]);
+      for (int r = 0; r < kNumbers.row_numbers; ++r) s.row[r] = load(d.saved[row][kNumbers.saved * p.H + r]);
+      for (int k = 0; k < kNumbers.vectors; ++k) s.u[k] = load(d.weights.u[k][j]);
+      for (int stage = 0; stage < kStage; ++stage)
+        for (int k = 0; k < kMaxSums; ++k) s.total[stage][k] = totals[stage][k];
+      s.units = A(p.H);
+      for (int k = 0; k < kNumbers.states; ++k) {
+        if (kNumbers.after(k)) s.after[k] = load(d.history[k][row][j]);
+        if (kNumbers.before(k))
+          s.before[k] = zero ? A{} : load(begins ? d.initial[k][batch][j] : d.history[k][row_before][j]);
+        s.dafter[k] = k == kH ? load(p.dh[i]) : p.dothers[(k - 1) * size + i];
+        if (d.doutput[k]) s.dafter[k] += load(d.doutput[k][row][j]);
+      }
+      for (int e = 0; e < kE && kStage > 0; ++e) s.dgates[e] = p.dgates[(b * kE + e) * p.H + j];
+      Cell::template backward<MathOf<S>, kStage>(s);
+      if (kStage == kNumbers.complete_in)
+        for (int k = 0; k < kNumbers.states; ++k) {
+          if (d.complete[k]) d.complete[k][row][j] = store<S>(s.dafter[k]);
+          if (!kNumbers.before(k)) continue;
+          const A dbefore = zero ? A{} : s.dbefore[k];
+          if (k == kH)
+            p.direct[i] = store<S>(dbefore);
+          else
+            p.dothers[(k - 1) * size + i] = dbefore;
+        }
+      for (int e = 0; e < kE; ++e) {
+        p.dgates[(b * kE + e) * p.H + j] = s.dgates[e];
+        if (kLast) d.dgates[row][e * p.H + j] = store<S>(s.dgates[e]);
+      }
+      for (int gate = 0; gate < kNumbers.gates && kLast; ++gate)
+        p.dgates_h[(b * kNumbers.gates + gate) * p.H + j] =
+            store<S>(zero ? A{} : s.dgates[kNumbers.gradient_of_recurrent(gate)]);
+      for (int k = 0; k < kNumbers.vectors; ++k) p.du[(b * kNumbers.vectors + k) * p.H + j] += s.du[k];
+      for (int k = 0; k < kMaxSums && !kLast; ++k) sums[k] += s.sums[k];
+    }
+    if constexpr (!kLast) add_over_block<S>(sums);
+    for (int k = 0; k < kMaxSums; ++k) totals[kStage][k] = sums[k];
+  });
 }
 
 /// After the first step: the gradients of the initial states.
