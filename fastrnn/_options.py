@@ -53,6 +53,13 @@ OPTIONS = {
         cell="_peephole",
         vectors={"lstm": {"weight_ci": 1, "weight_cf": 1, "weight_co": 1}},
     ),
+    "layer_norm": Option(
+        False,
+        _flag,
+        cell="_layer_norm",
+        vectors={"lstm": {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "shift_c": 1}},
+        initialise=lambda module, _: init.norm_(module),
+    ),
     "weight_dropout": Option(0.0, _probability),
     "forget_bias": Option(None, _bias, initialise=init.forget_bias_, only_initialises=True),
 }

@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _autograd, _cuda, reference
 from ._warn import warn
-from .reference import CELLS
+from .reference import CELLS, SLOTS, W_HH, U
 from .rows import Rows
 
 __all__ = [
-    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_peephole", "lstm_peephole_cell",
+    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_layer_norm", "lstm_layer_norm_cell",
+    "lstm_peephole", "lstm_peephole_cell",
     "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict",
 ]  # fmt: skip
 
@@ -145,15 +146,39 @@ def slots(
     name: str, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, *others: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The weights of one direction as the operators take them. others: w_hr [P, H] with a projection, then
-    the vectors of parameters [k*H] of cells that have some."""
-    projected = len(others) > 0 and others[0].dim() == 2
-    vectors = others[1:] if projected else others
+    the vectors of parameters [k*H] of cells that have some. With layer normalisation the first of these is
+    gain_ih, which stands in the place of w_hr until ``layer`` has made the gates."""
+    extra: Tensor | None = None
+    vectors: Sequence[Tensor] = others
+    if CELLS[name].takes_gates:
+        extra, gain_hh, *rest = others
+        vectors = gain_hh, torch.zeros_like(gain_hh) if b_hh is None else b_hh, *rest
+        b_hh = None
+    elif others and others[0].dim() == 2:
+        extra, *vectors = others
     u = None
     if vectors:
-        u = torch.cat(vectors).view(CELLS[name].vectors, -1)
+        u = torch.cat(tuple(vectors)).view(CELLS[name].vectors, -1)
         if not _autograd._is_traced():
-            u.joined = vectors  # type: ignore[attr-defined]  # prepack() goes by the tensors that users hold
-    return w_ih, w_hh, b_ih, b_hh, others[0] if projected else None, u
+            u.joined = tuple(vectors)  # type: ignore[attr-defined]  # prepack() goes by the tensors that users hold
+    return w_ih, w_hh, b_ih, b_hh, extra, u
+
+
+def scan_weights(name: str, weights: _autograd.Weights) -> _autograd.Weights:
+    """Those that the scan itself takes."""
+    if not CELLS[name].takes_gates:
+        return weights
+    return [w if i % SLOTS in (W_HH, U) else None for i, w in enumerate(weights)]
+
+
+def _normed_gates(x: Tensor, weights: _autograd.Weights, rows: Rows) -> Tensor:
+    """gain_ih n(W_ih x) + b_ih [N, D*G*H] of all steps at once."""
+    x, gates = rows.without_padding(x), []
+    for d in range(0, len(weights), SLOTS):
+        w_ih, _, b_ih, _, gain, _ = weights[d : d + SLOTS]
+        a = torch.nn.functional.linear(x, w_ih)  # type: ignore[arg-type]
+        gates.append(torch.nn.functional.layer_norm(a, gain.shape, gain, b_ih))  # type: ignore[union-attr]
+    return torch.cat(gates, -1)
 
 
 def stack_weights(
@@ -185,6 +210,8 @@ def layer(
     """Scans one cell over time, as ``_autograd.scan``. ``composed`` makes it from torch operations, for what
     has no kernel."""
     x = _as(states[0].dtype, x)
+    if CELLS[name].takes_gates:
+        x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
     if composed:
         return reference.forward(CELLS[name], rows, x, states, weights)
     return _autograd.scan(name, x, states, weights, rows, keep_history, listener)
@@ -434,6 +461,14 @@ def lstm_peephole(
     return _recurrent("lstm_peephole", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
 
 
+def lstm_layer_norm(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``lstm`` with layer normalisation: after the parameters of a direction that ``torch.lstm`` takes come
+    its gain_ih and gain_hh [4*H], gain_c and shift_c [H]. There is no projection."""
+    return _recurrent("lstm_layer_norm", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+
+
 class _SingleState(Protocol):
     """``torch.gru`` and its siblings, dense and packed."""
 
@@ -538,6 +573,23 @@ def lstm_peephole_cell(
 ) -> tuple[Tensor, Tensor]:
     """``lstm_cell`` with peepholes w_ci, w_cf and w_co [H]; both biases may be None."""
     return _cell("lstm_peephole", input, hx, w_ih, w_hh, b_ih, b_hh, w_ci, w_cf, w_co)
+
+
+def lstm_layer_norm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    gain_ih: Tensor,
+    gain_hh: Tensor,
+    gain_c: Tensor,
+    shift_c: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``lstm_cell`` with layer normalisation: gain_ih and gain_hh [4*H], gain_c and shift_c [H]."""
+    vectors = gain_ih, gain_hh, gain_c, shift_c
+    return _cell("lstm_layer_norm", input, hx, w_ih, w_hh, b_ih, b_hh, *vectors)
 
 
 class _SingleStateCell(Protocol):

@@ -58,6 +58,15 @@ def forget_bias_(module: _Module, v: float) -> _Module:
     return module
 
 
+def norm_(module: _Module) -> _Module:
+    """Sets every gain of layer normalisation to 1 and every shift to 0."""
+    for name, parameter in module.named_parameters():
+        kind = name.rpartition(".")[2].partition("_")[0]
+        if kind in ("gain", "shift"):
+            parameter.detach().fill_(kind == "gain")
+    return module
+
+
 def chrono_(module: _Module, t_max: float) -> _Module:
     """Draws the biases of every LSTM for memories of up to t_max steps: b_f = log(u), u uniform in
     [1, t_max - 1], and b_i = -b_f (Tallec and Ollivier 2018, section 2). bias_ih holds them, and the parts of

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from . import _autograd, _options, _prepack, functional
 from ._warn import warn
 from .functional import Lengths
+from .reference import CELLS
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 _States = tuple[Tensor, Tensor]  # (h, c)
@@ -66,9 +67,19 @@ class _Fused(nn.Module):
         """The end of a constructor, with its options."""
         if options := _options.on(self, values):
             self._fused_options = options
+            self._check_options()
             if vectors := self._vectors():
                 self._add_vectors(vectors)
             self._initialise_options()
+
+    def _check_options(self) -> None:
+        cell = CELLS.get(self._cell_name())
+        made = {name: value for name, value in self._fused_options.items() if _options.OPTIONS[name].cell}
+        if cell is None:
+            raise ValueError(f"{_options.text(made)} do not go together")
+        proj_size: Any = getattr(self, "proj_size", 0)
+        if made and proj_size and cell.hidden is None:
+            raise ValueError(f"{_options.text(made)} does not go with proj_size={proj_size}")
 
     def _cell_name(self) -> str:
         return _options.cell_name(self._plain_cell(), self._fused_options)
@@ -229,7 +240,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         layers = functional.stack_weights(
             cell, self._weights(), self.bias, self.num_layers, self.bidirectional
         )
-        return [(cell, weights) for weights in layers]
+        return [(cell, functional.scan_weights(cell, weights)) for weights in layers]
 
     def _call(self, weights: list[Tensor], *args, **keywords):
         """The functional form, on (input, hx) or on (data, batch_sizes, hx)."""
@@ -344,6 +355,12 @@ class LSTM(_Recurrent, nn.LSTM):
             (Gers and Schmidhuber 2000): ``weight_ci * c_prev``, ``weight_cf * c_prev`` and ``weight_co * c``
             are added inside the three sigmoids. Parameters ``weight_ci_l{k}``, ``weight_cf_l{k}`` and
             ``weight_co_l{k}`` [H].
+        layer_norm: layer normalisation (Ba et al. 2016, eq. 20-22): the gates' arguments are
+            ``gain_ih * n(W_ih x) + b_ih + gain_hh * n(W_hh h_prev) + b_hh``, each n over all 4*H, and
+            ``h = o * tanh(gain_c * n(c) + shift_c)``; c itself is carried as it is. n(v) is v less its mean,
+            divided by its standard deviation (1e-5 is added to the variance). Parameters ``gain_ih_l{k}`` and
+            ``gain_hh_l{k}`` [4*H], ``gain_c_l{k}`` and ``shift_c_l{k}`` [H], ones and zeros at first. Not
+            with proj_size, nor with peephole.
         weight_dropout: p in [0, 1), DropConnect (Merity et al. 2018): in training each element of every
             ``weight_hh_l{k}`` is zero with probability p, the others are divided by 1 - p; one mask a call,
             the same in all steps.
@@ -384,12 +401,15 @@ class LSTM(_Recurrent, nn.LSTM):
         self,
         *args: Any,
         peephole: bool = False,
+        layer_norm: bool = False,
         weight_dropout: float = 0.0,
         forget_bias: float | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(*args, **keywords)
-        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
+        self._set_options(
+            peephole=peephole, layer_norm=layer_norm, weight_dropout=weight_dropout, forget_bias=forget_bias
+        )
 
     if TYPE_CHECKING:
 
@@ -533,7 +553,7 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         """The cell and the weights of its one layer."""
         cell, vectors = self._cell_name(), [getattr(self, name) for name in self._vectors()]
         weights = functional.slots(cell, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, *vectors)
-        return [(cell, weights)]
+        return [(cell, functional.scan_weights(cell, weights))]
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """input [B, I] or [I], hx [B, H] or [H], zeros if None -> h; of an LSTMCell hx = (h, c) -> (h, c)."""
@@ -586,8 +606,8 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         bias: whether there are biases.
         device, dtype: those of the parameters.
 
-    Options, keyword-only: peephole, weight_dropout and forget_bias as for ``LSTM``, with parameters
-        ``weight_ci``, ``weight_cf`` and ``weight_co`` [H].
+    Options, keyword-only: peephole, layer_norm, weight_dropout and forget_bias as for ``LSTM``, with
+        parameters without suffix.
 
     Inputs: x, (h_prev, c_prev).
         x: [B, I], or [I] without a batch.
@@ -627,11 +647,14 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         dtype=None,
         *,
         peephole: bool = False,
+        layer_norm: bool = False,
         weight_dropout: float = 0.0,
         forget_bias: float | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
-        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
+        self._set_options(
+            peephole=peephole, layer_norm=layer_norm, weight_dropout=weight_dropout, forget_bias=forget_bias
+        )
 
     if TYPE_CHECKING:
 

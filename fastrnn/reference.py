@@ -58,6 +58,17 @@ def rnn_relu_step(x, a, states):
     return (torch.relu(x[0] + a[0]),)
 
 
+def lstm_layer_norm_step(x, a, states, *vectors):
+    """Ba et al. (2016), eq. 20-22. x holds gain_ih n(W_ih x) + b_ih; vectors: gain_hh and b_hh of each gate,
+    gain_c, shift_c."""
+    _, c = states
+    gain, bias = torch.cat(vectors[:4]), torch.cat(vectors[4:8])
+    a = torch.nn.functional.layer_norm(torch.cat(a, -1), gain.shape, gain, bias).split(c.shape[-1], -1)
+    i, f, o = (torch.sigmoid(x[k] + a[k]) for k in (0, 1, 3))
+    c = f * c + i * torch.tanh(x[2] + a[2])
+    return o * torch.tanh(torch.nn.functional.layer_norm(c, c.shape[-1:], *vectors[8:])), c
+
+
 def lstm_hidden(saved, c):
     """h = o tanh(c), before a projection, from the kernels' i, f, g, o [..., 4*H] and c [..., H]."""
     return saved[..., 3 * c.shape[-1] :] * torch.tanh(c)
@@ -101,6 +112,7 @@ class Cell:
 CELLS = {
     "lstm": Cell.of("lstm", lstm_step, lstm_hidden),
     "lstm_peephole": Cell.of("lstm_peephole", lstm_peephole_step, lstm_hidden),
+    "lstm_layer_norm": Cell.of("lstm_layer_norm", lstm_layer_norm_step),
     "gru": Cell.of("gru", gru_step),
     "rnn_tanh": Cell.of("rnn_tanh", rnn_tanh_step),
     "rnn_relu": Cell.of("rnn_relu", rnn_relu_step),

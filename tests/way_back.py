@@ -26,6 +26,23 @@ def lstm_peephole_saved(x, a, c, w_ci, w_cf, w_co):
     return i, f, g, torch.sigmoid(x[3] + a[3] + w_co * (f * c + i * g))
 
 
+NORM_EPS = 1e-5
+
+
+def moments(v):
+    mean = v.mean(-1, keepdim=True)
+    return mean, 1 / torch.sqrt((v - mean).square().mean(-1, keepdim=True) + NORM_EPS)
+
+
+def lstm_layer_norm_saved(x, a, c, *u):
+    """The activated gates, n(W_hh h) of each, and mean and 1 / deviation of W_hh h and of c."""
+    mean, scale = moments(torch.cat(a, -1))
+    normed = [(part - mean) * scale for part in a]
+    i, f, g, o = (x[k] + u[k] * normed[k] + u[4 + k] for k in range(4))
+    i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+    return i, f, g, o, *normed, mean, scale, *moments(f * c + i * g)
+
+
 def gru_saved(x, a):
     r, z = torch.sigmoid(x[0] + a[0]), torch.sigmoid(x[1] + a[1])
     return r, z, torch.tanh(x[2] + r * a[2]), a[2]
@@ -58,6 +75,25 @@ def lstm_peephole_back(saved, h, h_prev, c, c_prev, dh, dc, w_ci, w_cf, w_co):
     return (di, df, dc * i * (1 - g**2), do), None, dc, dc_prev, di * c_prev, df * c_prev, do * c
 
 
+def normed_back(dn, n, scale):
+    """The derivative of n(v) = (v - mean) * scale by v."""
+    return scale * (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True))
+
+
+def lstm_layer_norm_back(saved, h, h_prev, c, c_prev, dh, dc, *u):
+    i, f, g, o, *normed, numbers = saved
+    normed, (_, scale, mean_c, scale_c) = torch.cat(normed, -1), numbers.split(1, -1)
+    n = (c - mean_c) * scale_c
+    t = torch.tanh(u[8] * n + u[9])
+    dt = dh * o * (1 - t**2)
+    dc = dc + normed_back(dt * u[8], n, scale_c)
+    da = (dc * g * i * (1 - i), dc * c_prev * f * (1 - f), dc * i * (1 - g**2), dh * t * o * (1 - o))
+    together = torch.cat(da, -1)
+    recurrent = normed_back(together * torch.cat(u[:4]), normed, scale)
+    dgain = (together * normed).split(c.shape[-1], -1)
+    return (*recurrent.split(c.shape[-1], -1), *da), None, dc, dc * f, *dgain, *da, dt * n, dt
+
+
 def gru_back(saved, h, h_prev, c, c_prev, dh, dc):
     r, z, n, q = saved
     dn, dz = dh * (1 - z) * (1 - n**2), dh * (h_prev - n)
@@ -76,6 +112,7 @@ def rnn_relu_back(saved, h, h_prev, c, c_prev, dh, dc):
 SAVED = {
     "lstm": lstm_saved,
     "lstm_peephole": lstm_peephole_saved,
+    "lstm_layer_norm": lstm_layer_norm_saved,
     "gru": gru_saved,
     "rnn_tanh": nothing_saved,
     "rnn_relu": nothing_saved,
@@ -83,6 +120,7 @@ SAVED = {
 BACK = {
     "lstm": lstm_back,
     "lstm_peephole": lstm_peephole_back,
+    "lstm_layer_norm": lstm_layer_norm_back,
     "gru": gru_back,
     "rnn_tanh": rnn_tanh_back,
     "rnn_relu": rnn_relu_back,
