@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from . import _autograd, _options, _prepack, functional
+from . import _autograd, _options, _prepack, functional, step_options
 from ._warn import warn
 from .functional import Lengths
 
@@ -66,6 +66,9 @@ class _Fused(nn.Module):
         """The end of a constructor, with its options."""
         if options := _options.on(self, values):
             self._fused_options = options
+            _options.check_cell(self._cell_name(), options)
+            if "heads" in options:
+                self._split_heads(options["heads"])
             if vectors := self._vectors():
                 self._add_vectors(vectors)
             self._initialise_options()
@@ -82,6 +85,16 @@ class _Fused(nn.Module):
         bound = self.hidden_size**-0.5
         return nn.Parameter(weight.new_empty(k * self.hidden_size).uniform_(-bound, bound))
 
+    def _split_heads(self, heads: int) -> None:
+        """Every W_hh [G*H, H/n] in place of [G*H, H], the rows of a unit beside the units of its head."""
+        for name, w_hh in list(self._parameters.items()):
+            if name.startswith("weight_hh"):
+                size, bound = self.hidden_size // heads, self.hidden_size**-0.5
+                drawn = w_hh.detach().new_empty(len(w_hh), size).uniform_(-bound, bound)
+                setattr(self, name, nn.Parameter(drawn))
+        if isinstance(self, nn.RNNBase):
+            self._init_flat_weights()
+
     def _initialise_options(self) -> None:
         for name, value in self._fused_options.items():
             if initialise := _options.OPTIONS[name].initialise:
@@ -95,10 +108,24 @@ class _Fused(nn.Module):
         options = _options.text(self._fused_options)
         return super().extra_repr() + (f", {options}" if options else "")
 
-    def _dropped(self, w_hh: Tensor) -> Tensor:
+    def _of_call(self, w_hh: Tensor) -> Tensor:
         """W_hh as this call takes it."""
         p = self._fused_options.get("weight_dropout", 0.0)
-        return dropout(w_hh, p) if p and self.training else w_hh
+        return self._dense(dropout(w_hh, p) if p and self.training else w_hh)
+
+    def _dense(self, w_hh: Tensor) -> Tensor:
+        """W_hh [G*H, P], block-diagonal with heads: zero from a unit to those of other heads."""
+        n = self._fused_options.get("heads", 1)
+        if n == 1:
+            return w_hh
+        H, size = self.hidden_size, self.hidden_size // n
+        blocks = w_hh.view(-1, n, size, size)  # [G, head, unit, unit]
+        return torch.diag_embed(blocks.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2).reshape(-1, H)
+
+    def _unserved(self, training: bool) -> str | None:
+        """Why the calls of a module with its options take torch operations; None: there are kernels."""
+        acting = step_options.acting(self._fused_options, training, gradients=True)
+        return functional.unserved_reason(acting)
 
     def train(self, mode: bool = True):
         if mode:
@@ -220,15 +247,15 @@ class _Recurrent(_Fused, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """torch.nn's, for cuDNN, which has no use for modules with parameters of their own."""
-        if not self._vectors():
+        if not (self._vectors() or "heads" in self._fused_options):
             super().flatten_parameters()
 
     def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
         """The cell and the weights of each layer."""
         cell = self._cell_name()
-        layers = functional.stack_weights(
-            cell, self._weights(), self.bias, self.num_layers, self.bidirectional
-        )
+        weights, each = list(self._weights()), len(self._all_weights[0])
+        weights[1::each] = map(self._dense, weights[1::each])
+        layers = functional.stack_weights(cell, weights, self.bias, self.num_layers, self.bidirectional)
         return [(cell, weights) for weights in layers]
 
     def _call(self, weights: list[Tensor], *args, **keywords):
@@ -237,26 +264,26 @@ class _Recurrent(_Fused, nn.RNNBase):
         if self._fused_options:
             name, weights = self._cell_name(), list(weights)
             each = len(self._all_weights[0])  # of one layer and direction; the second one is weight_hh
-            weights[1::each] = map(self._dropped, weights[1::each])
-        function = getattr(functional, name)
+            weights[1::each] = map(self._of_call, weights[1::each])
+            keywords["acts"] = _options.on_states(self._fused_options)
         options = [self.bias, self.num_layers, self.dropout, self.training, self.bidirectional]
         if len(args) == 2:
             options.append(self.batch_first)
         if self._state_hooks:
             hooks = tuple(self._state_hooks.values())
             keywords["state_hook"] = lambda gradients: [hook(gradients) for hook in hooks]
-        output, *hidden = function(*args, weights, *options, **keywords)
+        output, *hidden = functional._recurrent(name, (*args, weights, *options), **keywords)
         return output, tuple(hidden) if self.mode == "LSTM" else hidden[0]
 
     @overload
     def forward(
         self, input: Tensor, hx: Tensor | None = None, lengths: Lengths | None = None,
-        reset: Tensor | None = None, return_states: bool = False,
+        reset: Tensor | None = None, return_states: bool = False, reset_to: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
-    def forward(self, input, hx=None, lengths=None, reset=None, return_states=False):
+    def forward(self, input, hx=None, lengths=None, reset=None, return_states=False, reset_to=None):
         """torch.nn's (output, h_n), or (output, (h_n, c_n)) of an LSTM, and more when asked for.
 
         input [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence; hx is h_0
@@ -267,17 +294,21 @@ class _Recurrent(_Fused, nn.RNNBase):
         reset: bool [T, B] ([B, T] with batch_first): the state of a row is zeroed before that step.
         return_states: the second result is every h_t [T, L*D, B, P] (LSTM: and every c_t [T, L*D, B, H]),
             differentiable; ``h[t]`` is what hx takes.
+        reset_to: with reset, the states in place of zero, as hx has them: the same at every step, or of each
+            step, [T, L*D, B, P] (LSTM: and [T, L*D, B, H]); differentiable.
 
         Raises ValueError and RuntimeError where torch.nn does, in its words.
         """
-        extended = lengths is not None or reset is not None or return_states
+        extended = lengths is not None or reset is not None or return_states or reset_to is not None
         if not isinstance(self, _Recurrent) or (
             not extended and functional.is_recorded() and not _options.beyond_torch(self._fused_options)
         ):
             return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
             if extended:
-                raise ValueError("lengths, reset and return_states take dense sequences, not packed ones")
+                raise ValueError(
+                    "lengths, reset, reset_to and return_states take dense sequences, not packed ones"
+                )
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
             name, tensor = _torch_name(self), " tensor" if "RNN" in self.mode else ""
@@ -288,6 +319,8 @@ class _Recurrent(_Fused, nn.RNNBase):
             input = input.unsqueeze(batch_dim)
             lengths = None if lengths is None else functional.as_lengths(lengths).reshape(1)
             reset = None if reset is None else reset.unsqueeze(batch_dim)
+            if reset_to is not None:
+                reset_to = self._each(reset_to, lambda h: h.unsqueeze(-2))
         if hx is None:
             hx = self._zeros(input, input.size(batch_dim))
         else:
@@ -297,7 +330,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         weights = self._weights()
         self._check_forward(input, hx, None, weights[0].dtype)
         output, hidden = self._call(
-            weights, input, hx, lengths=lengths, reset=reset, return_states=return_states
+            weights, input, hx, lengths=lengths, reset=reset, return_states=return_states, reset_to=reset_to
         )
         if not is_batched:
             of_batch = 2 if return_states else 1
@@ -385,18 +418,36 @@ class LSTM(_Recurrent, nn.LSTM):
         *args: Any,
         peephole: bool = False,
         weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float | tuple[float, float] = 0.0,
+        cell_clip: float | None = None,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
+        reverse: bool = False,
         forget_bias: float | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(*args, **keywords)
-        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
+        self._set_options(
+            peephole=peephole,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            variational_dropout=variational_dropout,
+            cell_clip=cell_clip,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+            reverse=reverse,
+            forget_bias=forget_bias,
+        )
 
     if TYPE_CHECKING:
 
         @overload  # type: ignore[override, no-overload-impl]
         def forward(
             self, input: Tensor, hx: _States | None = None, lengths: Lengths | None = None,
-            reset: Tensor | None = None, return_states: bool = False,
+            reset: Tensor | None = None, return_states: bool = False, reset_to: _States | None = None,
         ) -> tuple[Tensor, _States]: ...  # fmt: skip
         @overload
         def forward(
@@ -457,9 +508,28 @@ class GRU(_Recurrent, nn.GRU):
         True
     """
 
-    def __init__(self, *args: Any, weight_dropout: float = 0.0, **keywords: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float | tuple[float, float] = 0.0,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
+        reverse: bool = False,
+        **keywords: Any,
+    ) -> None:
         super().__init__(*args, **keywords)
-        self._set_options(weight_dropout=weight_dropout)
+        self._set_options(
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            variational_dropout=variational_dropout,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+            reverse=reverse,
+        )
 
 
 class RNN(_Recurrent, nn.RNN):
@@ -512,9 +582,26 @@ class RNN(_Recurrent, nn.RNN):
         (torch.Size([8, 16]), torch.Size([1, 2, 16]))
     """
 
-    def __init__(self, *args: Any, weight_dropout: float = 0.0, **keywords: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        variational_dropout: float | tuple[float, float] = 0.0,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
+        reverse: bool = False,
+        **keywords: Any,
+    ) -> None:
         super().__init__(*args, **keywords)
-        self._set_options(weight_dropout=weight_dropout)
+        self._set_options(
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            variational_dropout=variational_dropout,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+            reverse=reverse,
+        )
 
 
 class _RecurrentCell(_Fused, nn.RNNCellBase):
@@ -532,7 +619,8 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
     def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
         """The cell and the weights of its one layer."""
         cell, vectors = self._cell_name(), [getattr(self, name) for name in self._vectors()]
-        weights = functional.slots(cell, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, *vectors)
+        w_hh = self._dense(self.weight_hh)
+        weights = functional.slots(cell, self.weight_ih, w_hh, self.bias_ih, self.bias_hh, *vectors)
         return [(cell, weights)]
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
@@ -558,13 +646,13 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         if hx is None:
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hidden = (zeros, zeros) if many else (zeros,)
-        name, weight_hh, vectors = self._plain_cell(), self.weight_hh, []
+        name, weight_hh, vectors, options = self._plain_cell(), self.weight_hh, [], {}
         if self._fused_options:
-            name, weight_hh = self._cell_name(), self._dropped(weight_hh)
+            name, weight_hh = self._cell_name(), self._of_call(weight_hh)
             vectors = [getattr(self, vector) for vector in self._vectors()]
-        function = getattr(functional, f"{name}_cell")
+            options = {"acts": _options.on_states(self._fused_options), "train": self.training}
         weights = (self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, *vectors)
-        out = function(input, hidden if many else hidden[0], *weights)
+        out = functional._cell(name, input, hidden if many else hidden[0], *weights, **options)
         if is_batched:
             return out
         return tuple(h.squeeze(0) for h in out) if many else out.squeeze(0)
@@ -628,10 +716,24 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         *,
         peephole: bool = False,
         weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        cell_clip: float | None = None,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
         forget_bias: float | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
-        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
+        self._set_options(
+            peephole=peephole,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            cell_clip=cell_clip,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+            forget_bias=forget_bias,
+        )
 
     if TYPE_CHECKING:
 
@@ -691,9 +793,19 @@ class GRUCell(_RecurrentCell, nn.GRUCell):
         dtype=None,
         *,
         weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
-        self._set_options(weight_dropout=weight_dropout)
+        self._set_options(
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+        )
 
     if TYPE_CHECKING:
 
@@ -747,9 +859,17 @@ class RNNCell(_RecurrentCell, nn.RNNCell):
         dtype=None,
         *,
         weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
-        self._set_options(weight_dropout=weight_dropout)
+        self._set_options(
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+        )
 
     if TYPE_CHECKING:
 
