@@ -64,7 +64,8 @@ def _clip(name: str, value: Any, module: nn.Module) -> float | None:
 def _heads(name: str, value: Any, module: nn.Module) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} should be an integer of at least 1, got {value!r}")
-    H, P = module.hidden_size, getattr(module, "proj_size", 0)
+    H: Any = module.hidden_size
+    P: Any = getattr(module, "proj_size", 0)
     if value > 1 and (H == 0 or H % value != 0):
         raise ValueError(f"{name}={value} should divide hidden_size={H}")
     if value > 1 and P > 0:

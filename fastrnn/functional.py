@@ -18,6 +18,7 @@ from . import _autograd, _cuda, reference, step_options
 from ._warn import warn
 from .reference import CELLS
 from .rows import Rows
+from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = [
     "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_peephole", "lstm_peephole_cell",
@@ -29,7 +30,7 @@ __all__ = [
 _KERNEL_DTYPES = (torch.float32, torch.float64)
 _strict = os.environ.get("FASTRNN_STRICT") == "1"
 _warned: set[str] = set()
-_NO_OPTIONS: Mapping[str, Any] = {}
+_NOTHING: Mapping[str, Any] = {}
 
 
 class FallbackWarning(UserWarning):
@@ -190,12 +191,17 @@ def layer(
     keep_history: bool = False,
     composed: bool = False,
     listener: _autograd.Listener | None = None,
-    options: step_options.StepOptions = step_options.StepOptions(),
+    options: StepOptions = NO_OPTIONS,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """Scans one cell over time, as ``_autograd.scan``. ``composed`` makes it from torch operations, for what
     has no kernel: ``options`` among them."""
     x = _as(states[0].dtype, x)
     if composed:
+        if rows.lengths is not None:  # no transform traces the number of rows that still go on
+            happens = rows.happens(x.device)
+            x, options = rows.without_padding(x), options._replace(happens=happens)
+            reset = None if rows.reset is None else rows.reset & happens
+            rows = rows._replace(lengths=None, reset=reset)
         with _autograd._without_autocast(x):
             return reference.forward(CELLS[name], rows, x, states, weights, options)
     return _autograd.scan(name, x, states, weights, rows, keep_history, listener)
@@ -299,7 +305,7 @@ def _stack(
         x = given.reversed(x)
         rows = given._replace(reset=None if given.reset is None else given.reversed(given.reset))
     p_x = step_options.pair(options.get("variational_dropout", 0.0))[0] if train else 0.0
-    step = step_options.StepOptions()
+    step = NO_OPTIONS
     results: list[tuple[Tensor, ...]] = []
     for index, weights in enumerate(stack_weights(name, params, has_biases, num_layers, bidirectional)):
         states = hx if num_layers == 1 else [h[index * D : (index + 1) * D] for h in hx]
@@ -405,11 +411,12 @@ def _recurrent(
     state_hook: StateHook | None = None,
     *,
     reset_to=None,
-    acts: Mapping[str, Any] = _NO_OPTIONS,
+    acts: Mapping[str, Any] = _NOTHING,
 ) -> tuple[Tensor, ...]:
     """torch.lstm and its siblings: dense (input, hx, params, has_biases, num_layers, dropout, train,
     bidirectional, batch_first) or packed (data, batch_sizes, hx, params, has_biases, num_layers, dropout,
-    train, bidirectional). reset_to: states as hx, or of every step; acts: the options in ``step_options.NAMES``."""
+    train, bidirectional). reset_to: states as hx, or of every step; acts: options by name, of those in
+    ``step_options.NAMES``."""
     packed = isinstance(args[3], (list, tuple))
     extended = lengths is not None or reset is not None or return_states or reset_to is not None
     if packed:
@@ -571,12 +578,12 @@ def _check_cell(input: Tensor, hidden: Sequence[Tensor], w_ih: Tensor, w_hh: Ten
 
 def _cell(
     name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    *vectors: Tensor, acts: Mapping[str, Any] = _NO_OPTIONS, train: bool = False,
+    *vectors: Tensor, acts: Mapping[str, Any] = _NOTHING, train: bool = False,
 ):  # fmt: skip
     """``torch.<name>_cell``, and what torch has not: cells with vectors of parameters, and the options of
     ``step_options``. Without units (H = 0) there is nothing to compute, and no kernel for it."""
     unserved = step_options.acting(acts, train, torch.is_grad_enabled()) if acts else []
-    extended = vectors != () or len(acts) > 0
+    extended = vectors != () or (len(acts) > 0 and w_hh.shape[-1] > 0)
     torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, extended, unserved)
     if torch_path and not extended:
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
@@ -592,18 +599,11 @@ def _cell(
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
     states = [h.unsqueeze(0) for h in hidden]
     rows = Rows(1, input.shape[0])
-    step = step_options.StepOptions()
+    step = NO_OPTIONS
     if torch_path and acts:
         step = step_options.draw(acts, train, rows, rows.B, states)
-    h, (_, *others), _ = layer(
-        name,
-        input,
-        states,
-        slots(name, *weights),
-        rows,
-        composed=torch_path,
-        options=step,  # type: ignore[arg-type]
-    )
+    of_layer = slots(name, *weights)  # type: ignore[arg-type]
+    h, (_, *others), _ = layer(name, input, states, of_layer, rows, composed=torch_path, options=step)
     results = _autocast_results(dtypes, (h,), [state.squeeze(0) for state in others])
     return results if others else results[0]
 

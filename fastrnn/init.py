@@ -30,7 +30,8 @@ def _block_size(module: Any, name: str) -> int:
 
 
 def _blocks(model: nn.Module, kinds: tuple[type, ...], *names: str) -> list[list[tuple[Tensor, ...]]]:
-    """Of each layer and direction the parameters of these names, each as its gates' blocks [H, *], with heads those of each head."""
+    """Of each layer and direction the parameters of these names, each as its gates' blocks [H, *], with
+    heads as those of each head."""
     modules: list[tuple[str, Any]] = [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
     if not modules:
         raise ValueError(f"no {', '.join(kind.__name__ for kind in kinds)} in {type(model).__name__}")
@@ -49,9 +50,9 @@ def _blocks(model: nn.Module, kinds: tuple[type, ...], *names: str) -> list[list
 
 
 def orthogonal_(module: _Module) -> _Module:
-    """Makes each gate's block [H, P] of every W_hh (with heads each head's) orthogonal by
-    ``torch.nn.init.orthogonal_`` (Saxe et al.
-    2014): without the gates, h keeps its length from step to step."""
+    """Makes each gate's block [H, P] of every W_hh, with heads each head's, orthogonal by
+    ``torch.nn.init.orthogonal_`` (Saxe et al. 2014): without the gates, h keeps its length from step to
+    step."""
     for (blocks,) in _blocks(module, _ALL, "weight_hh"):
         for block in blocks:
             nn.init.orthogonal_(block)

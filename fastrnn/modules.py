@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Proxy
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from . import _autograd, _options, _prepack, functional, step_options
@@ -88,7 +88,7 @@ class _Fused(nn.Module):
     def _split_heads(self, heads: int) -> None:
         """Every W_hh [G*H, H/n] in place of [G*H, H], the rows of a unit beside the units of its head."""
         for name, w_hh in list(self._parameters.items()):
-            if name.startswith("weight_hh"):
+            if w_hh is not None and name.startswith("weight_hh"):
                 size, bound = self.hidden_size // heads, self.hidden_size**-0.5
                 drawn = w_hh.detach().new_empty(len(w_hh), size).uniform_(-bound, bound)
                 setattr(self, name, nn.Parameter(drawn))
@@ -320,7 +320,7 @@ class _Recurrent(_Fused, nn.RNNBase):
             lengths = None if lengths is None else functional.as_lengths(lengths).reshape(1)
             reset = None if reset is None else reset.unsqueeze(batch_dim)
             if reset_to is not None:
-                reset_to = self._each(reset_to, lambda h: h.unsqueeze(-2))
+                reset_to = tree_map_only(Tensor, lambda h: h.unsqueeze(-2), reset_to)
         if hx is None:
             hx = self._zeros(input, input.size(batch_dim))
         else:
@@ -646,13 +646,16 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         if hx is None:
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hidden = (zeros, zeros) if many else (zeros,)
-        name, weight_hh, vectors, options = self._plain_cell(), self.weight_hh, [], {}
+        name, weight_hh, vectors = self._plain_cell(), self.weight_hh, []
+        acts: dict[str, Any] = {}
         if self._fused_options:
             name, weight_hh = self._cell_name(), self._of_call(weight_hh)
             vectors = [getattr(self, vector) for vector in self._vectors()]
-            options = {"acts": _options.on_states(self._fused_options), "train": self.training}
+            acts = _options.on_states(self._fused_options)
         weights = (self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, *vectors)
-        out = functional._cell(name, input, hidden if many else hidden[0], *weights, **options)
+        out = functional._cell(
+            name, input, hidden if many else hidden[0], *weights, acts=acts, train=self.training
+        )
         if is_batched:
             return out
         return tuple(h.squeeze(0) for h in out) if many else out.squeeze(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (registers cell_info)
 from .rows import Rows
-from .step_options import StepOptions
+from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = ["CELLS", "Cell", "forward", "steps"]
 
@@ -98,7 +98,6 @@ CELLS = {
 
 # What the operators take for each direction: w_ih, w_hh, b_ih, b_hh, w_hr, u (csrc/common/operators.h).
 SLOTS, W_HR = 6, 4
-_NO_OPTIONS = StepOptions()
 
 
 # ---- The scan over time ------------------------------------------------------------------------------
@@ -111,7 +110,7 @@ def steps(
     x,
     initial: Sequence[Tensor],
     weights: Sequence,
-    options: StepOptions = _NO_OPTIONS,
+    options: StepOptions = NO_OPTIONS,
 ):
     """One direction, step by step: (each state of every step, in order of t with the rows of a step as
     ``rows.steps()`` has them, each state at the end [B, *]). initial: h0 [B, P] and the others [B, H];
@@ -133,9 +132,13 @@ def steps(
         gates, inside = gx[places[t]].split(H, -1), at.inside(cell.states)
         h, *others = cell.step(gates, a.split(H, -1), before, *vectors, **inside)
         after = at.after(before, [h if w_hr is None else h @ w_hr.T, *others])
-        now = [torch.cat((new, old[n:])) for new, old in zip(after, now, strict=True)]
         for states, state in zip(every, after, strict=True):
-            states[t] = state
+            states[t] = (
+                state if at.happens is None else torch.where(at.happens, state, torch.zeros_like(state))
+            )
+        if at.happens is not None:
+            after = [torch.where(at.happens, new, old[:n]) for new, old in zip(after, now, strict=True)]
+        now = [torch.cat((new, old[n:])) for new, old in zip(after, now, strict=True)]
     return every, [state[back] for state in now]
 
 
@@ -145,7 +148,7 @@ def forward(
     x,
     states: Sequence[Tensor],
     weights: Sequence,
-    options: StepOptions = _NO_OPTIONS,
+    options: StepOptions = NO_OPTIONS,
 ):
     """A layer: (y [N, D*P], the states at the end [D, B, *], every state beside h [D, N, H])."""
     directions = []

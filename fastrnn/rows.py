@@ -97,10 +97,13 @@ class Rows(NamedTuple):
         carry what stands there into the gradients of the weights."""
         if self.lengths is None:
             return rows
+        return torch.where(self.happens(rows.device).unsqueeze(1), rows, torch.zeros_like(rows))
+
+    def happens(self, device: torch.device) -> Tensor:
+        """Whether a row [N] with lengths belongs to a step, or to the padding."""
+        assert self.lengths is not None
         t, b = torch.arange(self.T, device=self.lengths.device), self.lengths
-        happens = t < b.unsqueeze(1) if self.batch_first else t.unsqueeze(1) < b
-        happens = happens.flatten().to(rows.device).unsqueeze(1)
-        return torch.where(happens, rows, torch.zeros_like(rows))
+        return (t < b.unsqueeze(1) if self.batch_first else t.unsqueeze(1) < b).flatten().to(device)
 
     def keep(self, rows: Tensor, state: Tensor, to: Tensor | None = None) -> Tensor:
         """The state [n, *] before the given rows, where it is reset zero or ``to`` [n, *]."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .rows import Rows
 
-__all__ = ["NAMES", "StepOptions", "acting", "draw", "masked_input"]
+__all__ = ["NAMES", "NO_OPTIONS", "StepOptions", "acting", "draw", "masked_input"]
 
 NAMES = (
     "zoneout", "recurrent_dropout", "variational_dropout", "cell_clip", "state_gradient_clip", "reverse",
@@ -42,6 +42,7 @@ class StepOptions(NamedTuple):
     cell_clip: float | None = None
     state_gradient_clip: float | None = None
     reset_to: tuple[Tensor, ...] | None = None  # for each state [T, D, B, *]
+    happens: Tensor | None = None  # bool [N]: the rows that are no padding, in place of lengths
 
     def at(self, direction: int, t: int, rows: Tensor, batch: Tensor) -> "StepOptions":
         """Of one step of one direction: its rows, whose batch indices are ``batch``, without T and D."""
@@ -54,6 +55,7 @@ class StepOptions(NamedTuple):
             candidate=of(self.candidate, rows),
             recurrent=of(self.recurrent, batch),
             reset_to=self.reset_to and tuple(to[t, direction][batch] for to in self.reset_to),
+            happens=None if self.happens is None else self.happens[rows].unsqueeze(1),
         )
 
     # ---- Of one step
@@ -65,8 +67,8 @@ class StepOptions(NamedTuple):
     def inside(self, states: int) -> dict[str, Callable[[Tensor], Tensor]]:
         """What acts inside the step of a cell with so many states, by the name that the step has for it."""
         found: dict[str, Callable[[Tensor], Tensor]] = {}
-        if self.candidate is not None:
-            found["candidate"] = lambda g: self.candidate * g
+        if (mask := self.candidate) is not None:
+            found["candidate"] = lambda g: mask * g
         clips_gradient = self.state_gradient_clip is not None and self.zoneout[1] is None
         if states > 1 and (self.cell_clip is not None or clips_gradient):
             found["updated"] = self._updated
@@ -94,6 +96,9 @@ class StepOptions(NamedTuple):
             return state
         function = ClipGradient if torch.compiler.is_compiling() else DualClipGradient
         return function.apply(state, self.state_gradient_clip)
+
+
+NO_OPTIONS = StepOptions()
 
 
 class ClipGradient(torch.autograd.Function):
