@@ -102,7 +102,10 @@ NO_OPTIONS = StepOptions()
 
 
 class ClipGradient(torch.autograd.Function):
-    """The identity, whose gradient is clipped to [-v, v]. Second derivatives are those of the clip."""
+    """The identity, whose gradient is clipped to [-v, v], as by torch's hook of a tensor.
+
+    The derivative of a clipped gradient is that of the clip. Back-propagation through it passes the states
+    once more and is clipped there too; forward mode is exact."""
 
     generate_vmap_rule = True
 
