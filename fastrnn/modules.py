@@ -380,10 +380,28 @@ class LSTM(_Recurrent, nn.LSTM):
         weight_dropout: p in [0, 1), DropConnect (Merity et al. 2018): in training each element of every
             ``weight_hh_l{k}`` is zero with probability p, the others are divided by 1 - p; one mask a call,
             the same in all steps.
+        zoneout: p or (p_h, p_c) in [0, 1) (Krueger et al. 2017): with probability p a unit of the state
+            keeps its value of the step before, ``d * c_prev + (1 - d) * c`` with d drawn anew at every step,
+            h likewise, which is computed from the c that no unit has kept. In evaluation d is p.
+        recurrent_dropout: p in [0, 1), of the candidate (Semeniuta et al. 2016): in training
+            c = f * c_prev + i * m * g, with m 0 with probability p or 1 / (1 - p), a new mask [B, H] a step.
+        variational_dropout: p or (p_x, p_h) in [0, 1) (Gal and Ghahramani 2016): in training each layer sees
+            m_x * x, and W_hh sees m_h * h_prev, elements of m being 0 with probability p or 1 / (1 - p);
+            masks [B, I] and [B, P], the same in all steps of a call and for all gates, m_x also for both
+            directions.
+        cell_clip: v > 0, c is clipped to [-v, v] after its update, before o and h see it (Sak et al. 2014).
+        state_gradient_clip: v > 0, in back-propagation dL/dh_t and dL/dc_t, each with the contributions of
+            all later steps, are clipped to [-v, v] at every step; the states are those that return_states
+            gives. Graves (2013) clips the gradients of an LSTM's gates in this way.
+        heads: n that divides H, without proj_size: W_hh is block-diagonal, each gate of a unit sees the H/n
+            units of its own head (Beck et al. 2024). ``weight_hh_l{k}`` is [4*H, H/n], in the order of the
+            units. The kernels run on the [4*H, H] that each call makes of it.
+        reverse: the one direction runs from each row's end to its start, as the second of a bidirectional
+            layer, with the names of the first; h_n, c_n are the states at the start. Not with bidirectional.
         forget_bias: v, initialisation only, also by ``reset_parameters()``: the forget gate's part of every
             ``bias_ih_l{k}`` is v, that of ``bias_hh_l{k}`` 0 (``fastrnn.init.forget_bias_``).
 
-    Inputs: x, (h_0, c_0), and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+    Inputs: x, (h_0, c_0), and ``lengths``, ``reset``, ``reset_to`` and ``return_states`` as in ``forward``.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
         h_0, c_0: [L*D, B, P] and [L*D, B, H], without B if x has none; zeros if left out.
 
@@ -476,9 +494,14 @@ class GRU(_Recurrent, nn.GRU):
         device, dtype: those of the parameters.
 
     Options, keyword-only:
-        weight_dropout: as for ``LSTM``.
+        weight_dropout, variational_dropout: as for ``LSTM``.
+        zoneout: p in [0, 1) (Krueger et al. 2017): with probability p a unit keeps h of the step before, drawn
+            anew at every step, ``d * h_prev + (1 - d) * h``; in evaluation d is p.
+        recurrent_dropout: p in [0, 1), of the candidate (Semeniuta et al. 2016): in training
+            h = (1 - z) * m * n + z * h_prev, with m 0 with probability p or 1 / (1 - p), a new mask a step.
+        state_gradient_clip, heads, reverse: as for ``LSTM``; with heads ``weight_hh_l{k}`` is [3*H, H/n].
 
-    Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+    Inputs: x, h_0, and ``lengths``, ``reset``, ``reset_to`` and ``return_states`` as in ``forward``.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
         h_0: [L*D, B, H], without B if x has none; zeros if left out.
 
@@ -551,9 +574,11 @@ class RNN(_Recurrent, nn.RNN):
         device, dtype: those of the parameters.
 
     Options, keyword-only:
-        weight_dropout: as for ``LSTM``.
+        weight_dropout, variational_dropout: as for ``LSTM``.
+        zoneout: p, as for ``GRU``.
+        state_gradient_clip, heads, reverse: as for ``LSTM``; with heads ``weight_hh_l{k}`` is [H, H/n].
 
-    Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+    Inputs: x, h_0, and ``lengths``, ``reset``, ``reset_to`` and ``return_states`` as in ``forward``.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
         h_0: [L*D, B, H], without B if x has none; zeros if left out.
 
@@ -677,8 +702,9 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         bias: whether there are biases.
         device, dtype: those of the parameters.
 
-    Options, keyword-only: peephole, weight_dropout and forget_bias as for ``LSTM``, with parameters
-        ``weight_ci``, ``weight_cf`` and ``weight_co`` [H].
+    Options, keyword-only: peephole, weight_dropout, zoneout, recurrent_dropout, cell_clip, state_gradient_clip,
+        heads and forget_bias as for ``LSTM``, each call being one step, with parameters ``weight_ci``,
+        ``weight_cf`` and ``weight_co`` [H]; with heads ``weight_hh`` is [4*H, H/n].
 
     Inputs: x, (h_prev, c_prev).
         x: [B, I], or [I] without a batch.
@@ -757,7 +783,8 @@ class GRUCell(_RecurrentCell, nn.GRUCell):
         bias: whether there are biases.
         device, dtype: those of the parameters.
 
-    Options, keyword-only: weight_dropout as for ``LSTM``.
+    Options, keyword-only: weight_dropout, zoneout, recurrent_dropout, state_gradient_clip and heads as for
+        ``GRU``, each call being one step; with heads ``weight_hh`` is [3*H, H/n].
 
     Inputs: x, h_prev.
         x: [B, I], or [I] without a batch.
@@ -827,7 +854,8 @@ class RNNCell(_RecurrentCell, nn.RNNCell):
         nonlinearity: "tanh" or "relu".
         device, dtype: those of the parameters.
 
-    Options, keyword-only: weight_dropout as for ``LSTM``.
+    Options, keyword-only: weight_dropout, zoneout, state_gradient_clip and heads as for ``RNN``, each call being
+        one step; with heads ``weight_hh`` is [H, H/n].
 
     Inputs: x, h_prev.
         x: [B, I], or [I] without a batch.

@@ -55,7 +55,7 @@ def draw(module, N, widths):
 
 
 def zoned(p, mask, old, new):
-    """Krueger et al. (2017), eq. 3: d * old + (1 - d) * new with P(d = 1) = p; p itself in evaluation."""
+    """Krueger et al. (2017): d * old + (1 - d) * new with P(d = 1) = p; p itself in evaluation."""
     d = p if mask is None else (mask == 0).double()
     return d * old + (1 - d) * new
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from step_loop import EVERYTHING, LAYERS, B, H, T, flat, loop, make, make_input, options_of, randn, seeded
+from step_loop import EVERYTHING, LAYERS, B, H, I, T, flat, loop, make, make_input, options_of, randn, seeded
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import fastrnn
