@@ -495,8 +495,8 @@ class GRU(_Recurrent, nn.GRU):
 
     Options, keyword-only:
         weight_dropout, variational_dropout: as for ``LSTM``.
-        zoneout: p in [0, 1) (Krueger et al. 2017): with probability p a unit keeps h of the step before, drawn
-            anew at every step, ``d * h_prev + (1 - d) * h``; in evaluation d is p.
+        zoneout: p in [0, 1) (Krueger et al. 2017): with probability p a unit keeps h of the step before,
+            drawn anew at every step, ``d * h_prev + (1 - d) * h``; in evaluation d is p.
         recurrent_dropout: p in [0, 1), of the candidate (Semeniuta et al. 2016): in training
             h = (1 - z) * m * n + z * h_prev, with m 0 with probability p or 1 / (1 - p), a new mask a step.
         state_gradient_clip, heads, reverse: as for ``LSTM``; with heads ``weight_hh_l{k}`` is [3*H, H/n].
@@ -702,9 +702,9 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         bias: whether there are biases.
         device, dtype: those of the parameters.
 
-    Options, keyword-only: peephole, weight_dropout, zoneout, recurrent_dropout, cell_clip, state_gradient_clip,
-        heads and forget_bias as for ``LSTM``, each call being one step, with parameters ``weight_ci``,
-        ``weight_cf`` and ``weight_co`` [H]; with heads ``weight_hh`` is [4*H, H/n].
+    Options, keyword-only: peephole, weight_dropout, zoneout, recurrent_dropout, cell_clip,
+        state_gradient_clip, heads and forget_bias as for ``LSTM``, each call being one step, with parameters
+        ``weight_ci``, ``weight_cf`` and ``weight_co`` [H]; with heads ``weight_hh`` is [4*H, H/n].
 
     Inputs: x, (h_prev, c_prev).
         x: [B, I], or [I] without a batch.
@@ -854,8 +854,8 @@ class RNNCell(_RecurrentCell, nn.RNNCell):
         nonlinearity: "tanh" or "relu".
         device, dtype: those of the parameters.
 
-    Options, keyword-only: weight_dropout, zoneout, state_gradient_clip and heads as for ``RNN``, each call being
-        one step; with heads ``weight_hh`` is [H, H/n].
+    Options, keyword-only: weight_dropout, zoneout, state_gradient_clip and heads as for ``RNN``, each call
+        being one step; with heads ``weight_hh`` is [H, H/n].
 
     Inputs: x, h_prev.
         x: [B, I], or [I] without a batch.
