@@ -103,7 +103,7 @@ OPTIONS = {
     "recurrent_dropout": Option(0.0, _probability, inside="candidate"),
     "variational_dropout": Option(0.0, _probabilities),
     "cell_clip": Option(None, _clip, inside="updated"),
-    "state_gradient_clip": Option(None, _clip),
+    "state_gradient_clip": Option(None, _clip, inside="updated"),
     "heads": Option(1, _heads),
     "reverse": Option(False, _reverse),
     "forget_bias": Option(None, _bias, initialise=init.forget_bias_, only_initialises=True),
@@ -123,7 +123,9 @@ def cell_name(cell: str, options: dict[str, Any]) -> str:
 
 def check_cell(cell: str, options: dict[str, Any]) -> None:
     """Refuses options that act inside the step of a cell of reference.CELLS that does not take them."""
-    taken = reference.CELLS[cell].step.__kwdefaults__ or {}
+    taken = {*(reference.CELLS[cell].step.__kwdefaults__ or {})}
+    if reference.CELLS[cell].states == 1:
+        taken.add("updated")  # h, which is seen after the step
     for name, value in options.items():
         if (inside := OPTIONS[name].inside) and inside not in taken:
             others = [f"{other}={of}" for other, of in options.items() if OPTIONS[other].cell]

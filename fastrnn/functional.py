@@ -300,16 +300,15 @@ def _stack(
     D = 2 if bidirectional else 1
     dtype = params[1].dtype
     hx = [_as(dtype, h) for h in hx]
-    given = rows
-    if options.get("reverse"):
+    given, reverse = rows, options.get("reverse", False)
+    if reverse:
         x = given.reversed(x)
         rows = given._replace(reset=None if given.reset is None else given.reversed(given.reset))
-    p_x = step_options.pair(options.get("variational_dropout", 0.0))[0] if train else 0.0
+    p_x = step_options.pair(options.get("variational_dropout", 0.0))[0] if options and train else 0.0
     step = NO_OPTIONS
     results: list[tuple[Tensor, ...]] = []
     for index, weights in enumerate(stack_weights(name, params, has_biases, num_layers, bidirectional)):
         states = hx if num_layers == 1 else [h[index * D : (index + 1) * D] for h in hx]
-        reverse = options.get("reverse", False)
         listener = None if state_hook is None else partial(_tell, state_hook, index, given, reverse)
         if p_x > 0:
             x = step_options.masked_input(x, p_x, rows)
@@ -324,7 +323,7 @@ def _stack(
         results.append(tuple(last))
         if dropout > 0 and train and index < num_layers - 1:
             x = _dropout(x, dropout, rows)
-    if options.get("reverse"):
+    if reverse:
         x = given.reversed(x)
     if num_layers == 1:
         return x, *results[0]

@@ -132,12 +132,12 @@ def steps(
         gates, inside = gx[places[t]].split(H, -1), at.inside(cell.states)
         h, *others = cell.step(gates, a.split(H, -1), before, *vectors, **inside)
         after = at.after(before, [h if w_hr is None else h @ w_hr.T, *others])
-        for states, state in zip(every, after, strict=True):
-            states[t] = (
-                state if at.happens is None else torch.where(at.happens, state, torch.zeros_like(state))
-            )
+        shown = after
         if at.happens is not None:
+            shown = [torch.where(at.happens, new, torch.zeros_like(new)) for new in after]
             after = [torch.where(at.happens, new, old[:n]) for new, old in zip(after, now, strict=True)]
+        for states, state in zip(every, shown, strict=True):
+            states[t] = state
         now = [torch.cat((new, old[n:])) for new, old in zip(after, now, strict=True)]
     return every, [state[back] for state in now]
 

@@ -28,15 +28,15 @@ class StepOptions(NamedTuple):
     2. a = W_hh (recurrent * h) + b_hh; h itself stays unmasked.
     3. The cell's step, with candidate * g in place of g, and c clipped to [-cell_clip, cell_clip] after its
        update, before h is computed from it; then the projection of h.
-    4. Zoneout: a kept unit has its state of 2 again; h was computed from the updated c.
-    5. In back-propagation, the complete gradients of the states after 4 are clipped. An LSTM's h_t hangs on
-       c_t, unless zoneout acts on c: then on the updated c alone.
+    4. Zoneout, for h and c each: keep * (the state after 1) + (1 - keep) * (the state after 3).
+    5. The states after 4 are those of the step: the next one starts from them, y and h_n, c_n are made of
+       them, and in back-propagation their complete gradients are clipped to [-v, v]; those of the initial
+       states are not. An LSTM's h_t depends on c_t, and dL/dc_t has that part; where zoneout acts on c, h_t
+       depends on the c after 3 alone, and dL/dc_t has no such part.
     """
 
-    zoneout: tuple[Tensor | float | None, ...] = (
-        None,
-        None,
-    )  # of h, c: bool [D, N, *], true keeps; or a share
+    # Of h and of c: in training bool [D, N, *], true where a unit keeps its state; in evaluation p; None: off.
+    zoneout: tuple[Tensor | float | None, ...] = (None, None)
     candidate: Tensor | None = None  # [D, N, H], 0 or 1 / (1 - p)
     recurrent: Tensor | None = None  # [D, B, P], 0 or 1 / (1 - p)
     cell_clip: float | None = None

@@ -185,8 +185,9 @@ def test_an_option_that_a_cell_does_not_serve_is_refused_by_both_names(monkeypat
     cell = functional.CELLS["lstm_peephole"]
     monkeypatch.setitem(functional.CELLS, "lstm_peephole", copy.copy(cell))
     object.__setattr__(functional.CELLS["lstm_peephole"], "step", lambda x, a, states, *u: None)
-    with pytest.raises(ValueError, match=r"cell_clip=1.0 cannot be combined with peephole=True"):
-        make("LSTM", peephole=True, cell_clip=1)
+    for option in ("cell_clip", "state_gradient_clip", "recurrent_dropout"):
+        with pytest.raises(ValueError, match=rf"{option}=0.5 cannot be combined with peephole=True"):
+            make("LSTM", peephole=True, **{option: 0.5})
 
 
 @pytest.mark.parametrize(
