@@ -48,7 +48,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
 
     def record(name: str):
         def hook(layer: nn.Module, args: tuple, keywords: dict) -> None:
-            explanations.extend(_explain_module(name, layer, args[0] if args else keywords["input"]))
+            given = args[0] if args else keywords["input"]
+            explanations.extend(_explain_module(name, layer, given, training[layer]))
 
         return hook
 
@@ -68,7 +69,9 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
     return explanations
 
 
-def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence) -> Explanations:
+def _explain_module(
+    name: str, module: nn.Module, input: Tensor | PackedSequence, training: bool = True
+) -> Explanations:
     assert isinstance(module, (modules._Recurrent, modules._RecurrentCell))
     cell, options = module._cell_name(), _options.text(_options.beyond_torch(module._fused_options))
     if isinstance(module, modules._Recurrent):
@@ -82,6 +85,8 @@ def _explain_module(name: str, module: nn.Module, input: Tensor | PackedSequence
     assert isinstance(weight, Tensor)
     (weight,) = functional.lowered((weight,))
     reason = functional.no_kernel_reason(weight) if H > 0 else "there are no units (H = 0) to compute"
+    if reason is None and (unserved := module._unserved(training)):
+        reason = f"{unserved}: torch operations"
     if reason is not None:
         return Explanations(Explanation(name, layer, None, reason, reason, options) for layer in range(L))
     numbers = CELLS[cell]

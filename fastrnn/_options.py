@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import init
+from . import init, reference, step_options
 
 
 class Option(NamedTuple):
@@ -20,6 +20,7 @@ class Option(NamedTuple):
     vectors: dict[str, dict[str, int]] = {}  # noqa: RUF012  of a cell {name: k}: [k*H], in the order of u
     initialise: Callable[[nn.Module, Any], object] | None = None  # after torch's own initialisation
     only_initialises: bool = False  # the module computes what torch.nn's computes
+    inside: str = ""  # what the cell's step must take for it, by keyword
 
 
 def _flag(name: str, value: Any, module: nn.Module) -> bool:
@@ -34,6 +35,50 @@ def _probability(name: str, value: Any, module: nn.Module) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
         raise ValueError(f"{name} should be a number in range [0, 1), got {value!r}")
     return float(value)
+
+
+def _probabilities(name: str, value: Any, module: nn.Module) -> float | tuple[float, float]:
+    """One for both, or two."""
+    if not isinstance(value, (tuple, list)):
+        return _probability(name, value, module)
+    if len(value) != 2:
+        raise ValueError(f"{name} should be a number or two of them, got {value!r}")
+    first, second = (_probability(f"{name}[{i}]", p, module) for i, p in enumerate(value))
+    return first if first == second else (first, second)
+
+
+def _zoneout(name: str, value: Any, module: nn.Module) -> float | tuple[float, float]:
+    if isinstance(value, (tuple, list)) and not isinstance(module, (nn.LSTM, nn.LSTMCell)):
+        raise ValueError(f"{name} should be one number for the one state h, got {value!r}")
+    return _probabilities(name, value, module)
+
+
+def _clip(name: str, value: Any, module: nn.Module) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not (isfinite(value) and value > 0):
+        raise ValueError(f"{name} should be None or a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def _heads(name: str, value: Any, module: nn.Module) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} should be an integer of at least 1, got {value!r}")
+    H: Any = module.hidden_size
+    P: Any = getattr(module, "proj_size", 0)
+    if value > 1 and (H == 0 or H % value != 0):
+        raise ValueError(f"{name}={value} should divide hidden_size={H}")
+    if value > 1 and P > 0:
+        raise ValueError(f"{name}={value} cannot be combined with proj_size={P}")
+    return value
+
+
+def _reverse(name: str, value: Any, module: nn.Module) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+    if value and module.bidirectional:
+        raise ValueError(f"{name}=True is a single direction, it cannot be combined with bidirectional=True")
+    return value
 
 
 def _bias(name: str, value: Any, module: nn.Module) -> float | None:
@@ -61,6 +106,13 @@ OPTIONS = {
         initialise=lambda module, _: init.norm_(module),
     ),
     "weight_dropout": Option(0.0, _probability),
+    "zoneout": Option(0.0, _zoneout),
+    "recurrent_dropout": Option(0.0, _probability, inside="candidate"),
+    "variational_dropout": Option(0.0, _probabilities),
+    "cell_clip": Option(None, _clip, inside="updated"),
+    "state_gradient_clip": Option(None, _clip, inside="updated"),
+    "heads": Option(1, _heads),
+    "reverse": Option(False, _reverse),
     "forget_bias": Option(None, _bias, initialise=init.forget_bias_, only_initialises=True),
 }
 
@@ -74,6 +126,28 @@ def on(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
 def cell_name(cell: str, options: dict[str, Any]) -> str:
     """Of torch.nn's cell with these options, in reference.CELLS and in functional."""
     return cell + "".join(OPTIONS[name].cell for name in options)
+
+
+def check_cell(cell: str, options: dict[str, Any], proj_size: Any) -> None:
+    """Refuses options for which there is no cell in reference.CELLS, and those that act inside the step of a
+    cell that does not take them."""
+    of_cell = text({name: value for name, value in options.items() if OPTIONS[name].cell})
+    if cell not in reference.CELLS:
+        raise ValueError(f"{of_cell} cannot be combined")
+    if of_cell and proj_size and reference.CELLS[cell].hidden is None:
+        raise ValueError(f"{of_cell} cannot be combined with proj_size={proj_size}")
+    taken = {*(reference.CELLS[cell].step.__kwdefaults__ or {})}
+    if reference.CELLS[cell].states == 1:
+        taken.add("updated")  # h, which is seen after the step
+    for name, value in options.items():
+        if (inside := OPTIONS[name].inside) and inside not in taken:
+            others = [f"{other}={of}" for other, of in options.items() if OPTIONS[other].cell]
+            raise ValueError(f"{name}={value} cannot be combined with {' and '.join(others)}")
+
+
+def on_states(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that act on the states between steps."""
+    return {name: options[name] for name in step_options.NAMES if name in options}
 
 
 def vectors(cell: str, options: dict[str, Any]) -> dict[str, int]:

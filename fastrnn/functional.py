@@ -5,19 +5,20 @@ order and with the same results; ``*_cell`` likewise. The modules are thin shell
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, overload
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _autograd, _cuda, reference
+from . import _autograd, _cuda, reference, step_options
 from ._warn import warn
 from .reference import CELLS, SLOTS, W_HH, U
 from .rows import Rows
+from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = [
     "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_layer_norm", "lstm_layer_norm_cell",
@@ -30,6 +31,7 @@ __all__ = [
 _KERNEL_DTYPES = (torch.float32, torch.float64)
 _strict = os.environ.get("FASTRNN_STRICT") == "1"
 _warned: set[str] = set()
+_NOTHING: Mapping[str, Any] = {}
 
 
 class FallbackWarning(UserWarning):
@@ -65,9 +67,17 @@ def is_recorded() -> bool:
     return torch._C._is_tracing()  # torch.jit.is_tracing() is two calls more, three times in a forward
 
 
-def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
+def unserved_reason(options: Sequence[str]) -> str | None:
+    """Why a call with these options takes torch operations, or None if there are none."""
+    if len(options) > 1:
+        return f"{', '.join(options[:-1])} and {options[-1]} have no kernel yet"
+    return f"{options[0]} has no kernel yet" if options else None
+
+
+def torch_path_reason(weight: Tensor, extended: bool = False, unserved: Sequence[str] = ()) -> str | None:
     """Why this very call takes torch.nn's own path, or None: as no_kernel_reason, and while it is recorded,
-    unless it has options that torch.nn has not (``extended``): a trace holds fastrnn's operators for them."""
+    unless it has options that torch.nn has not (``extended``): a trace holds fastrnn's operators for them.
+    ``unserved`` are those that no kernel serves."""
     reason = no_kernel_reason(weight)
     if reason is None and is_recorded():
         if not extended:
@@ -75,15 +85,15 @@ def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
         if torch.onnx.is_in_onnx_export():
             raise RuntimeError(
                 "fastrnn: torch.onnx.export takes what torch.nn has, "
-                "not lengths, reset, return_states or peephole"
+                "not lengths, reset, return_states, peephole or what acts on the states between steps"
             )
-    return reason
+    return reason or unserved_reason(unserved)
 
 
-def takes_torch_path(weight: Tensor, extended: bool = False) -> bool:
+def takes_torch_path(weight: Tensor, extended: bool = False, unserved: Sequence[str] = ()) -> bool:
     """Whether this call takes torch.nn's own path, or one of torch operations where torch.nn has none
     (``extended``), which is said once, or refused in strict mode."""
-    reason = torch_path_reason(weight, extended)
+    reason = torch_path_reason(weight, extended, unserved)
     if reason is None:
         return False
     path = "a path of torch operations" if extended else "torch.nn's own path"
@@ -206,14 +216,21 @@ def layer(
     keep_history: bool = False,
     composed: bool = False,
     listener: _autograd.Listener | None = None,
+    options: StepOptions = NO_OPTIONS,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """Scans one cell over time, as ``_autograd.scan``. ``composed`` makes it from torch operations, for what
-    has no kernel."""
+    has no kernel: ``options`` among them."""
     x = _as(states[0].dtype, x)
     if CELLS[name].takes_gates:
         x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
     if composed:
-        return reference.forward(CELLS[name], rows, x, states, weights)
+        if rows.lengths is not None:  # no transform traces the number of rows that still go on
+            happens = rows.happens(x.device)
+            x, options = rows.without_padding(x), options._replace(happens=happens)
+            reset = None if rows.reset is None else rows.reset & happens
+            rows = rows._replace(lengths=None, reset=reset)
+        with _autograd._without_autocast(x):
+            return reference.forward(CELLS[name], rows, x, states, weights, options)
     return _autograd.scan(name, x, states, weights, rows, keep_history, listener)
 
 
@@ -301,30 +318,49 @@ def _stack(
     return_states: bool,
     composed: bool,
     state_hook: StateHook | None,
+    reset_to: Sequence[Tensor] | None,
+    options: Mapping[str, Any],
 ) -> tuple[Tensor, ...]:
     """Layers one after the other, dropout between them: y [N, D*P] and h_n [L*D, B, P], c_n [L*D, B, H], or
-    all states, h [T, L*D, B, P] and c [T, L*D, B, H]."""
+    all states, h [T, L*D, B, P] and c [T, L*D, B, H]. reset_to: for each state [T, L*D, B, *]; options: those
+    of ``step_options``, by name. All layers of a reversed stack run on reversed rows."""
     D = 2 if bidirectional else 1
     dtype = params[1].dtype
     hx = [_as(dtype, h) for h in hx]
+    given, reverse = rows, options.get("reverse", False)
+    if reverse:
+        x = given.reversed(x)
+        rows = given._replace(reset=None if given.reset is None else given.reversed(given.reset))
+    p_x = step_options.pair(options.get("variational_dropout", 0.0))[0] if options and train else 0.0
+    step = NO_OPTIONS
     results: list[tuple[Tensor, ...]] = []
     for index, weights in enumerate(stack_weights(name, params, has_biases, num_layers, bidirectional)):
         states = hx if num_layers == 1 else [h[index * D : (index + 1) * D] for h in hx]
-        listener = None if state_hook is None else partial(_tell, state_hook, index, rows)
-        x, last, history = layer(name, x, states, weights, rows, return_states, composed, listener)
+        listener = None if state_hook is None else partial(_tell, state_hook, index, given, reverse)
+        if p_x > 0:
+            x = step_options.masked_input(x, p_x, rows)
+        if composed and options:
+            step = step_options.draw(options, train, rows, x.shape[0], states)
+        if reset_to is not None:
+            step = step._replace(reset_to=tuple(t[:, index * D : (index + 1) * D] for t in reset_to))
+        x, last, history = layer(name, x, states, weights, rows, return_states, composed, listener, step)
         if return_states:
             every = (x.unflatten(1, (D, -1)), *(t.transpose(0, 1) for t in history))
-            last = [rows.states(t) for t in every]
+            last = [given.states(given.reversed(t) if reverse else t) for t in every]
         results.append(tuple(last))
         if dropout > 0 and train and index < num_layers - 1:
             x = _dropout(x, dropout, rows)
+    if reverse:
+        x = given.reversed(x)
     if num_layers == 1:
         return x, *results[0]
     dim = 1 if return_states else 0
     return x, *(torch.cat(part, dim) for part in zip(*results, strict=True))
 
 
-def _tell(hook: StateHook, layer: int, rows: Rows, complete: Sequence[Tensor]) -> None:
+def _tell(hook: StateHook, layer: int, rows: Rows, reverse: bool, complete: Sequence[Tensor]) -> None:
+    if reverse:
+        complete = [rows.reversed(t[0]).unsqueeze(0) for t in complete]
     dh, *others = complete
     hook(StateGradients(layer, rows, dh, others[0] if others else None))
 
@@ -361,33 +397,83 @@ def _reset(reset: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
     return reset.flatten()
 
 
+def _reset_to(reset_to, reset: Tensor | None, hidden: Sequence[Tensor], T: int) -> list[Tensor]:
+    """The states of a reset as given, checked: of each state [L*D, B, *] or [T, L*D, B, *]."""
+    if reset is None:
+        raise ValueError(
+            "reset_to needs reset, which says at which steps the states become those of reset_to"
+        )
+    many = len(hidden) > 1
+    if many and (not isinstance(reset_to, (tuple, list)) or len(reset_to) != len(hidden)):
+        raise TypeError(f"reset_to must be (h, c) as hx, got {type(reset_to).__name__}")
+    states = list(reset_to) if many else [reset_to]
+    for i, (state, h) in enumerate(zip(states, hidden, strict=True)):
+        which = f"reset_to[{i}]" if many else "reset_to"
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{which} must be a tensor, got {type(state).__name__}")
+        constant, stepwise = list(h.shape), [T, *h.shape]
+        if list(state.shape) not in (constant, stepwise):
+            letters = f"L*D, B, {'H' if i or not many else 'P'}"
+            raise ValueError(
+                f"{which} must be [{letters}] = {constant} or [T, {letters}] = {stepwise}, "
+                f"got {list(state.shape)}"
+            )
+    return states
+
+
+def _of_every_step(state: Tensor, rows: Rows, reverse: bool) -> Tensor:
+    """A state of a reset as [T, L*D, B, *], in the order in which a layer goes through the steps."""
+    if state.dim() == 3:
+        return state.expand(rows.T, *state.shape)
+    return rows.states(rows.reversed(rows.of_states(state))) if reverse else state
+
+
 def _recurrent(
-    name: str, args: tuple, lengths, reset, return_states: bool, state_hook: StateHook | None
+    name: str,
+    args: tuple,
+    lengths=None,
+    reset=None,
+    return_states: bool = False,
+    state_hook: StateHook | None = None,
+    *,
+    reset_to=None,
+    acts: Mapping[str, Any] = _NOTHING,
 ) -> tuple[Tensor, ...]:
     """torch.lstm and its siblings: dense (input, hx, params, has_biases, num_layers, dropout, train,
     bidirectional, batch_first) or packed (data, batch_sizes, hx, params, has_biases, num_layers, dropout,
-    train, bidirectional)."""
+    train, bidirectional). reset_to: states as hx, or of every step; acts: options by name, of those in
+    ``step_options.NAMES``."""
     packed = isinstance(args[3], (list, tuple))
-    extended = lengths is not None or reset is not None or return_states
+    extended = lengths is not None or reset is not None or return_states or reset_to is not None
     if packed:
         x, batch_sizes, hx, params, *options = args
         if extended:
-            raise ValueError("lengths, reset and return_states take dense sequences, not packed ones")
+            raise ValueError(
+                "lengths, reset, reset_to and return_states take dense sequences, not packed ones"
+            )
     else:
         x, hx, params, *options, batch_first = args
     cell = CELLS[name]
     hidden = tuple(hx) if cell.states > 1 else (hx,)
-    extended = extended or cell.vectors > 0  # torch has no such cell
-    torch_path = takes_torch_path(params[0], extended)
+    unserved: list[str] = []
+    if acts:
+        unserved = step_options.acting(acts, options[3], torch.is_grad_enabled())
+    if reset_to is not None:
+        unserved.append("reset_to")
+    extended = extended or cell.vectors > 0 or len(acts) > 0  # torch has no such cell
+    torch_path = takes_torch_path(params[0], extended, unserved)
     if state_hook is not None and (torch_path or _autograd._is_traced()):
-        reason = torch_path_reason(params[0], extended)
+        reason = torch_path_reason(params[0], extended, unserved)
         raise RuntimeError(
             "the gradients of the states come from the kernels in ordinary calls: "
             + (reason or "there are none in torch.compile, torch.export and torch.func")
         )
     if torch_path and not extended:
         return getattr(torch, name)(*args)
-    _check_attributes(x, hidden, params)
+    to: list[Tensor] | None = None
+    if reset_to is not None:
+        to = _reset_to(reset_to, reset, hidden, x.shape[1 if batch_first else 0])
+    _check_attributes(x, hidden if to is None else (*hidden, *to), params)
     params = lowered(params)
     if packed:
         rows = Rows(batch_sizes.shape[0], hidden[0].shape[1], batch_sizes=batch_sizes)
@@ -404,11 +490,13 @@ def _recurrent(
             reset=None if reset is None else _reset(reset, T, B, batch_first),
         )
         flat = x.flatten(0, 1)
+    if to is not None:
+        to = [_of_every_step(_as(params[1].dtype, t), rows, acts.get("reverse", False)) for t in to]
     projected = len(hidden) == 2 and hidden[0].shape[2] != hidden[1].shape[2]
     dtypes = _autocast_dtypes(name, x, hidden, params[0], projected, dense=not packed)
     y, h, *c = _stack(
         name, flat, hidden, params, rows, *options,
-        return_states=return_states, composed=torch_path, state_hook=state_hook,
+        return_states=return_states, composed=torch_path, state_hook=state_hook, reset_to=to, options=acts,
     )  # fmt: skip
     return _autocast_results(dtypes, (y if packed else rows.dense(y), h), c)
 
@@ -524,12 +612,14 @@ def _check_cell(input: Tensor, hidden: Sequence[Tensor], w_ih: Tensor, w_hh: Ten
 
 def _cell(
     name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    *vectors: Tensor,
+    *vectors: Tensor, acts: Mapping[str, Any] = _NOTHING, train: bool = False,
 ):  # fmt: skip
-    """``torch.<name>_cell``, and cells with vectors of parameters, which torch has not. Without units (H = 0)
-    there is nothing to compute, and no kernel for it."""
-    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, vectors != ())
-    if torch_path and not vectors:
+    """``torch.<name>_cell``, and what torch has not: cells with vectors of parameters, and the options of
+    ``step_options``. Without units (H = 0) there is nothing to compute, and no kernel for it."""
+    unserved = step_options.acting(acts, train, torch.is_grad_enabled()) if acts else []
+    extended = vectors != () or (len(acts) > 0 and w_hh.shape[-1] > 0)
+    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, extended, unserved)
+    if torch_path and not extended:
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     hidden = tuple(hx) if CELLS[name].states > 1 else (hx,)
     _check_cell(input, hidden, w_ih, w_hh)
@@ -543,7 +633,11 @@ def _cell(
         input, *hidden = (t.to(w_hh.dtype) for t in (input, *hidden))  # type: ignore[assignment]
     states = [h.unsqueeze(0) for h in hidden]
     rows = Rows(1, input.shape[0])
-    h, (_, *others), _ = layer(name, input, states, slots(name, *weights), rows, composed=torch_path)  # type: ignore[arg-type]
+    step = NO_OPTIONS
+    if torch_path and acts:
+        step = step_options.draw(acts, train, rows, rows.B, states)
+    of_layer = slots(name, *weights)  # type: ignore[arg-type]
+    h, (_, *others), _ = layer(name, input, states, of_layer, rows, composed=torch_path, options=step)
     results = _autocast_results(dtypes, (h,), [state.squeeze(0) for state in others])
     return results if others else results[0]
 

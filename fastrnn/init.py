@@ -23,8 +23,15 @@ def _suffixes(module: Any) -> list[str]:
     return [f"_l{k}{way}" for k in range(module.num_layers) for way in ways]
 
 
+def _block_size(module: Any, name: str) -> int:
+    """H, or with heads (of fastrnn's modules) the units of a head in W_hh."""
+    heads = getattr(module, "_fused_options", {}).get("heads", 1) if name == "weight_hh" else 1
+    return module.hidden_size // heads
+
+
 def _blocks(model: nn.Module, kinds: tuple[type, ...], *names: str) -> list[list[tuple[Tensor, ...]]]:
-    """Of each layer and direction the parameters of these names, each as its gates' blocks [H, *]."""
+    """Of each layer and direction the parameters of these names, each as its gates' blocks [H, *], with
+    heads as those of each head."""
     modules: list[tuple[str, Any]] = [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
     if not modules:
         raise ValueError(f"no {', '.join(kind.__name__ for kind in kinds)} in {type(model).__name__}")
@@ -36,13 +43,16 @@ def _blocks(model: nn.Module, kinds: tuple[type, ...], *names: str) -> list[list
                 if parameter is None:
                     where = path or type(module).__name__
                     raise ValueError(f"{where} has no parameter {name}{suffix} (no biases, or parametrized)")
-            found.append([parameter.detach().split(module.hidden_size) for parameter in parameters])
+            sizes = [_block_size(module, name) for name in names]
+            blocks = [p.detach().split(size) for p, size in zip(parameters, sizes, strict=True)]
+            found.append(blocks)
     return found
 
 
 def orthogonal_(module: _Module) -> _Module:
-    """Makes each gate's block [H, P] of every W_hh orthogonal by ``torch.nn.init.orthogonal_`` (Saxe et al.
-    2014): without the gates, h keeps its length from step to step."""
+    """Makes each gate's block [H, P] of every W_hh, with heads each head's, orthogonal by
+    ``torch.nn.init.orthogonal_`` (Saxe et al. 2014): without the gates, h keeps its length from step to
+    step."""
     for (blocks,) in _blocks(module, _ALL, "weight_hh"):
         for block in blocks:
             nn.init.orthogonal_(block)

@@ -16,13 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Proxy
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from . import _autograd, _options, _prepack, functional
+from . import _autograd, _options, _prepack, functional, step_options
 from ._warn import warn
 from .functional import Lengths
-from .reference import CELLS
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 _States = tuple[Tensor, Tensor]  # (h, c)
@@ -67,19 +66,12 @@ class _Fused(nn.Module):
         """The end of a constructor, with its options."""
         if options := _options.on(self, values):
             self._fused_options = options
-            self._check_options()
+            _options.check_cell(self._cell_name(), options, getattr(self, "proj_size", 0))
+            if "heads" in options:
+                self._split_heads(options["heads"])
             if vectors := self._vectors():
                 self._add_vectors(vectors)
             self._initialise_options()
-
-    def _check_options(self) -> None:
-        cell = CELLS.get(self._cell_name())
-        made = {name: value for name, value in self._fused_options.items() if _options.OPTIONS[name].cell}
-        if cell is None:
-            raise ValueError(f"{_options.text(made)} do not go together")
-        proj_size: Any = getattr(self, "proj_size", 0)
-        if made and proj_size and cell.hidden is None:
-            raise ValueError(f"{_options.text(made)} does not go with proj_size={proj_size}")
 
     def _cell_name(self) -> str:
         return _options.cell_name(self._plain_cell(), self._fused_options)
@@ -92,6 +84,16 @@ class _Fused(nn.Module):
         """[k*H], beside a weight and initialised as torch.nn initialises all of them."""
         bound = self.hidden_size**-0.5
         return nn.Parameter(weight.new_empty(k * self.hidden_size).uniform_(-bound, bound))
+
+    def _split_heads(self, heads: int) -> None:
+        """Every W_hh [G*H, H/n] in place of [G*H, H], the rows of a unit beside the units of its head."""
+        for name, w_hh in list(self._parameters.items()):
+            if w_hh is not None and name.startswith("weight_hh"):
+                size, bound = self.hidden_size // heads, self.hidden_size**-0.5
+                drawn = w_hh.detach().new_empty(len(w_hh), size).uniform_(-bound, bound)
+                setattr(self, name, nn.Parameter(drawn))
+        if isinstance(self, nn.RNNBase):
+            self._init_flat_weights()
 
     def _initialise_options(self) -> None:
         for name, value in self._fused_options.items():
@@ -106,10 +108,24 @@ class _Fused(nn.Module):
         options = _options.text(self._fused_options)
         return super().extra_repr() + (f", {options}" if options else "")
 
-    def _dropped(self, w_hh: Tensor) -> Tensor:
+    def _of_call(self, w_hh: Tensor) -> Tensor:
         """W_hh as this call takes it."""
         p = self._fused_options.get("weight_dropout", 0.0)
-        return dropout(w_hh, p) if p and self.training else w_hh
+        return self._dense(dropout(w_hh, p) if p and self.training else w_hh)
+
+    def _dense(self, w_hh: Tensor) -> Tensor:
+        """W_hh [G*H, P], block-diagonal with heads: zero from a unit to those of other heads."""
+        n = self._fused_options.get("heads", 1)
+        if n == 1:
+            return w_hh
+        H, size = self.hidden_size, self.hidden_size // n
+        blocks = w_hh.view(-1, n, size, size)  # [G, head, unit, unit]
+        return torch.diag_embed(blocks.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2).reshape(-1, H)
+
+    def _unserved(self, training: bool) -> str | None:
+        """Why the calls of a module with its options take torch operations; None: there are kernels."""
+        acting = step_options.acting(self._fused_options, training, gradients=True)
+        return functional.unserved_reason(acting)
 
     def train(self, mode: bool = True):
         if mode:
@@ -231,15 +247,15 @@ class _Recurrent(_Fused, nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """torch.nn's, for cuDNN, which has no use for modules with parameters of their own."""
-        if not self._vectors():
+        if not (self._vectors() or "heads" in self._fused_options):
             super().flatten_parameters()
 
     def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
         """The cell and the weights of each layer."""
         cell = self._cell_name()
-        layers = functional.stack_weights(
-            cell, self._weights(), self.bias, self.num_layers, self.bidirectional
-        )
+        weights, each = list(self._weights()), len(self._all_weights[0])
+        weights[1::each] = map(self._dense, weights[1::each])
+        layers = functional.stack_weights(cell, weights, self.bias, self.num_layers, self.bidirectional)
         return [(cell, functional.scan_weights(cell, weights)) for weights in layers]
 
     def _call(self, weights: list[Tensor], *args, **keywords):
@@ -248,26 +264,26 @@ class _Recurrent(_Fused, nn.RNNBase):
         if self._fused_options:
             name, weights = self._cell_name(), list(weights)
             each = len(self._all_weights[0])  # of one layer and direction; the second one is weight_hh
-            weights[1::each] = map(self._dropped, weights[1::each])
-        function = getattr(functional, name)
+            weights[1::each] = map(self._of_call, weights[1::each])
+            keywords["acts"] = _options.on_states(self._fused_options)
         options = [self.bias, self.num_layers, self.dropout, self.training, self.bidirectional]
         if len(args) == 2:
             options.append(self.batch_first)
         if self._state_hooks:
             hooks = tuple(self._state_hooks.values())
             keywords["state_hook"] = lambda gradients: [hook(gradients) for hook in hooks]
-        output, *hidden = function(*args, weights, *options, **keywords)
+        output, *hidden = functional._recurrent(name, (*args, weights, *options), **keywords)
         return output, tuple(hidden) if self.mode == "LSTM" else hidden[0]
 
     @overload
     def forward(
         self, input: Tensor, hx: Tensor | None = None, lengths: Lengths | None = None,
-        reset: Tensor | None = None, return_states: bool = False,
+        reset: Tensor | None = None, return_states: bool = False, reset_to: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
-    def forward(self, input, hx=None, lengths=None, reset=None, return_states=False):
+    def forward(self, input, hx=None, lengths=None, reset=None, return_states=False, reset_to=None):
         """torch.nn's (output, h_n), or (output, (h_n, c_n)) of an LSTM, and more when asked for.
 
         input [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence; hx is h_0
@@ -278,17 +294,21 @@ class _Recurrent(_Fused, nn.RNNBase):
         reset: bool [T, B] ([B, T] with batch_first): the state of a row is zeroed before that step.
         return_states: the second result is every h_t [T, L*D, B, P] (LSTM: and every c_t [T, L*D, B, H]),
             differentiable; ``h[t]`` is what hx takes.
+        reset_to: with reset, the states in place of zero, as hx has them: the same at every step, or of each
+            step, [T, L*D, B, P] (LSTM: and [T, L*D, B, H]); differentiable.
 
         Raises ValueError and RuntimeError where torch.nn does, in its words.
         """
-        extended = lengths is not None or reset is not None or return_states
+        extended = lengths is not None or reset is not None or return_states or reset_to is not None
         if not isinstance(self, _Recurrent) or (
             not extended and functional.is_recorded() and not _options.beyond_torch(self._fused_options)
         ):
             return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
             if extended:
-                raise ValueError("lengths, reset and return_states take dense sequences, not packed ones")
+                raise ValueError(
+                    "lengths, reset, reset_to and return_states take dense sequences, not packed ones"
+                )
             return self._forward_packed(input, hx)
         if input.dim() not in (2, 3):
             name, tensor = _torch_name(self), " tensor" if "RNN" in self.mode else ""
@@ -299,6 +319,8 @@ class _Recurrent(_Fused, nn.RNNBase):
             input = input.unsqueeze(batch_dim)
             lengths = None if lengths is None else functional.as_lengths(lengths).reshape(1)
             reset = None if reset is None else reset.unsqueeze(batch_dim)
+            if reset_to is not None:
+                reset_to = tree_map_only(Tensor, lambda h: h.unsqueeze(-2), reset_to)
         if hx is None:
             hx = self._zeros(input, input.size(batch_dim))
         else:
@@ -308,7 +330,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         weights = self._weights()
         self._check_forward(input, hx, None, weights[0].dtype)
         output, hidden = self._call(
-            weights, input, hx, lengths=lengths, reset=reset, return_states=return_states
+            weights, input, hx, lengths=lengths, reset=reset, return_states=return_states, reset_to=reset_to
         )
         if not is_batched:
             of_batch = 2 if return_states else 1
@@ -364,10 +386,28 @@ class LSTM(_Recurrent, nn.LSTM):
         weight_dropout: p in [0, 1), DropConnect (Merity et al. 2018): in training each element of every
             ``weight_hh_l{k}`` is zero with probability p, the others are divided by 1 - p; one mask a call,
             the same in all steps.
+        zoneout: p or (p_h, p_c) in [0, 1) (Krueger et al. 2017): with probability p a unit of the state
+            keeps its value of the step before, ``d * c_prev + (1 - d) * c`` with d drawn anew at every step,
+            h likewise, which is computed from the c that no unit has kept. In evaluation d is p.
+        recurrent_dropout: p in [0, 1), of the candidate (Semeniuta et al. 2016): in training
+            c = f * c_prev + i * m * g, with m 0 with probability p or 1 / (1 - p), a new mask [B, H] a step.
+        variational_dropout: p or (p_x, p_h) in [0, 1) (Gal and Ghahramani 2016): in training each layer sees
+            m_x * x, and W_hh sees m_h * h_prev, elements of m being 0 with probability p or 1 / (1 - p);
+            masks [B, I] and [B, P], the same in all steps of a call and for all gates, m_x also for both
+            directions.
+        cell_clip: v > 0, c is clipped to [-v, v] after its update, before o and h see it (Sak et al. 2014).
+        state_gradient_clip: v > 0, in back-propagation dL/dh_t and dL/dc_t, each with the contributions of
+            all later steps, are clipped to [-v, v] at every step; the states are those that return_states
+            gives. Graves (2013) clips the gradients of an LSTM's gates in this way.
+        heads: n that divides H, without proj_size: W_hh is block-diagonal, each gate of a unit sees the H/n
+            units of its own head (Beck et al. 2024). ``weight_hh_l{k}`` is [4*H, H/n], in the order of the
+            units. The kernels run on the [4*H, H] that each call makes of it.
+        reverse: the one direction runs from each row's end to its start, as the second of a bidirectional
+            layer, with the names of the first; h_n, c_n are the states at the start. Not with bidirectional.
         forget_bias: v, initialisation only, also by ``reset_parameters()``: the forget gate's part of every
             ``bias_ih_l{k}`` is v, that of ``bias_hh_l{k}`` 0 (``fastrnn.init.forget_bias_``).
 
-    Inputs: x, (h_0, c_0), and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+    Inputs: x, (h_0, c_0), and ``lengths``, ``reset``, ``reset_to`` and ``return_states`` as in ``forward``.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
         h_0, c_0: [L*D, B, P] and [L*D, B, H], without B if x has none; zeros if left out.
 
@@ -403,12 +443,29 @@ class LSTM(_Recurrent, nn.LSTM):
         peephole: bool = False,
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float | tuple[float, float] = 0.0,
+        cell_clip: float | None = None,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
+        reverse: bool = False,
         forget_bias: float | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(*args, **keywords)
         self._set_options(
-            peephole=peephole, layer_norm=layer_norm, weight_dropout=weight_dropout, forget_bias=forget_bias
+            peephole=peephole,
+            layer_norm=layer_norm,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            variational_dropout=variational_dropout,
+            cell_clip=cell_clip,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+            reverse=reverse,
+            forget_bias=forget_bias,
         )
 
     if TYPE_CHECKING:
@@ -416,7 +473,7 @@ class LSTM(_Recurrent, nn.LSTM):
         @overload  # type: ignore[override, no-overload-impl]
         def forward(
             self, input: Tensor, hx: _States | None = None, lengths: Lengths | None = None,
-            reset: Tensor | None = None, return_states: bool = False,
+            reset: Tensor | None = None, return_states: bool = False, reset_to: _States | None = None,
         ) -> tuple[Tensor, _States]: ...  # fmt: skip
         @overload
         def forward(
@@ -445,9 +502,14 @@ class GRU(_Recurrent, nn.GRU):
         device, dtype: those of the parameters.
 
     Options, keyword-only:
-        weight_dropout: as for ``LSTM``.
+        weight_dropout, variational_dropout: as for ``LSTM``.
+        zoneout: p in [0, 1) (Krueger et al. 2017): with probability p a unit keeps h of the step before,
+            drawn anew at every step, ``d * h_prev + (1 - d) * h``; in evaluation d is p.
+        recurrent_dropout: p in [0, 1), of the candidate (Semeniuta et al. 2016): in training
+            h = (1 - z) * m * n + z * h_prev, with m 0 with probability p or 1 / (1 - p), a new mask a step.
+        state_gradient_clip, heads, reverse: as for ``LSTM``; with heads ``weight_hh_l{k}`` is [3*H, H/n].
 
-    Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+    Inputs: x, h_0, and ``lengths``, ``reset``, ``reset_to`` and ``return_states`` as in ``forward``.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
         h_0: [L*D, B, H], without B if x has none; zeros if left out.
 
@@ -477,9 +539,28 @@ class GRU(_Recurrent, nn.GRU):
         True
     """
 
-    def __init__(self, *args: Any, weight_dropout: float = 0.0, **keywords: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        variational_dropout: float | tuple[float, float] = 0.0,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
+        reverse: bool = False,
+        **keywords: Any,
+    ) -> None:
         super().__init__(*args, **keywords)
-        self._set_options(weight_dropout=weight_dropout)
+        self._set_options(
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            variational_dropout=variational_dropout,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+            reverse=reverse,
+        )
 
 
 class RNN(_Recurrent, nn.RNN):
@@ -501,9 +582,11 @@ class RNN(_Recurrent, nn.RNN):
         device, dtype: those of the parameters.
 
     Options, keyword-only:
-        weight_dropout: as for ``LSTM``.
+        weight_dropout, variational_dropout: as for ``LSTM``.
+        zoneout: p, as for ``GRU``.
+        state_gradient_clip, heads, reverse: as for ``LSTM``; with heads ``weight_hh_l{k}`` is [H, H/n].
 
-    Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+    Inputs: x, h_0, and ``lengths``, ``reset``, ``reset_to`` and ``return_states`` as in ``forward``.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
         h_0: [L*D, B, H], without B if x has none; zeros if left out.
 
@@ -532,9 +615,26 @@ class RNN(_Recurrent, nn.RNN):
         (torch.Size([8, 16]), torch.Size([1, 2, 16]))
     """
 
-    def __init__(self, *args: Any, weight_dropout: float = 0.0, **keywords: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        variational_dropout: float | tuple[float, float] = 0.0,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
+        reverse: bool = False,
+        **keywords: Any,
+    ) -> None:
         super().__init__(*args, **keywords)
-        self._set_options(weight_dropout=weight_dropout)
+        self._set_options(
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            variational_dropout=variational_dropout,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+            reverse=reverse,
+        )
 
 
 class _RecurrentCell(_Fused, nn.RNNCellBase):
@@ -552,7 +652,8 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
     def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
         """The cell and the weights of its one layer."""
         cell, vectors = self._cell_name(), [getattr(self, name) for name in self._vectors()]
-        weights = functional.slots(cell, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, *vectors)
+        w_hh = self._dense(self.weight_hh)
+        weights = functional.slots(cell, self.weight_ih, w_hh, self.bias_ih, self.bias_hh, *vectors)
         return [(cell, functional.scan_weights(cell, weights))]
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
@@ -579,12 +680,15 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hidden = (zeros, zeros) if many else (zeros,)
         name, weight_hh, vectors = self._plain_cell(), self.weight_hh, []
+        acts: dict[str, Any] = {}
         if self._fused_options:
-            name, weight_hh = self._cell_name(), self._dropped(weight_hh)
+            name, weight_hh = self._cell_name(), self._of_call(weight_hh)
             vectors = [getattr(self, vector) for vector in self._vectors()]
-        function = getattr(functional, f"{name}_cell")
+            acts = _options.on_states(self._fused_options)
         weights = (self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, *vectors)
-        out = function(input, hidden if many else hidden[0], *weights)
+        out = functional._cell(
+            name, input, hidden if many else hidden[0], *weights, acts=acts, train=self.training
+        )
         if is_batched:
             return out
         return tuple(h.squeeze(0) for h in out) if many else out.squeeze(0)
@@ -606,8 +710,9 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         bias: whether there are biases.
         device, dtype: those of the parameters.
 
-    Options, keyword-only: peephole, layer_norm, weight_dropout and forget_bias as for ``LSTM``, with
-        parameters without suffix.
+    Options, keyword-only: peephole, layer_norm, weight_dropout, zoneout, recurrent_dropout, cell_clip,
+        state_gradient_clip, heads and forget_bias as for ``LSTM``, each call being one step, with parameters
+        without suffix; with heads ``weight_hh`` is [4*H, H/n].
 
     Inputs: x, (h_prev, c_prev).
         x: [B, I], or [I] without a batch.
@@ -649,11 +754,24 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         peephole: bool = False,
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        cell_clip: float | None = None,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
         forget_bias: float | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
         self._set_options(
-            peephole=peephole, layer_norm=layer_norm, weight_dropout=weight_dropout, forget_bias=forget_bias
+            peephole=peephole,
+            layer_norm=layer_norm,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            cell_clip=cell_clip,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+            forget_bias=forget_bias,
         )
 
     if TYPE_CHECKING:
@@ -675,7 +793,8 @@ class GRUCell(_RecurrentCell, nn.GRUCell):
         bias: whether there are biases.
         device, dtype: those of the parameters.
 
-    Options, keyword-only: weight_dropout as for ``LSTM``.
+    Options, keyword-only: weight_dropout, zoneout, recurrent_dropout, state_gradient_clip and heads as for
+        ``GRU``, each call being one step; with heads ``weight_hh`` is [3*H, H/n].
 
     Inputs: x, h_prev.
         x: [B, I], or [I] without a batch.
@@ -714,9 +833,19 @@ class GRUCell(_RecurrentCell, nn.GRUCell):
         dtype=None,
         *,
         weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
-        self._set_options(weight_dropout=weight_dropout)
+        self._set_options(
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            recurrent_dropout=recurrent_dropout,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+        )
 
     if TYPE_CHECKING:
 
@@ -735,7 +864,8 @@ class RNNCell(_RecurrentCell, nn.RNNCell):
         nonlinearity: "tanh" or "relu".
         device, dtype: those of the parameters.
 
-    Options, keyword-only: weight_dropout as for ``LSTM``.
+    Options, keyword-only: weight_dropout, zoneout, state_gradient_clip and heads as for ``RNN``, each call
+        being one step; with heads ``weight_hh`` is [H, H/n].
 
     Inputs: x, h_prev.
         x: [B, I], or [I] without a batch.
@@ -770,9 +900,17 @@ class RNNCell(_RecurrentCell, nn.RNNCell):
         dtype=None,
         *,
         weight_dropout: float = 0.0,
+        zoneout: float = 0.0,
+        state_gradient_clip: float | None = None,
+        heads: int = 1,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
-        self._set_options(weight_dropout=weight_dropout)
+        self._set_options(
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            state_gradient_clip=state_gradient_clip,
+            heads=heads,
+        )
 
     if TYPE_CHECKING:
 

@@ -15,36 +15,42 @@ from torch import Tensor
 
 from . import _C  # noqa: F401  (registers cell_info)
 from .rows import Rows
+from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = ["CELLS", "Cell", "forward", "steps"]
 
 # ---- The cells. A step maps (x [G], a [G], states, *u [U]) to the states; x is the input's part of each
-# gate, a the recurrent part, states are h and what lives beside it, u are vectors of parameters.
+# gate, a the recurrent part, states are h and what lives beside it, u are vectors of parameters. Options act
+# inside it (StepOptions): ``candidate`` on what is about to be added to the state, ``updated`` on the new c.
 
 
-def lstm_step(x, a, states):
+def _same(t):
+    return t
+
+
+def lstm_step(x, a, states, *, candidate=_same, updated=_same):
     """Hochreiter and Schmidhuber (1997) with forget gates, Gers et al. (2000); torch.nn.LSTM's equations."""
     _, c = states
     i, f, o = (torch.sigmoid(x[k] + a[k]) for k in (0, 1, 3))
     g = torch.tanh(x[2] + a[2])
-    c = f * c + i * g
+    c = updated(f * c + i * candidate(g))
     return o * torch.tanh(c), c
 
 
-def lstm_peephole_step(x, a, states, w_ci, w_cf, w_co):
+def lstm_peephole_step(x, a, states, w_ci, w_cf, w_co, *, candidate=_same, updated=_same):
     """Gers and Schmidhuber (2000): i and f see c_{t-1}, and o sees c_t."""
     _, c = states
     i, f = torch.sigmoid(x[0] + a[0] + w_ci * c), torch.sigmoid(x[1] + a[1] + w_cf * c)
     g = torch.tanh(x[2] + a[2])
-    c = f * c + i * g
+    c = updated(f * c + i * candidate(g))
     return torch.sigmoid(x[3] + a[3] + w_co * c) * torch.tanh(c), c
 
 
-def gru_step(x, a, states):
+def gru_step(x, a, states, *, candidate=_same):
     """Cho et al. (2014), the reset gate after the product; torch.nn.GRU's equations."""
     (h,) = states
     r, z = torch.sigmoid(x[0] + a[0]), torch.sigmoid(x[1] + a[1])
-    n = torch.tanh(x[2] + r * a[2])
+    n = candidate(torch.tanh(x[2] + r * a[2]))
     return (n + z * (h - n),)
 
 
@@ -122,10 +128,18 @@ CELLS = {
 # ---- The scan over time ------------------------------------------------------------------------------
 
 
-def steps(cell: Cell, rows: Rows, direction: int, x, initial: Sequence[Tensor], weights: Sequence):
+def steps(
+    cell: Cell,
+    rows: Rows,
+    direction: int,
+    x,
+    initial: Sequence[Tensor],
+    weights: Sequence,
+    options: StepOptions = NO_OPTIONS,
+):
     """One direction, step by step: (each state of every step, in order of t with the rows of a step as
     ``rows.steps()`` has them, each state at the end [B, *]). initial: h0 [B, P] and the others [B, H];
-    weights: the slots of this direction."""
+    weights: the slots of this direction; options: those of the layer."""
     w_ih, w_hh, b_ih, b_hh, w_hr, u = weights
     GH = (w_hh if cell.takes_gates else w_ih).shape[0]
     H = GH // cell.gates
@@ -141,22 +155,36 @@ def steps(cell: Cell, rows: Rows, direction: int, x, initial: Sequence[Tensor], 
     every: list[list] = [[None] * rows.T for _ in now]
     for t in range(rows.T) if direction == 0 else range(rows.T - 1, -1, -1):
         n = len(places[t])
-        before = [rows.keep(places[t], state[:n]) for state in now]
-        a = torch.nn.functional.linear(before[0], w_hh, b_hh).split(H, -1) if cell.dense else None
-        h, *others = cell.step(gx[places[t]].split(H, -1), a, before, *vectors)
-        after = [h if w_hr is None else h @ w_hr.T, *others]
-        now = [torch.cat((new, old[n:])) for new, old in zip(after, now, strict=True)]
-        for states, state in zip(every, after, strict=True):
+        at = options.at(direction, t, places[t], order[:n])
+        to = at.reset_to or (None,) * len(now)
+        before = [rows.keep(places[t], state[:n], new) for state, new in zip(now, to, strict=True)]
+        a = torch.nn.functional.linear(at.masked(before[0]), w_hh, b_hh).split(H, -1) if cell.dense else None
+        gates, inside = gx[places[t]].split(H, -1), at.inside(cell.states)
+        h, *others = cell.step(gates, a, before, *vectors, **inside)
+        after = at.after(before, [h if w_hr is None else h @ w_hr.T, *others])
+        shown = after
+        if at.happens is not None:
+            shown = [torch.where(at.happens, new, torch.zeros_like(new)) for new in after]
+            after = [torch.where(at.happens, new, old[:n]) for new, old in zip(after, now, strict=True)]
+        for states, state in zip(every, shown, strict=True):
             states[t] = state
+        now = [torch.cat((new, old[n:])) for new, old in zip(after, now, strict=True)]
     return every, [state[back] for state in now]
 
 
-def forward(cell: Cell, rows: Rows, x, states: Sequence[Tensor], weights: Sequence):
+def forward(
+    cell: Cell,
+    rows: Rows,
+    x,
+    states: Sequence[Tensor],
+    weights: Sequence,
+    options: StepOptions = NO_OPTIONS,
+):
     """A layer: (y [N, D*P], the states at the end [D, B, *], every state beside h [D, N, H])."""
     directions = []
     for d in range(len(weights) // SLOTS):
         of_direction = weights[d * SLOTS : (d + 1) * SLOTS]
-        every, last = steps(cell, rows, d, x, [state[d] for state in states], of_direction)
+        every, last = steps(cell, rows, d, x, [state[d] for state in states], of_direction, options)
         directions.append(([rows.assemble(of_steps) for of_steps in every], last))
     history = [list(parts) for parts in zip(*(every for every, _ in directions), strict=True)]
     last = [torch.stack(parts) for parts in zip(*(last for _, last in directions), strict=True)]

@@ -40,6 +40,10 @@ class Rows(NamedTuple):
         steps = self.dense(rows)
         return steps.permute(1, 2, 0, 3) if self.batch_first else steps.transpose(1, 2)
 
+    def of_states(self, states: Tensor) -> Tensor:
+        """[T, D, B, *] -> [N, D, *]."""
+        return states.permute(*((2, 0) if self.batch_first else (0, 2)), 1, 3).flatten(0, 1)
+
     # ---- Which row is which
 
     def places(self) -> tuple[Tensor, Tensor]:
@@ -93,16 +97,35 @@ class Rows(NamedTuple):
         carry what stands there into the gradients of the weights."""
         if self.lengths is None:
             return rows
-        t, b = torch.arange(self.T, device=self.lengths.device), self.lengths
-        happens = t < b.unsqueeze(1) if self.batch_first else t.unsqueeze(1) < b
-        happens = happens.flatten().to(rows.device).unsqueeze(1)
-        return torch.where(happens, rows, torch.zeros_like(rows))
+        return torch.where(self.happens(rows.device).unsqueeze(1), rows, torch.zeros_like(rows))
 
-    def keep(self, rows: Tensor, state: Tensor) -> Tensor:
-        """The state [n, *] before the given rows, zero where it is reset."""
+    def happens(self, device: torch.device) -> Tensor:
+        """Whether a row [N] with lengths belongs to a step, or to the padding."""
+        assert self.lengths is not None
+        t, b = torch.arange(self.T, device=self.lengths.device), self.lengths
+        return (t < b.unsqueeze(1) if self.batch_first else t.unsqueeze(1) < b).flatten().to(device)
+
+    def keep(self, rows: Tensor, state: Tensor, to: Tensor | None = None) -> Tensor:
+        """The state [n, *] before the given rows, where it is reset zero or ``to`` [n, *]."""
         if self.reset is None:
             return state
-        return torch.where(self.reset[rows].unsqueeze(1), torch.zeros_like(state), state)
+        to = torch.zeros_like(state) if to is None else to
+        return torch.where(self.reset[rows].unsqueeze(1), to, state)
+
+    def reversed(self, rows: Tensor) -> Tensor:
+        """The rows [N, *] with the steps of each batch index from its last to its first. Padding stays where
+        it is, and reversing twice changes nothing."""
+        if self.batch_sizes is None and self.lengths is None:
+            return self.dense(rows).flip(1 if self.batch_first else 0).flatten(0, 1)
+        t, b = self.places()
+        ends = self.ends()[b]
+        t = torch.where(t < ends, ends - 1 - t, t)
+        if self.batch_sizes is not None:
+            first = self.batch_sizes.cumsum(0) - self.batch_sizes
+            index = first[t] + b
+        else:
+            index = b * self.T + t if self.batch_first else t * self.B + b
+        return rows.index_select(0, index.to(rows.device))
 
     def previous(self, y: Tensor, h0: Tensor, direction: int) -> Tensor:
         """h_{t-1} of every row: y [N, P] one step later, h0 [B, P] where a row begins, zero after a reset."""

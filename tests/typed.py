@@ -19,6 +19,8 @@ def modules_of_two_states(x: Tensor, packed: PackedSequence, states: States, len
     assert_type(cell.forward(x, states), States)
     lstm.forward(packed, lengths=lengths)  # type: ignore[call-overload]
     lstm.forward(x, x)  # type: ignore[call-overload]
+    assert_type(lstm.forward(x, reset=x, reset_to=states), tuple[Tensor, States])
+    lstm.forward(x, reset=x, reset_to=x)  # type: ignore[call-overload]
 
 
 def modules_of_one_state(x: Tensor, packed: PackedSequence, h: Tensor, lengths: Sequence[int]) -> None:
@@ -29,6 +31,7 @@ def modules_of_one_state(x: Tensor, packed: PackedSequence, h: Tensor, lengths: 
     assert_type(rnn.forward(packed), tuple[PackedSequence, Tensor])
     assert_type(fastrnn.GRUCell(1, 1).forward(x, h), Tensor)
     assert_type(fastrnn.RNNCell(1, 1).forward(x), Tensor)
+    assert_type(gru.forward(x, h, reset=x, reset_to=h), tuple[Tensor, Tensor])
     gru.forward(packed, reset=x)  # type: ignore[call-overload]
 
 

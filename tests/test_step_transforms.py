@@ -1,0 +1,252 @@
+"""The options that act on the states between steps: derivatives, transforms, and which kernel runs."""
+
+import copy
+
+import pytest
+import torch
+from step_loop import EVERYTHING, LAYERS, B, H, I, T, flat, loop, make, make_input, options_of, randn, seeded
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+
+import fastrnn
+from fastrnn import functional
+
+pytestmark = pytest.mark.filterwarnings("ignore:fastrnn.*no kernel yet", "ignore:.*deprecated")
+
+
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+# ---- Derivatives ---------------------------------------------------------------------------------------
+
+
+def of_parameters(module):
+    """The outputs as a function of x and the parameters, with the same masks in each call."""
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x, *parameters):
+        torch.manual_seed(7)
+        result = functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+        return tuple(flat(result)) if isinstance(result, tuple) and isinstance(result[1], tuple) else result
+
+    return function
+
+
+@pytest.mark.parametrize(("kind", "options"), EVERYTHING, ids=str)
+def test_derivatives_of_first_and_second_order_and_forward_mode(kind, options):
+    options = {**options, "state_gradient_clip": 100.0}  # clipped, a gradient is no derivative
+    module = getattr(fastrnn, kind)(2, 2, dtype=torch.float64, **options)
+    x = randn(*(2, 2) if kind.endswith("Cell") else (2, 2, 2)).requires_grad_()
+    arguments = (x, *module.parameters())
+    assert torch.autograd.gradcheck(of_parameters(module), arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(of_parameters(module), arguments)
+
+
+@pytest.mark.parametrize(("kind", "zoneout"), [("LSTM", 0.0), ("LSTM", 0.3), ("GRU", 0.0)])
+def test_back_propagation_through_a_clipped_gradient_is_that_of_the_loop(kind, zoneout):
+    module = make(kind, state_gradient_clip=0.05, zoneout=zoneout)
+    x, found = randn(T, B, I).requires_grad_(), []
+    for run in (module, lambda x: loop(module, x)):
+        y = seeded(run, x)[0]
+        gradients = torch.autograd.grad(y.square().sum(), [x, *module.parameters()], create_graph=True)
+        penalty = sum(g.square().sum() for g in gradients)
+        found.append((*gradients, *torch.autograd.grad(penalty, [x, *module.parameters()])))
+    torch.testing.assert_close(*found)
+
+
+def test_forward_mode_through_a_clipped_gradient_is_exact():
+    module = make("GRU", state_gradient_clip=0.05)
+
+    def gradient(x):
+        return grad(lambda x: module(x)[0].square().sum())(x)
+
+    x, step = make_input("GRU"), 1e-6 * make_input("GRU")
+    _, found = jvp(gradient, (x,), (step,))
+    torch.testing.assert_close(found, (gradient(x + step) - gradient(x - step)) / 2, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_reset_to_has_derivatives_of_every_order(kind):
+    module = getattr(fastrnn, kind)(2, 2, dtype=torch.float64)
+    x, reset = randn(3, 2, 2).requires_grad_(), torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool)
+    to = [randn(1, 2, 2).requires_grad_() for _ in range(2 if kind == "LSTM" else 1)]
+
+    def function(x, *to):
+        return module(x, reset=reset, reset_to=to if len(to) > 1 else to[0])[0]
+
+    assert torch.autograd.gradcheck(function, (x, *to), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (x, *to))
+    found = vmap(function, in_dims=(0,) + (None,) * len(to))(torch.stack([x, 2 * x]), *to)
+    torch.testing.assert_close(found, torch.stack([function(x, *to), function(2 * x, *to)]))
+
+
+@pytest.mark.parametrize(("kind", "options"), EVERYTHING, ids=str)
+def test_transforms_of_torch_func(kind, options):
+    module, xs = make(kind, **options).eval(), make_input(kind, 3)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    torch.testing.assert_close(
+        vmap(lambda x: first(module(x)))(xs), torch.stack([first(module(x)) for x in xs])
+    )
+
+    def loss(parameters, x):
+        return first(functional_call(module, parameters, (x,))).square().sum()
+
+    found = vmap(grad(loss), in_dims=(None, 0))(parameters, xs)
+    for i, x in enumerate(xs):
+        expected = torch.autograd.grad(first(module(x)).square().sum(), list(module.parameters()))
+        for g, e in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(g[i], e)
+    if "state_gradient_clip" not in options:
+        return
+    module._fused_options = {**module._fused_options, "state_gradient_clip": 100.0}
+    name = next(name for name in parameters if name.startswith("bias_ih"))
+
+    def of_bias(b):
+        return loss({**parameters, name: b}, xs[0])
+
+    b = parameters[name]
+    torch.testing.assert_close(hessian(of_bias)(b), jacrev(jacrev(of_bias))(b))
+    torch.testing.assert_close(jacfwd(of_bias)(b), jacrev(of_bias)(b))
+
+
+def test_vmap_over_lengths_and_batches_of_gradients():
+    module, x = make("LSTM", **options_of("LSTM")).eval(), make_input("LSTM")
+    lengths = torch.tensor([[1, 5, 0], [4, 4, 2]])
+    found = vmap(lambda n: module(x, lengths=n)[0])(lengths)
+    torch.testing.assert_close(found, torch.stack([module(x, lengths=n)[0] for n in lengths]))
+    y, weights = module(x)[0], list(module.parameters())
+    gs = randn(2, *y.shape)
+    found = torch.autograd.grad(y, weights, gs, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, weights, g, retain_graph=True) for g in gs]
+    torch.testing.assert_close(found, tuple(torch.stack(parts) for parts in zip(*each, strict=True)))
+
+
+@pytest.mark.parametrize(("kind", "options"), EVERYTHING, ids=str)
+def test_compiled_whole_with_gradients(kind, options):
+    torch._dynamo.reset()
+    module, x = make(kind, **options), make_input(kind)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    keywords = {} if kind.endswith("Cell") else {"lengths": torch.tensor([2, 5, 0])}
+    found = []
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for function in (module, compiled):
+            y = first(seeded(function, x, **keywords))
+            found.append((y, torch.autograd.grad(y.square().sum(), list(module.parameters()))))
+        torch.testing.assert_close(*found)
+        module.eval()
+        torch.testing.assert_close(compiled(x, **keywords), module(x, **keywords))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("kind", "options"), EVERYTHING, ids=str)
+def test_traced_and_exported_modules_compute_the_same(kind, options):
+    module, x = make(kind, **options), make_input(kind)
+    traced = torch.jit.trace(module, (x,), check_trace=False)
+    torch.testing.assert_close(seeded(traced, x), seeded(module, x))
+    module.eval()
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*dynamo")
+@pytest.mark.parametrize("options", [{"zoneout": 0.5}, {"reverse": True}])
+def test_onnx_export_refuses_in_one_line(tmp_path, options):
+    with pytest.raises(RuntimeError, match=r"fastrnn: torch\.onnx\.export .* not .*between steps"):
+        torch.onnx.export(
+            make("GRU", **options).eval(), (make_input("GRU"),), str(tmp_path / "m"), dynamo=False
+        )
+
+
+# ---- Which kernel runs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "evaluating"),
+    [
+        ({"zoneout": 0.1}, "zoneout has no kernel yet", "zoneout has no kernel yet"),
+        ({"cell_clip": 1.0}, "cell_clip has no kernel yet", "cell_clip has no kernel yet"),
+        ({"recurrent_dropout": 0.1}, "recurrent_dropout has no kernel yet", None),
+        ({"variational_dropout": 0.1}, "variational_dropout has no kernel yet", None),
+        ({"variational_dropout": (0.1, 0.0)}, None, None),
+        ({"heads": 2}, None, None),
+        ({"reverse": True}, None, None),
+        ({"zoneout": 0.1, "cell_clip": 1.0}, *["zoneout and cell_clip have no kernel yet"] * 2),
+    ],
+)
+def test_explain_warnings_and_strict_mode_name_options_without_kernels(
+    monkeypatch, options, training, evaluating
+):
+    monkeypatch.setattr(functional, "_warned", set())
+    module, x = make("LSTM", **options), make_input("LSTM")
+    for reason in (training, evaluating):
+        (found,) = fastrnn.explain(module, x)
+        assert found.operator == (None if reason else "fastrnn::lstm")
+        if reason:
+            assert found.forward == found.backward == f"{reason}: torch operations"
+        fastrnn.set_strict(True)
+        try:
+            if reason:
+                with pytest.raises(RuntimeError, match=f"{reason}, and strict mode forbids"):
+                    module(x)
+            else:
+                module(x)
+        finally:
+            fastrnn.set_strict(False)
+        module.eval()
+
+
+@pytest.mark.filterwarnings("error:fastrnn")
+def test_a_call_without_kernels_warns_once(monkeypatch):
+    monkeypatch.setattr(functional, "_warned", set())
+    module, x = make("GRU", zoneout=0.1), make_input("GRU")
+    with pytest.warns(functional.FallbackWarning, match="zoneout has no kernel yet; a path of torch"):
+        module(x)
+    module(x)
+    with pytest.warns(functional.FallbackWarning, match="reset_to has no kernel yet"):
+        make("GRU")(x, reset=torch.zeros(T, B, dtype=torch.bool), reset_to=randn(1, B, H))
+
+
+@pytest.mark.filterwarnings("error:fastrnn")
+def test_without_gradients_clipping_them_takes_the_kernels(monkeypatch):
+    monkeypatch.setattr(functional, "_warned", set())
+    module, x = make("GRU", state_gradient_clip=0.1), make_input("GRU")
+    twin = make("GRU")
+    twin.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), twin(x), atol=0, rtol=0)
+    with pytest.warns(functional.FallbackWarning, match="state_gradient_clip has no kernel yet"):
+        torch.testing.assert_close(module(x), twin(x))
+
+
+def test_a_hook_of_state_gradients_gets_rows_as_they_lie_or_says_why_not():
+    module, x, lengths, seen = make("GRU", reverse=True), make_input("GRU"), torch.tensor([2, 5, 4]), []
+    module.register_state_gradient_hook(seen.append)
+    y, _ = module(x, lengths=lengths)
+    y.square().sum().backward()
+    twin = make("GRU", bidirectional=True)
+    twin.load_state_dict(
+        twin.state_dict() | {f"{name}_reverse": w for name, w in module.state_dict().items()}
+    )
+    others = []
+    twin.register_state_gradient_hook(others.append)
+    twin(x, lengths=lengths)[0][..., H:].square().sum().backward()
+    torch.testing.assert_close(seen[0].dh[0], others[0].dh[1])
+    assert seen[0].rows.lengths is not None
+    zoned = make("GRU", zoneout=0.1)
+    zoned.register_state_gradient_hook(seen.append)
+    with pytest.raises(RuntimeError, match="in ordinary calls: zoneout has no kernel yet"):
+        zoned(x)
+
+
+@pytest.mark.filterwarnings("ignore:fastrnn")
+@pytest.mark.parametrize(("kind", "options"), EVERYTHING, ids=str)
+def test_other_dtypes_and_autocast(kind, options):
+    module, x = make(kind, **options), make_input(kind)
+    expected = seeded(module, x)
+    low = copy.deepcopy(module).bfloat16()
+    found = seeded(low, x.bfloat16())
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1, check_dtype=False)
+    assert first(found).dtype == torch.bfloat16
+    single = copy.deepcopy(module).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = seeded(single, x.float())
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02, check_dtype=False)
