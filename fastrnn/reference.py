@@ -75,6 +75,16 @@ def lstm_layer_norm_step(x, a, states, *vectors):
     return o * torch.tanh(torch.nn.functional.layer_norm(c, c.shape[-1:], *vectors[8:])), c
 
 
+def indrnn_tanh_step(x, a, states, u):
+    """Li et al. (2018) with tanh: a unit sees its own state alone."""
+    return (torch.tanh(x[0] + u * states[0]),)
+
+
+def indrnn_relu_step(x, a, states, u):
+    """Li et al. (2018) with relu."""
+    return (torch.relu(x[0] + u * states[0]),)
+
+
 def lstm_hidden(saved, c):
     """h = o tanh(c), before a projection, from the kernels' i, f, g, o [..., 4*H] and c [..., H]."""
     return saved[..., 3 * c.shape[-1] :] * torch.tanh(c)
@@ -122,6 +132,8 @@ CELLS = {
     "gru": Cell.of("gru", gru_step),
     "rnn_tanh": Cell.of("rnn_tanh", rnn_tanh_step),
     "rnn_relu": Cell.of("rnn_relu", rnn_relu_step),
+    "indrnn_tanh": Cell.of("indrnn_tanh", indrnn_tanh_step),
+    "indrnn_relu": Cell.of("indrnn_relu", indrnn_relu_step),
 }
 
 

@@ -62,6 +62,7 @@ SAMPLE = [
 
 LSTM = kernels("lstm", "(lstm or projection) and not schedule")
 PEEPHOLE = kernels("lstm_peephole", "lstm_peephole and not schedule")
+ALONE = kernels("indrnn_tanh", "indrnn_tanh and not schedule")
 ROWS = kernels("lstm_layer_norm", "lstm_layer_norm and not schedule", "thread")
 GRU = kernels("gru", "(gru or replicas) and not schedule")
 ORDERS = kernels("lstm", "lstm and (schedule or bf16)")  # of the threads
@@ -134,6 +135,7 @@ KERNELS = [
     Mutant("single-steps-reset-does-not-reach-the-product", LSTM, "zero ? Acc<S>{} : ", ""),
     Mutant("single-steps-rows-yet-to-begin-not-reset", LSTM, "(B * H)", "(n * H)"),
     Mutant("one-direction-for-both", LSTM, "d == 0 ? host.T - 1 - step : step", "host.T - 1 - step"),
+    Mutant("alone-one-direction-for-both", ALONE, "p.reverse ? step : ", ""),
     Mutant("sums-of-a-row-without-barrier", ROWS),
     Mutant("rows-of-no-step-not-cleared", LSTM),
     Mutant("driver-exchange-not-cleared", LSTM),

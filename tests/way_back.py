@@ -94,6 +94,16 @@ def lstm_layer_norm_back(saved, h, h_prev, c, c_prev, dh, dc, *u):
     return (*recurrent.split(c.shape[-1], -1), *da), None, dc, dc * f, *dgain, *da, dt * n, dt
 
 
+def indrnn_tanh_back(saved, h, h_prev, c, c_prev, dh, dc, u):
+    d = dh * (1 - h**2)
+    return (d,), d * u, None, None, d * h_prev
+
+
+def indrnn_relu_back(saved, h, h_prev, c, c_prev, dh, dc, u):
+    d = torch.where(h <= 0, torch.zeros_like(dh), dh)
+    return (d,), d * u, None, None, d * h_prev
+
+
 def gru_back(saved, h, h_prev, c, c_prev, dh, dc):
     r, z, n, q = saved
     dn, dz = dh * (1 - z) * (1 - n**2), dh * (h_prev - n)
@@ -116,6 +126,8 @@ SAVED = {
     "gru": gru_saved,
     "rnn_tanh": nothing_saved,
     "rnn_relu": nothing_saved,
+    "indrnn_tanh": nothing_saved,
+    "indrnn_relu": nothing_saved,
 }
 BACK = {
     "lstm": lstm_back,
@@ -124,6 +136,8 @@ BACK = {
     "gru": gru_back,
     "rnn_tanh": rnn_tanh_back,
     "rnn_relu": rnn_relu_back,
+    "indrnn_tanh": indrnn_tanh_back,
+    "indrnn_relu": indrnn_relu_back,
 }
 
 

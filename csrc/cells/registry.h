@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "cells/gru.h"
+#include "cells/indrnn.h"
 #include "cells/lstm.h"
 #include "cells/lstm_layer_norm.h"
 #include "cells/rnn.h"
@@ -33,6 +34,6 @@ FASTRNN_INLINE void with_cell(const CellInfo& cell, F f) {
   });
 }
 
-using AllCells = CellList<Lstm, LstmPeephole, LstmLayerNorm, Gru, RnnTanh, RnnRelu>;
+using AllCells = CellList<Lstm, LstmPeephole, LstmLayerNorm, Gru, RnnTanh, RnnRelu, IndRnnTanh, IndRnnRelu>;
 
 }  // namespace fastrnn
