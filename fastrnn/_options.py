@@ -53,6 +53,7 @@ OPTIONS = {
         cell="_peephole",
         vectors={"lstm": {"weight_ci": 1, "weight_cf": 1, "weight_co": 1}},
     ),
+    "coupled": Option(False, _flag, cell="_coupled"),
     "weight_dropout": Option(0.0, _probability),
     "forget_bias": Option(None, _bias, initialise=init.forget_bias_, only_initialises=True),
 }
@@ -61,7 +62,11 @@ OPTIONS = {
 def on(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
     """Those of a constructor's options that are not off, checked, in the order of the table."""
     checked = {name: OPTIONS[name].checked(name, values[name], module) for name in OPTIONS if name in values}
-    return {name: value for name, value in checked.items() if value != OPTIONS[name].off}
+    given = {name: value for name, value in checked.items() if value != OPTIONS[name].off}
+    cells = [f"{name}={value}" for name, value in given.items() if OPTIONS[name].cell]
+    if len(cells) > 1:
+        raise ValueError(f"{' and '.join(cells)} cannot be combined")
+    return given
 
 
 def cell_name(cell: str, options: dict[str, Any]) -> str:

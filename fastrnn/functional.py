@@ -20,13 +20,15 @@ from .reference import CELLS
 from .rows import Rows
 
 __all__ = [
-    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_peephole", "lstm_peephole_cell",
-    "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict",
+    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_coupled", "lstm_coupled_cell",
+    "lstm_peephole", "lstm_peephole_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
+    "set_strict",
 ]  # fmt: skip
 
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------
 
 _KERNEL_DTYPES = (torch.float32, torch.float64)
+_TORCHS = {"lstm", "gru", "rnn_tanh", "rnn_relu"}  # cells that torch has
 _strict = os.environ.get("FASTRNN_STRICT") == "1"
 _warned: set[str] = set()
 
@@ -74,7 +76,7 @@ def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
         if torch.onnx.is_in_onnx_export():
             raise RuntimeError(
                 "fastrnn: torch.onnx.export takes what torch.nn has, "
-                "not lengths, reset, return_states or peephole"
+                "not lengths, reset, return_states, peephole or coupled"
             )
     return reason
 
@@ -350,7 +352,7 @@ def _recurrent(
         x, hx, params, *options, batch_first = args
     cell = CELLS[name]
     hidden = tuple(hx) if cell.states > 1 else (hx,)
-    extended = extended or cell.vectors > 0  # torch has no such cell
+    extended = extended or name not in _TORCHS
     torch_path = takes_torch_path(params[0], extended)
     if state_hook is not None and (torch_path or _autograd._is_traced()):
         reason = torch_path_reason(params[0], extended)
@@ -434,6 +436,13 @@ def lstm_peephole(
     return _recurrent("lstm_peephole", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
 
 
+def lstm_coupled(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``lstm`` with i = 1 - f: its weights and biases are [3*H, *], gates f, g, o."""
+    return _recurrent("lstm_coupled", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+
+
 class _SingleState(Protocol):
     """``torch.gru`` and its siblings, dense and packed."""
 
@@ -491,10 +500,11 @@ def _cell(
     name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     *vectors: Tensor,
 ):  # fmt: skip
-    """``torch.<name>_cell``, and cells with vectors of parameters, which torch has not. Without units (H = 0)
-    there is nothing to compute, and no kernel for it."""
-    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, vectors != ())
-    if torch_path and not vectors:
+    """``torch.<name>_cell``, and cells that torch has not. Without units (H = 0) there is nothing to compute,
+    and no kernel for it."""
+    extended = name not in _TORCHS
+    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, extended)
+    if torch_path and not extended:
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     hidden = tuple(hx) if CELLS[name].states > 1 else (hx,)
     _check_cell(input, hidden, w_ih, w_hh)
@@ -538,6 +548,18 @@ def lstm_peephole_cell(
 ) -> tuple[Tensor, Tensor]:
     """``lstm_cell`` with peepholes w_ci, w_cf and w_co [H]; both biases may be None."""
     return _cell("lstm_peephole", input, hx, w_ih, w_hh, b_ih, b_hh, w_ci, w_cf, w_co)
+
+
+def lstm_coupled_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``lstm_cell`` with i = 1 - f: its weights and biases are [3*H, *], gates f, g, o."""
+    return _cell("lstm_coupled", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 class _SingleStateCell(Protocol):

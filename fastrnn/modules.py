@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from . import _autograd, _options, _prepack, functional
 from ._warn import warn
 from .functional import Lengths
+from .reference import CELLS
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 _States = tuple[Tensor, Tensor]  # (h, c)
@@ -66,6 +67,7 @@ class _Fused(nn.Module):
         """The end of a constructor, with its options."""
         if options := _options.on(self, values):
             self._fused_options = options
+            self._keep_gates(CELLS[self._cell_name()].gates)
             if vectors := self._vectors():
                 self._add_vectors(vectors)
             self._initialise_options()
@@ -81,6 +83,13 @@ class _Fused(nn.Module):
         """[k*H], beside a weight and initialised as torch.nn initialises all of them."""
         bound = self.hidden_size**-0.5
         return nn.Parameter(weight.new_empty(k * self.hidden_size).uniform_(-bound, bound))
+
+    def _keep_gates(self, gates: int) -> None:
+        """The first ``gates`` blocks of H rows of each parameter, for cells with fewer than torch.nn's."""
+        for name, parameter in list(self._parameters.items()):
+            if parameter is not None and len(parameter) > gates * self.hidden_size:
+                kept = parameter.detach()[: gates * self.hidden_size]
+                setattr(self, name, nn.Parameter(kept.clone(memory_format=torch.contiguous_format)))
 
     def _initialise_options(self) -> None:
         for name, value in self._fused_options.items():
@@ -219,8 +228,8 @@ class _Recurrent(_Fused, nn.RNNBase):
         self._init_flat_weights()
 
     def flatten_parameters(self) -> None:
-        """torch.nn's, for cuDNN, which has no use for modules with parameters of their own."""
-        if not self._vectors():
+        """torch.nn's, for cuDNN, which has no use for cells of fastrnn's own."""
+        if self._cell_name() == self._plain_cell():
             super().flatten_parameters()
 
     def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
@@ -344,6 +353,8 @@ class LSTM(_Recurrent, nn.LSTM):
             (Gers and Schmidhuber 2000): ``weight_ci * c_prev``, ``weight_cf * c_prev`` and ``weight_co * c``
             are added inside the three sigmoids. Parameters ``weight_ci_l{k}``, ``weight_cf_l{k}`` and
             ``weight_co_l{k}`` [H].
+        coupled: i = 1 - f (Greff et al. 2017, "CIFG"), not together with peephole. Three gates, in the order
+            f g o, so that 4*H is 3*H in the shapes below.
         weight_dropout: p in [0, 1), DropConnect (Merity et al. 2018): in training each element of every
             ``weight_hh_l{k}`` is zero with probability p, the others are divided by 1 - p; one mask a call,
             the same in all steps.
@@ -384,12 +395,15 @@ class LSTM(_Recurrent, nn.LSTM):
         self,
         *args: Any,
         peephole: bool = False,
+        coupled: bool = False,
         weight_dropout: float = 0.0,
         forget_bias: float | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(*args, **keywords)
-        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
+        self._set_options(
+            peephole=peephole, coupled=coupled, weight_dropout=weight_dropout, forget_bias=forget_bias
+        )
 
     if TYPE_CHECKING:
 
@@ -586,7 +600,7 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         bias: whether there are biases.
         device, dtype: those of the parameters.
 
-    Options, keyword-only: peephole, weight_dropout and forget_bias as for ``LSTM``, with parameters
+    Options, keyword-only: peephole, coupled, weight_dropout and forget_bias as for ``LSTM``, with parameters
         ``weight_ci``, ``weight_cf`` and ``weight_co`` [H].
 
     Inputs: x, (h_prev, c_prev).
@@ -627,11 +641,14 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         dtype=None,
         *,
         peephole: bool = False,
+        coupled: bool = False,
         weight_dropout: float = 0.0,
         forget_bias: float | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
-        self._set_options(peephole=peephole, weight_dropout=weight_dropout, forget_bias=forget_bias)
+        self._set_options(
+            peephole=peephole, coupled=coupled, weight_dropout=weight_dropout, forget_bias=forget_bias
+        )
 
     if TYPE_CHECKING:
 

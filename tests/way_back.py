@@ -26,6 +26,11 @@ def lstm_peephole_saved(x, a, c, w_ci, w_cf, w_co):
     return i, f, g, torch.sigmoid(x[3] + a[3] + w_co * (f * c + i * g))
 
 
+def lstm_coupled_saved(x, a):
+    f, g, o = (x[k] + a[k] for k in range(3))
+    return torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+
 def gru_saved(x, a):
     r, z = torch.sigmoid(x[0] + a[0]), torch.sigmoid(x[1] + a[1])
     return r, z, torch.tanh(x[2] + r * a[2]), a[2]
@@ -58,6 +63,14 @@ def lstm_peephole_back(saved, h, h_prev, c, c_prev, dh, dc, w_ci, w_cf, w_co):
     return (di, df, dc * i * (1 - g**2), do), None, dc, dc_prev, di * c_prev, df * c_prev, do * c
 
 
+def lstm_coupled_back(saved, h, h_prev, c, c_prev, dh, dc):
+    f, g, o = saved
+    tanh_c = torch.tanh(c)
+    dc = dc + dh * o * (1 - tanh_c**2)
+    df, dg, do = dc * (c_prev - g), dc * (1 - f), dh * tanh_c
+    return (df * f * (1 - f), dg * (1 - g**2), do * o * (1 - o)), None, dc, dc * f
+
+
 def gru_back(saved, h, h_prev, c, c_prev, dh, dc):
     r, z, n, q = saved
     dn, dz = dh * (1 - z) * (1 - n**2), dh * (h_prev - n)
@@ -76,6 +89,7 @@ def rnn_relu_back(saved, h, h_prev, c, c_prev, dh, dc):
 SAVED = {
     "lstm": lstm_saved,
     "lstm_peephole": lstm_peephole_saved,
+    "lstm_coupled": lstm_coupled_saved,
     "gru": gru_saved,
     "rnn_tanh": nothing_saved,
     "rnn_relu": nothing_saved,
@@ -83,6 +97,7 @@ SAVED = {
 BACK = {
     "lstm": lstm_back,
     "lstm_peephole": lstm_peephole_back,
+    "lstm_coupled": lstm_coupled_back,
     "gru": gru_back,
     "rnn_tanh": rnn_tanh_back,
     "rnn_relu": rnn_relu_back,

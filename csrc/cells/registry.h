@@ -4,6 +4,7 @@
 
 #include "cells/gru.h"
 #include "cells/lstm.h"
+#include "cells/lstm_coupled.h"
 #include "cells/rnn.h"
 
 namespace fastrnn {
@@ -32,6 +33,6 @@ FASTRNN_INLINE void with_cell(const CellInfo& cell, F f) {
   });
 }
 
-using AllCells = CellList<Lstm, LstmPeephole, Gru, RnnTanh, RnnRelu>;
+using AllCells = CellList<Lstm, LstmPeephole, LstmCoupled, Gru, RnnTanh, RnnRelu>;
 
 }  // namespace fastrnn
