@@ -105,6 +105,7 @@ OPTIONS = {
         vectors={"lstm": {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "shift_c": 1}},
         initialise=lambda module, _: init.norm_(module),
     ),
+    "coupled": Option(False, _flag, cell="_coupled"),
     "weight_dropout": Option(0.0, _probability),
     "zoneout": Option(0.0, _zoneout),
     "recurrent_dropout": Option(0.0, _probability, inside="candidate"),
@@ -120,7 +121,11 @@ OPTIONS = {
 def on(module: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
     """Those of a constructor's options that are not off, checked, in the order of the table."""
     checked = {name: OPTIONS[name].checked(name, values[name], module) for name in OPTIONS if name in values}
-    return {name: value for name, value in checked.items() if value != OPTIONS[name].off}
+    given = {name: value for name, value in checked.items() if value != OPTIONS[name].off}
+    cells = [f"{name}={value}" for name, value in given.items() if OPTIONS[name].cell]
+    if len(cells) > 1:
+        raise ValueError(f"{' and '.join(cells)} cannot be combined")
+    return given
 
 
 def cell_name(cell: str, options: dict[str, Any]) -> str:

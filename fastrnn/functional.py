@@ -21,14 +21,15 @@ from .rows import Rows
 from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = [
-    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_layer_norm", "lstm_layer_norm_cell",
-    "lstm_peephole", "lstm_peephole_cell",
-    "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict",
+    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_coupled", "lstm_coupled_cell",
+    "lstm_layer_norm", "lstm_layer_norm_cell", "lstm_peephole", "lstm_peephole_cell", "rnn_relu",
+    "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict",
 ]  # fmt: skip
 
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------
 
 _KERNEL_DTYPES = (torch.float32, torch.float64)
+_TORCHS = {"lstm", "gru", "rnn_tanh", "rnn_relu"}  # cells that torch has
 _strict = os.environ.get("FASTRNN_STRICT") == "1"
 _warned: set[str] = set()
 _NOTHING: Mapping[str, Any] = {}
@@ -85,7 +86,7 @@ def torch_path_reason(weight: Tensor, extended: bool = False, unserved: Sequence
         if torch.onnx.is_in_onnx_export():
             raise RuntimeError(
                 "fastrnn: torch.onnx.export takes what torch.nn has, "
-                "not lengths, reset, return_states, peephole or what acts on the states between steps"
+                "not lengths, reset, return_states, fastrnn's own cells or what acts on the states between steps"
             )
     return reason or unserved_reason(unserved)
 
@@ -460,7 +461,7 @@ def _recurrent(
         unserved = step_options.acting(acts, options[3], torch.is_grad_enabled())
     if reset_to is not None:
         unserved.append("reset_to")
-    extended = extended or cell.vectors > 0 or len(acts) > 0  # torch has no such cell
+    extended = extended or name not in _TORCHS or len(acts) > 0
     torch_path = takes_torch_path(params[0], extended, unserved)
     if state_hook is not None and (torch_path or _autograd._is_traced()):
         reason = torch_path_reason(params[0], extended, unserved)
@@ -557,6 +558,13 @@ def lstm_layer_norm(
     return _recurrent("lstm_layer_norm", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
 
 
+def lstm_coupled(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``lstm`` with i = 1 - f: its weights and biases are [3*H, *], gates f, g, o."""
+    return _recurrent("lstm_coupled", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+
+
 class _SingleState(Protocol):
     """``torch.gru`` and its siblings, dense and packed."""
 
@@ -614,10 +622,10 @@ def _cell(
     name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     *vectors: Tensor, acts: Mapping[str, Any] = _NOTHING, train: bool = False,
 ):  # fmt: skip
-    """``torch.<name>_cell``, and what torch has not: cells with vectors of parameters, and the options of
-    ``step_options``. Without units (H = 0) there is nothing to compute, and no kernel for it."""
+    """``torch.<name>_cell``, and what torch has not: other cells, and the options of ``step_options``. Without
+    units (H = 0) there is nothing to compute, and no kernel for it."""
     unserved = step_options.acting(acts, train, torch.is_grad_enabled()) if acts else []
-    extended = vectors != () or (len(acts) > 0 and w_hh.shape[-1] > 0)
+    extended = name not in _TORCHS or (len(acts) > 0 and w_hh.shape[-1] > 0)
     torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, extended, unserved)
     if torch_path and not extended:
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
@@ -684,6 +692,18 @@ def lstm_layer_norm_cell(
     """``lstm_cell`` with layer normalisation: gain_ih and gain_hh [4*H], gain_c and shift_c [H]."""
     vectors = gain_ih, gain_hh, gain_c, shift_c
     return _cell("lstm_layer_norm", input, hx, w_ih, w_hh, b_ih, b_hh, *vectors)
+
+
+def lstm_coupled_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``lstm_cell`` with i = 1 - f: its weights and biases are [3*H, *], gates f, g, o."""
+    return _cell("lstm_coupled", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 class _SingleStateCell(Protocol):

@@ -62,9 +62,9 @@ def orthogonal_(module: _Module) -> _Module:
 def forget_bias_(module: _Module, v: float) -> _Module:
     """Sets the biases of every LSTM's forget gate: bias_ih's part to v and bias_hh's to 0, so that v is their
     sum. A positive one makes a new network remember (Gers et al. 2000; Jozefowicz et al. 2015 take 1)."""
-    for b_ih, b_hh in _blocks(module, _LSTMS, "bias_ih", "bias_hh"):
-        b_ih[1].fill_(v)
-        b_hh[1].zero_()
+    for b_ih, b_hh in _blocks(module, _LSTMS, "bias_ih", "bias_hh"):  # (i) f g o
+        b_ih[-3].fill_(v)
+        b_hh[-3].zero_()
     return module
 
 
@@ -84,8 +84,9 @@ def chrono_(module: _Module, t_max: float) -> _Module:
     if not isinstance(t_max, (int, float)) or not 2 <= t_max < float("inf"):
         raise ValueError(f"t_max should be a finite number of at least 2, got {t_max!r}")
     for b_ih, b_hh in _blocks(module, _LSTMS, "bias_ih", "bias_hh"):
-        b_ih[1].uniform_(1, float(t_max) - 1).log_()
-        b_ih[0].copy_(-b_ih[1])
-        b_hh[0].zero_()
-        b_hh[1].zero_()
+        b_ih[-3].uniform_(1, float(t_max) - 1).log_()
+        b_hh[-3].zero_()
+        if len(b_ih) > 3:  # with i = 1 - f there is no b_i
+            b_ih[0].copy_(-b_ih[1])
+            b_hh[0].zero_()
     return module

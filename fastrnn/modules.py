@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from . import _autograd, _options, _prepack, functional, step_options
 from ._warn import warn
 from .functional import Lengths
+from .reference import CELLS
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 _States = tuple[Tensor, Tensor]  # (h, c)
@@ -67,6 +68,7 @@ class _Fused(nn.Module):
         if options := _options.on(self, values):
             self._fused_options = options
             _options.check_cell(self._cell_name(), options, getattr(self, "proj_size", 0))
+            self._keep_gates(CELLS[self._cell_name()].gates)
             if "heads" in options:
                 self._split_heads(options["heads"])
             if vectors := self._vectors():
@@ -94,6 +96,13 @@ class _Fused(nn.Module):
                 setattr(self, name, nn.Parameter(drawn))
         if isinstance(self, nn.RNNBase):
             self._init_flat_weights()
+
+    def _keep_gates(self, gates: int) -> None:
+        """The first ``gates`` blocks of H rows of each parameter, for cells with fewer than torch.nn's."""
+        for name, parameter in list(self._parameters.items()):
+            if parameter is not None and len(parameter) > gates * self.hidden_size:
+                kept = parameter.detach()[: gates * self.hidden_size]
+                setattr(self, name, nn.Parameter(kept.clone(memory_format=torch.contiguous_format)))
 
     def _initialise_options(self) -> None:
         for name, value in self._fused_options.items():
@@ -246,8 +255,8 @@ class _Recurrent(_Fused, nn.RNNBase):
         self._init_flat_weights()
 
     def flatten_parameters(self) -> None:
-        """torch.nn's, for cuDNN, which has no use for modules with parameters of their own."""
-        if not (self._vectors() or "heads" in self._fused_options):
+        """torch.nn's, for cuDNN, which has no use for cells and parameters of fastrnn's own."""
+        if self._cell_name() == self._plain_cell() and "heads" not in self._fused_options:
             super().flatten_parameters()
 
     def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
@@ -377,12 +386,14 @@ class LSTM(_Recurrent, nn.LSTM):
             (Gers and Schmidhuber 2000): ``weight_ci * c_prev``, ``weight_cf * c_prev`` and ``weight_co * c``
             are added inside the three sigmoids. Parameters ``weight_ci_l{k}``, ``weight_cf_l{k}`` and
             ``weight_co_l{k}`` [H].
+        coupled: i = 1 - f (Greff et al. 2017, "CIFG"), not together with peephole. Three gates, in the order
+            f g o, so that 4*H is 3*H in the shapes below.
         layer_norm: layer normalisation (Ba et al. 2016, eq. 20-22): the gates' arguments are
             ``gain_ih * n(W_ih x) + b_ih + gain_hh * n(W_hh h_prev) + b_hh``, each n over all 4*H, and
             ``h = o * tanh(gain_c * n(c) + shift_c)``; c itself is carried as it is. n(v) is v less its mean,
             divided by its standard deviation (1e-5 is added to the variance). Parameters ``gain_ih_l{k}`` and
             ``gain_hh_l{k}`` [4*H], ``gain_c_l{k}`` and ``shift_c_l{k}`` [H], ones and zeros at first. Not
-            with proj_size, nor with peephole.
+            with proj_size, peephole or coupled.
         weight_dropout: p in [0, 1), DropConnect (Merity et al. 2018): in training each element of every
             ``weight_hh_l{k}`` is zero with probability p, the others are divided by 1 - p; one mask a call,
             the same in all steps.
@@ -441,6 +452,7 @@ class LSTM(_Recurrent, nn.LSTM):
         self,
         *args: Any,
         peephole: bool = False,
+        coupled: bool = False,
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
@@ -456,6 +468,7 @@ class LSTM(_Recurrent, nn.LSTM):
         super().__init__(*args, **keywords)
         self._set_options(
             peephole=peephole,
+            coupled=coupled,
             layer_norm=layer_norm,
             weight_dropout=weight_dropout,
             zoneout=zoneout,
@@ -710,8 +723,8 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         bias: whether there are biases.
         device, dtype: those of the parameters.
 
-    Options, keyword-only: peephole, layer_norm, weight_dropout, zoneout, recurrent_dropout, cell_clip,
-        state_gradient_clip, heads and forget_bias as for ``LSTM``, each call being one step, with parameters
+    Options, keyword-only: peephole, coupled, layer_norm, weight_dropout, zoneout, recurrent_dropout,
+        cell_clip, state_gradient_clip, heads and forget_bias as for ``LSTM``, each call being one step, with parameters
         without suffix; with heads ``weight_hh`` is [4*H, H/n].
 
     Inputs: x, (h_prev, c_prev).
@@ -752,6 +765,7 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         dtype=None,
         *,
         peephole: bool = False,
+        coupled: bool = False,
         layer_norm: bool = False,
         weight_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
@@ -764,6 +778,7 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         super().__init__(input_size, hidden_size, bias, device, dtype)
         self._set_options(
             peephole=peephole,
+            coupled=coupled,
             layer_norm=layer_norm,
             weight_dropout=weight_dropout,
             zoneout=zoneout,

@@ -46,6 +46,14 @@ def lstm_peephole_step(x, a, states, w_ci, w_cf, w_co, *, candidate=_same, updat
     return torch.sigmoid(x[3] + a[3] + w_co * c) * torch.tanh(c), c
 
 
+def lstm_coupled_step(x, a, states, *, candidate=_same, updated=_same):
+    """Greff et al. (2017), "CIFG": i = 1 - f, gates f, g, o."""
+    _, c = states
+    f, o = torch.sigmoid(x[0] + a[0]), torch.sigmoid(x[2] + a[2])
+    c = updated(f * c + (1 - f) * candidate(torch.tanh(x[1] + a[1])))
+    return o * torch.tanh(c), c
+
+
 def gru_step(x, a, states, *, candidate=_same):
     """Cho et al. (2014), the reset gate after the product; torch.nn.GRU's equations."""
     (h,) = states
@@ -86,8 +94,9 @@ def indrnn_relu_step(x, a, states, u):
 
 
 def lstm_hidden(saved, c):
-    """h = o tanh(c), before a projection, from the kernels' i, f, g, o [..., 4*H] and c [..., H]."""
-    return saved[..., 3 * c.shape[-1] :] * torch.tanh(c)
+    """h = o tanh(c), before a projection, from the kernels' gates [..., G*H], of which o is the last, and
+    c [..., H]."""
+    return saved[..., -c.shape[-1] :] * torch.tanh(c)
 
 
 # What the operators take for each direction (csrc/common/operators.h).
@@ -129,6 +138,7 @@ CELLS = {
     "lstm": Cell.of("lstm", lstm_step, lstm_hidden),
     "lstm_peephole": Cell.of("lstm_peephole", lstm_peephole_step, lstm_hidden),
     "lstm_layer_norm": Cell.of("lstm_layer_norm", lstm_layer_norm_step),
+    "lstm_coupled": Cell.of("lstm_coupled", lstm_coupled_step, lstm_hidden),
     "gru": Cell.of("gru", gru_step),
     "rnn_tanh": Cell.of("rnn_tanh", rnn_tanh_step),
     "rnn_relu": Cell.of("rnn_relu", rnn_relu_step),

@@ -58,7 +58,7 @@ def peephole_step(x, h, c, p):
     return p["weight_hr"] @ h if "weight_hr" in p else h, c
 
 
-def peephole_lstm(lstm, x, hx=None, lengths=None, reset=None):
+def peephole_lstm(lstm, x, hx=None, lengths=None, reset=None, step=peephole_step):
     """(y [T, B, D*P], h_n, c_n, every h [T, L*D, B, P], every c), time-major and dense, zeros in padding."""
     parameters = dict(lstm.named_parameters())
     ways = ["", "_reverse"] if lstm.bidirectional else [""]
@@ -78,7 +78,7 @@ def peephole_lstm(lstm, x, hx=None, lengths=None, reset=None):
             for t in reversed(range(length)) if way else range(length):
                 if reset is not None and reset[t, b]:
                     h, c = torch.zeros_like(h), torch.zeros_like(c)
-                h, c = hs[t][b], cs[t][b] = peephole_step(x[t, b], h, c, p)
+                h, c = hs[t][b], cs[t][b] = step(x[t, b], h, c, p)
             ends.append((h, c))
         last_h.append(torch.stack([h for h, _ in ends]))
         last_c.append(torch.stack([c for _, c in ends]))
@@ -406,6 +406,8 @@ SMALL = [
     ("LSTM", {"peephole": True}),
     ("LSTM", {"peephole": True, "proj_size": 1, "bidirectional": True}),
     ("LSTMCell", {"peephole": True}),
+    ("LSTM", {"coupled": True, "proj_size": 1, "bidirectional": True}),
+    ("LSTMCell", {"coupled": True}),
     ("LSTM", {"weight_dropout": 0.5, "peephole": True}),
     ("GRU", {"weight_dropout": 0.5}),
     ("RNN", {"weight_dropout": 0.5}),
@@ -638,6 +640,12 @@ def test_weight_dropout_is_a_probability_below_one(kind, p):
     ("options", "error", "message"),
     [
         ({"peephole": 1}, TypeError, "peephole should be of type bool, got: int"),
+        ({"coupled": "yes"}, TypeError, "coupled should be of type bool, got: str"),
+        (
+            {"peephole": True, "coupled": True},
+            ValueError,
+            "peephole=True and coupled=True cannot be combined",
+        ),
         ({"forget_bias": "1"}, ValueError, "forget_bias should be None or a finite number, got '1'"),
         ({"forget_bias": True}, ValueError, "forget_bias should be None or a finite number, got True"),
         ({"forget_bias": math.inf}, ValueError, "forget_bias should be None or a finite number, got inf"),
@@ -669,7 +677,9 @@ def test_options_that_are_off_leave_no_trace(kind):
     torch.manual_seed(0)
     theirs = getattr(nn, kind)(I, H)
     torch.manual_seed(0)
-    off = {"weight_dropout": 0} | ({"peephole": False, "forget_bias": None} if "LSTM" in kind else {})
+    off = {"weight_dropout": 0} | (
+        {"peephole": False, "coupled": False, "forget_bias": None} if "LSTM" in kind else {}
+    )
     ours = getattr(fastrnn, kind)(I, H, **off)
     assert vars(ours).keys() == vars(theirs).keys()
     assert repr(ours) == repr(theirs)

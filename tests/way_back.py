@@ -43,6 +43,11 @@ def lstm_layer_norm_saved(x, a, c, *u):
     return i, f, g, o, *normed, mean, scale, *moments(f * c + i * g)
 
 
+def lstm_coupled_saved(x, a):
+    f, g, o = (x[k] + a[k] for k in range(3))
+    return torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+
+
 def gru_saved(x, a):
     r, z = torch.sigmoid(x[0] + a[0]), torch.sigmoid(x[1] + a[1])
     return r, z, torch.tanh(x[2] + r * a[2]), a[2]
@@ -104,6 +109,14 @@ def indrnn_relu_back(saved, h, h_prev, c, c_prev, dh, dc, u):
     return (d,), d * u, None, None, d * h_prev
 
 
+def lstm_coupled_back(saved, h, h_prev, c, c_prev, dh, dc):
+    f, g, o = saved
+    tanh_c = torch.tanh(c)
+    dc = dc + dh * o * (1 - tanh_c**2)
+    df, dg, do = dc * (c_prev - g), dc * (1 - f), dh * tanh_c
+    return (df * f * (1 - f), dg * (1 - g**2), do * o * (1 - o)), None, dc, dc * f
+
+
 def gru_back(saved, h, h_prev, c, c_prev, dh, dc):
     r, z, n, q = saved
     dn, dz = dh * (1 - z) * (1 - n**2), dh * (h_prev - n)
@@ -123,6 +136,7 @@ SAVED = {
     "lstm": lstm_saved,
     "lstm_peephole": lstm_peephole_saved,
     "lstm_layer_norm": lstm_layer_norm_saved,
+    "lstm_coupled": lstm_coupled_saved,
     "gru": gru_saved,
     "rnn_tanh": nothing_saved,
     "rnn_relu": nothing_saved,
@@ -133,6 +147,7 @@ BACK = {
     "lstm": lstm_back,
     "lstm_peephole": lstm_peephole_back,
     "lstm_layer_norm": lstm_layer_norm_back,
+    "lstm_coupled": lstm_coupled_back,
     "gru": gru_back,
     "rnn_tanh": rnn_tanh_back,
     "rnn_relu": rnn_relu_back,

@@ -5,6 +5,7 @@
 #include "cells/gru.h"
 #include "cells/indrnn.h"
 #include "cells/lstm.h"
+#include "cells/lstm_coupled.h"
 #include "cells/lstm_layer_norm.h"
 #include "cells/rnn.h"
 
@@ -34,6 +35,7 @@ FASTRNN_INLINE void with_cell(const CellInfo& cell, F f) {
   });
 }
 
-using AllCells = CellList<Lstm, LstmPeephole, LstmLayerNorm, Gru, RnnTanh, RnnRelu, IndRnnTanh, IndRnnRelu>;
+using AllCells =
+    CellList<Lstm, LstmPeephole, LstmCoupled, LstmLayerNorm, Gru, RnnTanh, RnnRelu, IndRnnTanh, IndRnnRelu>;
 
 }  // namespace fastrnn

@@ -106,6 +106,6 @@ class Stack:
         if self.forget_bias and self.cell == "lstm":
             with torch.no_grad():
                 for parameter_name, p in rnn.named_parameters():
-                    if parameter_name.startswith("bias_hh"):  # [4H]: i, f, g, o
-                        p[self.hidden_size : 2 * self.hidden_size] += self.forget_bias
+                    if parameter_name.startswith("bias_hh"):  # (i) f g o
+                        p.view(-1, self.hidden_size)[-3] += self.forget_bias
         return rnn

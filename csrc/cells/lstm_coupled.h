@@ -1,0 +1,44 @@
+// Long short-term memory with coupled gates (Greff et al. 2017, "CIFG"): what is forgotten makes room for
+// what comes in, i = 1 - f, so that three gates remain.
+#pragma once
+#include "cells/cell.h"
+
+namespace fastrnn {
+
+struct LstmCoupled {
+  enum Gate { kForget, kCandidate, kOutput };
+  static constexpr CellInfo kInfo{.name = "lstm_coupled",
+                                  .gates = 3,
+                                  .states = 2,
+                                  .reads_before = only(kC),
+                                  .reads_after = only(kC),
+                                  .saved = 3,
+                                  .reuses_saved = true,
+                                  .projects = true};
+
+  template <class M, class V>
+  FASTRNN_INLINE static void forward(ForwardUnit<LstmCoupled, V>& s) {
+    const V c_prev = s.before[kC];
+    const V f = M::sigmoid(s.a[kForget]), g = M::tanh(s.a[kCandidate]), o = M::sigmoid(s.a[kOutput]);
+    const V c = f * c_prev + (1 - f) * g;
+    s.after[kC] = c;
+    s.after[kH] = o * M::tanh(c);
+    s.saved[kForget] = f;
+    s.saved[kCandidate] = g;
+    s.saved[kOutput] = o;
+  }
+
+  template <class M, class V>
+  FASTRNN_INLINE static void backward(BackwardUnit<LstmCoupled, V>& s) {
+    const V f = s.saved[kForget], g = s.saved[kCandidate], o = s.saved[kOutput];
+    const V tanh_c = M::tanh(s.after[kC]), dh = s.dafter[kH];
+    const V dc = s.dafter[kC] + dh * o * (1 - tanh_c * tanh_c);
+    s.dgates[kForget] = dc * (s.before[kC] - g) * f * (1 - f);
+    s.dgates[kCandidate] = dc * (1 - f) * (1 - g * g);
+    s.dgates[kOutput] = dh * tanh_c * o * (1 - o);
+    s.dafter[kC] = dc;
+    s.dbefore[kC] = dc * f;
+  }
+};
+
+}  // namespace fastrnn
