@@ -86,7 +86,7 @@ def torch_path_reason(weight: Tensor, extended: bool = False, unserved: Sequence
         if torch.onnx.is_in_onnx_export():
             raise RuntimeError(
                 "fastrnn: torch.onnx.export takes what torch.nn has, "
-                "not lengths, reset, return_states, fastrnn's own cells or what acts on the states between steps"
+                "not lengths, reset, return_states, fastrnn's own cells or what acts between steps"
             )
     return reason or unserved_reason(unserved)
 
@@ -622,8 +622,8 @@ def _cell(
     name: str, input: Tensor, hx, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     *vectors: Tensor, acts: Mapping[str, Any] = _NOTHING, train: bool = False,
 ):  # fmt: skip
-    """``torch.<name>_cell``, and what torch has not: other cells, and the options of ``step_options``. Without
-    units (H = 0) there is nothing to compute, and no kernel for it."""
+    """``torch.<name>_cell``, and what torch has not: other cells, and the options of ``step_options``.
+    Without units (H = 0) there is nothing to compute, and no kernel for it."""
     unserved = step_options.acting(acts, train, torch.is_grad_enabled()) if acts else []
     extended = name not in _TORCHS or (len(acts) > 0 and w_hh.shape[-1] > 0)
     torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, extended, unserved)

@@ -724,8 +724,8 @@ class LSTMCell(_RecurrentCell, nn.LSTMCell):
         device, dtype: those of the parameters.
 
     Options, keyword-only: peephole, coupled, layer_norm, weight_dropout, zoneout, recurrent_dropout,
-        cell_clip, state_gradient_clip, heads and forget_bias as for ``LSTM``, each call being one step, with parameters
-        without suffix; with heads ``weight_hh`` is [4*H, H/n].
+        cell_clip, state_gradient_clip, heads and forget_bias as for ``LSTM``, each call being one step, with
+        parameters without suffix; with heads ``weight_hh`` is [4*H, H/n].
 
     Inputs: x, (h_prev, c_prev).
         x: [B, I], or [I] without a batch.

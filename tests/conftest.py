@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+# Ignored where the suite was started in a shell's background, and then in every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 BUILD = ROOT / "build" / "testing"
 
 
