@@ -47,10 +47,10 @@ def filled(array, scale, *shape):
 
 
 def make(name, T, B, I, H, P):
-    G, W = CELLS[name].gates, P or H
+    G, W, others = CELLS[name].gates, P or H, CELLS[name].states - 1
     return Scan(
         name, filled(1, 1, T * B, I), filled(2, 1, 1, B, W),
-        filled(3, 1, 1, B, H) if CELLS[name].states > 1 else None,
+        filled(3, 1, 1, B, H).repeat(1, 1, others) if others else None,
         [filled(4, 0.3, G * H, I)], [filled(5, 0.3, G * H, W)], [filled(6, 1, G * H)], [filled(7, 1, G * H)],
         [filled(8, 0.3, W, H)] if P else [],
         [filled(10, 0.3, CELLS[name].vectors, H)] if CELLS[name].vectors else [], None, None, None, False,
@@ -66,7 +66,9 @@ def expected(scan):
     (dx,), (dw_ih, dw_hh, db_ih, db_hh) = _operators.composed_weight_gradients(
         scan.name, dgates, scan.x, y, scan.states, *_operators.given(scan.slots), *scan.rows, True, True
     )
-    return [y, h_n, c_n, dgates, dh0, dc0, dx, dw_ih, dw_hh, db_ih, db_hh, *([du] if scan.u else [])]
+    others = CELLS[scan.name].states - 1
+    c_n, dc0 = (t.chunk(others, -1) if others else () for t in (c_n, dc0))
+    return [y, h_n, *c_n, dgates, dh0, *dc0, dx, dw_ih, dw_hh, db_ih, db_hh, *([du] if scan.u else [])]
 
 
 # Few rows and one step in place, turned tiles, packed panels, ragged blocks, a projection, two threads.
