@@ -66,6 +66,19 @@ def rnn_relu_step(x, a, states):
     return (torch.relu(x[0] + a[0]),)
 
 
+def slstm_step(x, a, states):
+    """Beck et al. (2024), xLSTM, with the empty state (n = 0) of its authors' code. There f and i are
+    min(e^(log f + m_{t-1} - m), 1) and e^(i - m): the same as here, where infinite ones stay numbers."""
+    _, c, n, m = states
+    i, f, g, o = (x[k] + a[k] for k in range(4))
+    past, empty, zero = torch.nn.functional.logsigmoid(f) + m, n == 0, torch.zeros_like(n)
+    m = torch.where(empty, i, torch.maximum(past, i))
+    f, i = torch.exp(torch.minimum(past - i, zero)), torch.exp(torch.minimum(i - past, zero))
+    i = torch.where(empty, 1.0, i)
+    c, n = f * c + i * torch.tanh(g), f * n + i
+    return torch.sigmoid(o) * c / n, c, n, m
+
+
 def lstm_hidden(saved, c):
     """h = o tanh(c), before a projection, from the kernels' gates [..., G*H], of which o is the last, and
     c [..., H]."""
@@ -84,11 +97,12 @@ class Cell:
     states: int  # h, and what lives beside it
     saved: int  # S: numbers of a unit that the kernels save for the way back
     reuses_saved: bool  # whether the gate gradients may be written over the saved numbers
+    biases: int = 2  # of a module with biases: b_ih, b_hh
 
     @classmethod
-    def of(cls, name: str, step: Callable, hidden: Callable | None = None) -> "Cell":
+    def of(cls, name: str, step: Callable, hidden: Callable | None = None, biases: int = 2) -> "Cell":
         gates, gradients, vectors, states, saved, reuses_saved = torch.ops.fastrnn.cell_info(name)
-        return cls(step, hidden, gates, gradients, vectors, states, saved, bool(reuses_saved))
+        return cls(step, hidden, gates, gradients, vectors, states, saved, bool(reuses_saved), biases)
 
 
 CELLS = {
@@ -98,6 +112,7 @@ CELLS = {
     "gru": Cell.of("gru", gru_step),
     "rnn_tanh": Cell.of("rnn_tanh", rnn_tanh_step),
     "rnn_relu": Cell.of("rnn_relu", rnn_relu_step),
+    "slstm": Cell.of("slstm", slstm_step, biases=1),
 }
 
 # What the operators take for each direction: w_ih, w_hh, b_ih, b_hh, w_hr, u (csrc/common/operators.h).

@@ -32,7 +32,7 @@ RUNTIME = {
     "testing/cuda_launch.cpp": "-O2",
     "testing/cuda_module.cpp": "-O0",
 }
-CELLS = ("lstm", "lstm_peephole", "lstm_coupled", "gru", "rnn_tanh", "rnn_relu")
+CELLS = ("lstm", "lstm_peephole", "lstm_coupled", "gru", "rnn_tanh", "rnn_relu", "slstm")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 SCHEDULES = [

@@ -6,6 +6,7 @@
 #include "cells/lstm.h"
 #include "cells/lstm_coupled.h"
 #include "cells/rnn.h"
+#include "cells/slstm.h"
 
 namespace fastrnn {
 
@@ -33,6 +34,6 @@ FASTRNN_INLINE void with_cell(const CellInfo& cell, F f) {
   });
 }
 
-using AllCells = CellList<Lstm, LstmPeephole, LstmCoupled, Gru, RnnTanh, RnnRelu>;
+using AllCells = CellList<Lstm, LstmPeephole, LstmCoupled, Gru, RnnTanh, RnnRelu, Slstm>;
 
 }  // namespace fastrnn
