@@ -9,6 +9,7 @@ try:
     from .convert import convert, to_torch
     from .functional import FallbackWarning, set_strict
     from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+    from .more import SLSTM
 except (ImportError, AttributeError, RuntimeError) as error:  # the last two: a build older than the sources
     # The doctor explains what is wrong here, so it alone gets past it.
     if sys.argv[:2] != ["-m", "doctor"]:
@@ -16,6 +17,6 @@ except (ImportError, AttributeError, RuntimeError) as error:  # the last two: a 
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRU", "LSTM", "RNN", "Explanation", "FallbackWarning", "GRUCell", "LSTMCell", "RNNCell", "convert",
-    "explain", "functional", "init", "prepack", "set_strict", "to_torch",
+    "GRU", "LSTM", "RNN", "SLSTM", "Explanation", "FallbackWarning", "GRUCell", "LSTMCell", "RNNCell",
+    "convert", "explain", "functional", "init", "prepack", "set_strict", "to_torch",
 ]  # fmt: skip

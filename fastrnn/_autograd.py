@@ -424,8 +424,8 @@ def scan(
     x [N, I]; states: h0 [D, B, P] and the others [D, B, H]. ``listener`` is called with the complete
     gradients of every state, dL/dh_t [D, N, P] and others [D, N, H], at each back-propagation.
     """
-    if len(states) > 1 and states[1] is states[0]:
-        states = (states[0], states[1].view_as(states[1]))  # torch.compile takes no tensor twice
+    if len(states) > 1 and (states[1] is states[0] or len(states) > 2):
+        states = (states[0], *(t.view_as(t) for t in states[1:]))  # torch.compile takes no tensor twice
     options = (rows.batch_sizes, rows.lengths, rows.reset)
     tensors = (x, *states, *weights)
     needed = _is_dual() or _needs_function(tensors)

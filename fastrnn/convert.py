@@ -137,6 +137,8 @@ def _change_classes(model: _Model, name: str, change: Callable[[type], type], ba
                 _change_class(module, change)  # type: ignore[arg-type]
             except _Left as reason:
                 left.append(f"{path or 'the module itself'} ({reason})")
+        elif is_ours and change is _unfused:
+            left.append(f"{path or 'the module itself'} (torch.nn has no {type(module).__name__})")
     if left:
         warn(f"{name}() leaves as they are: {', '.join(left)}")
     return model

@@ -23,7 +23,7 @@ from .step_options import NO_OPTIONS, StepOptions
 __all__ = [
     "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_coupled", "lstm_coupled_cell",
     "lstm_layer_norm", "lstm_layer_norm_cell", "lstm_peephole", "lstm_peephole_cell", "rnn_relu",
-    "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict",
+    "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict", "slstm",
 ]  # fmt: skip
 
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------
@@ -196,13 +196,14 @@ def stack_weights(
     name: str, params: Sequence[Tensor], has_biases: bool, num_layers: int, bidirectional: bool
 ) -> list[_autograd.Weights]:
     """Of each layer, from all parameters in torch's order, one direction after the other: w_ih [G*H, I],
-    w_hh [G*H, P], b_ih and b_hh [G*H] with biases, then the others of ``slots``."""
+    w_hh [G*H, P], with biases b_ih and b_hh [G*H] (some cells have b_ih alone), the others of ``slots``."""
     each = len(params) // (num_layers * (2 if bidirectional else 1))
+    biases = CELLS[name].biases if has_biases else 0
     directions = []
     for k in range(0, len(params), each):
         w_ih, w_hh, *others = params[k : k + each]
-        biases = others[:2] if has_biases else (None, None)
-        directions.append(slots(name, w_ih, w_hh, *biases, *others[2 if has_biases else 0 :]))
+        b_ih, b_hh = (*others[:biases], None, None)[:2]
+        directions.append(slots(name, w_ih, w_hh, b_ih, b_hh, *others[biases:]))
     if not bidirectional:
         return directions  # type: ignore[return-value]
     return [(*there, *back) for there, back in zip(directions[::2], directions[1::2], strict=True)]
@@ -563,6 +564,15 @@ def lstm_coupled(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``lstm`` with i = 1 - f: its weights and biases are [3*H, *], gates f, g, o."""
     return _recurrent("lstm_coupled", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+
+
+def slstm(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, ...]:
+    """The layers of ``SLSTM``: (output, h_n, c_n, n_n, m_n). Arguments as ``lstm`` has them, with hx (h_0,
+    c_0, n_0, m_0), each [L*D, B, H], and parameters w_ih [4*H, I], w_hh [4*H, H] and with biases b_ih
+    [4*H]."""
+    return _recurrent("slstm", args, lengths, reset, return_states, state_hook)
 
 
 class _SingleState(Protocol):

@@ -30,7 +30,8 @@ _States = tuple[Tensor, Tensor]  # (h, c)
 
 def _torch_name(module: nn.Module) -> str:
     """The name of the torch.nn class that a module replaces, for messages."""
-    return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
+    name = next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
+    return type(module).__name__ if name == "RNNBase" else name  # those that torch.nn has not
 
 
 def _torch_forward(module: nn.Module, input, hx):
@@ -167,6 +168,7 @@ class _Recurrent(_Fused, nn.RNNBase):
     """forward() of all three, in the order and the words of torch.nn's."""
 
     _state_hooks: dict[int, functional.StateHook] | None = None
+    _state_count = 1  # h, and what lives beside it
 
     def register_state_gradient_hook(self, hook: functional.StateHook) -> RemovableHandle:
         """Calls ``hook(gradients)`` whenever back-propagation passes a layer of this module, for forward
@@ -207,9 +209,10 @@ class _Recurrent(_Fused, nn.RNNBase):
     def _zeros(self, input: Tensor, B: int):
         LD = self.num_layers * (2 if self.bidirectional else 1)
         h = input.new_zeros(LD, B, self.proj_size or self.hidden_size)
-        if self.mode != "LSTM":
+        if self._state_count == 1:
             return h
-        return h, input.new_zeros(LD, B, self.hidden_size) if self.proj_size else h
+        other = input.new_zeros(LD, B, self.hidden_size) if self.proj_size else h
+        return h, *[other] * (self._state_count - 1)
 
     def _check_hidden_dims(self, hx, dims: int) -> None:
         kind = "batched 3-D" if dims == 3 else "unbatched 2-D"
@@ -223,7 +226,11 @@ class _Recurrent(_Fused, nn.RNNBase):
             raise RuntimeError(f"For {kind} input, hx should also be {dims}-D but got {hx.dim()}-D tensor")
 
     def _each(self, hx, f):
-        return (f(hx[0]), f(hx[1])) if self.mode == "LSTM" else f(hx)
+        return tuple(map(f, hx)) if self._state_count > 1 else f(hx)
+
+    def _is_torchs(self) -> bool:
+        """Whether torch.nn's module computes the same."""
+        return not _options.beyond_torch(self._fused_options)
 
     def _weights(self) -> list[Tensor]:
         """``_flat_weights``, into which users may write as in torch.nn; after an attribute has changed, the
@@ -282,7 +289,7 @@ class _Recurrent(_Fused, nn.RNNBase):
             hooks = tuple(self._state_hooks.values())
             keywords["state_hook"] = lambda gradients: [hook(gradients) for hook in hooks]
         output, *hidden = functional._recurrent(name, (*args, weights, *options), **keywords)
-        return output, tuple(hidden) if self.mode == "LSTM" else hidden[0]
+        return output, tuple(hidden) if self._state_count > 1 else hidden[0]
 
     @overload
     def forward(
@@ -310,7 +317,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         """
         extended = lengths is not None or reset is not None or return_states or reset_to is not None
         if not isinstance(self, _Recurrent) or (
-            not extended and functional.is_recorded() and not _options.beyond_torch(self._fused_options)
+            not extended and functional.is_recorded() and self._is_torchs()
         ):
             return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
@@ -447,6 +454,8 @@ class LSTM(_Recurrent, nn.LSTM):
         (torch.Size([20, 3, 16]), torch.Size([2, 3, 16]))
         >>> y, (h_n, c_n) = lstm(x[:1], (h_n, c_n))  # one more step
     """
+
+    _state_count = 2
 
     def __init__(
         self,

@@ -93,6 +93,19 @@ def indrnn_relu_step(x, a, states, u):
     return (torch.relu(x[0] + u * states[0]),)
 
 
+def slstm_step(x, a, states):
+    """Beck et al. (2024), xLSTM, with the empty state (n = 0) of its authors' code. There f and i are
+    min(e^(log f + m_{t-1} - m), 1) and e^(i - m): the same as here, where infinite ones stay numbers."""
+    _, c, n, m = states
+    i, f, g, o = (x[k] + a[k] for k in range(4))
+    past, empty, zero = torch.nn.functional.logsigmoid(f) + m, n == 0, torch.zeros_like(n)
+    m = torch.where(empty, i, torch.maximum(past, i))
+    f, i = torch.exp(torch.minimum(past - i, zero)), torch.exp(torch.minimum(i - past, zero))
+    i = torch.where(empty, 1.0, i)
+    c, n = f * c + i * torch.tanh(g), f * n + i
+    return torch.sigmoid(o) * c / n, c, n, m
+
+
 def lstm_hidden(saved, c):
     """h = o tanh(c), before a projection, from the kernels' gates [..., G*H], of which o is the last, and
     c [..., H]."""
@@ -118,13 +131,14 @@ class Cell:
     dense: bool  # h meets the matrix W_hh; else only what the step makes of it, and its ``a`` is None
     takes_gates: bool  # x holds the input's part of the gates [N, D*G*H]: there is no W_ih
     row_numbers: int  # R: numbers of a row that the kernels save after those of its units
+    biases: int = 2  # of a module with biases: b_ih, b_hh
 
     @classmethod
-    def of(cls, name: str, step: Callable, hidden: Callable | None = None) -> "Cell":
+    def of(cls, name: str, step: Callable, hidden: Callable | None = None, biases: int = 2) -> "Cell":
         *counts, reuses_saved, dense, takes_gates, numbers = torch.ops.fastrnn.cell_info(name)
         gates, gradients, vectors, states, saved = counts
         flags = bool(reuses_saved), bool(dense), bool(takes_gates)
-        return cls(step, hidden, gates, gradients, vectors, states, saved, *flags, numbers)
+        return cls(step, hidden, gates, gradients, vectors, states, saved, *flags, numbers, biases)
 
     @property
     def product_slots(self) -> tuple[int, ...]:
@@ -142,8 +156,9 @@ CELLS = {
     "gru": Cell.of("gru", gru_step),
     "rnn_tanh": Cell.of("rnn_tanh", rnn_tanh_step),
     "rnn_relu": Cell.of("rnn_relu", rnn_relu_step),
-    "indrnn_tanh": Cell.of("indrnn_tanh", indrnn_tanh_step),
-    "indrnn_relu": Cell.of("indrnn_relu", indrnn_relu_step),
+    "indrnn_tanh": Cell.of("indrnn_tanh", indrnn_tanh_step, biases=1),
+    "indrnn_relu": Cell.of("indrnn_relu", indrnn_relu_step, biases=1),
+    "slstm": Cell.of("slstm", slstm_step, biases=1),
 }
 
 

@@ -20,7 +20,7 @@ class Scan:
     name: str
     x: Tensor  # [N, I]
     h0: Tensor  # [D, B, P]
-    c0: Tensor | None  # [D, B, H]
+    c0: Tensor | None  # [D, B, H], of cells with further states all those beside h, side by side
     w_ih: list[Tensor]  # D x [G*H, I]
     w_hh: list[Tensor]  # D x [G*H, P]
     b_ih: list[Tensor]  # D x [G*H] or none
@@ -63,7 +63,12 @@ class Scan:
 
     @property
     def states(self) -> list[Tensor]:
-        return [self.h0] if self.c0 is None else [self.h0, self.c0]
+        return [self.h0, *self._apart(self.c0)]
+
+    def _apart(self, c: Tensor | None) -> list:
+        """The states beside h, or their gradients."""
+        others = CELLS[self.name].states - 1
+        return list(c.chunk(others, -1)) if others and c is not None else [None] * others
 
     @property
     def slots(self) -> list[Tensor | None]:
@@ -75,14 +80,13 @@ class Scan:
         return (self.name, self.x, self.states, *given, packed, *self.rows, save)
 
     # The results of the operators in one row: y, h_n, c_n, saved, every c; [0] in the place of those that are
-    # missing.
+    # missing. The states beside h stand side by side.
 
     def kernel(
         self, save: int = 1, packed: Tensor | None = None, operators=torch.ops.fastrnn
     ) -> tuple[Tensor, ...]:
         y, last, history, saved = operators.scan(*self.arguments(save, packed))
-        none = y.new_empty(0)
-        return y, last[0], *(last[1:] or [none]), *(saved or [none]), *(history or [none])
+        return y, last[0], _joined(last[1:], y), *(saved or [y.new_empty(0)]), _joined(history, y)
 
     def reference(self) -> tuple[Tensor, ...]:
         return way_back.forward(self.name, self.layout, self.x, self.states, self.slots)
@@ -91,10 +95,10 @@ class Scan:
         """outputs are those of the forward scan, gradients theirs (None: not wanted)."""
         y, _, _, saved, saved_c = outputs
         dy, dh_n, dc_n, _, dall_c = gradients
-        more, saves = len(self.states) > 1, CELLS[self.name].saved > 0
+        saves = CELLS[self.name].saved > 0
         return (
-            self.name, dy, [dh_n, dc_n] if more else [dh_n], [dall_c] if more else [], y,
-            [saved_c] if more else [], saved if saves else None, self.states, *_operators.given(self.slots),
+            self.name, dy, [dh_n, *self._apart(dc_n)], self._apart(dall_c), y,
+            self._apart(saved_c), saved if saves else None, self.states, *_operators.given(self.slots),
             *self.rows, keep,
         )  # fmt: skip
 
@@ -106,9 +110,9 @@ class Scan:
         return dgates, *self._in_a_row(*others)
 
     def _in_a_row(self, dstates: list, complete: list, du: list) -> tuple[Tensor, ...]:
-        none = dstates[0].new_empty(0)
-        dc0, dh, dc = dstates[1:] or [none], complete[:1] or [none], complete[1:] or [none]
-        return dstates[0], *dc0, *dh, *dc, torch.stack(du) if du else none
+        dh0, none = dstates[0], dstates[0].new_empty(0)
+        dc0, dh, dc = _joined(dstates[1:], dh0), _joined(complete[:1], dh0), _joined(complete[1:], dh0)
+        return dh0, dc0, dh, dc, torch.stack(du) if du else none
 
     def kernel_backward_in_place(
         self, outputs: tuple, gradients: tuple, keep: bool = True, operators=torch.ops.fastrnn
@@ -135,6 +139,10 @@ class Scan:
         ]
         kept = {"all": (0, 1, 2, 4), "first": (0, 1, 2), "y": (0,), "h": (1,), "c": (2,), "all_c": (4,)}
         return tuple(m if i in kept[wanted] else None for i, m in enumerate(made))
+
+
+def _joined(states: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(states, -1) if states else like.new_empty(0)
 
 
 FORMS = {
@@ -171,7 +179,7 @@ def make_scan(
         name,
         normal(N, D * cell.gates * H if cell.takes_gates else I),
         normal(D, B, width),
-        normal(D, B, H) if cell.states > 1 else None,
+        normal(D, B, (cell.states - 1) * H) if cell.states > 1 else None,
         [] if cell.takes_gates else [normal(cell.gates * H, I) for _ in range(D)],
         [normal(cell.gates * H, width, scale=bound) for _ in range(D)] if cell.dense else [],
         [normal(cell.gates * H, scale=bound) for _ in range(D)] if bias and not cell.takes_gates else [],
@@ -185,4 +193,6 @@ def make_scan(
         torch.rand(N, generator=g) < 0.3 if reset else None,
         batch_first,
     )
+    if name == "slstm":  # n is a sum of weights, of which the largest was 1
+        scan.c0[..., H : 2 * H].abs_().add_(1)
     return scan.map(lambda t: t.to(dtype))

@@ -48,10 +48,10 @@ def filled(array, scale, *shape):
 
 def make(name, T, B, I, H, P):
     cell, G, W = CELLS[name], CELLS[name].gates, P or H
-    takes_x = not cell.takes_gates
+    others, takes_x = cell.states - 1, not cell.takes_gates
     return Scan(
         name, filled(1, 1, T * B, I if takes_x else G * H), filled(2, 1, 1, B, W),
-        filled(3, 1, 1, B, H) if cell.states > 1 else None,
+        filled(3, 1, 1, B, H).repeat(1, 1, others) if others else None,
         [filled(4, 0.3, G * H, I)] if takes_x else [], [filled(5, 0.3, G * H, W)] if cell.dense else [],
         [filled(6, 1, G * H)] if takes_x else [], [filled(7, 1, G * H)] if takes_x and cell.dense else [],
         [filled(8, 0.3, W, H)] if P else [],
@@ -69,7 +69,9 @@ def expected(scan):
     dx, dweights = _operators.composed_weight_gradients(
         scan.name, dgates, scan.x, y, scan.states, *_operators.given(scan.slots), *scan.rows, inputs, True
     )
-    return [y, h_n, c_n, dgates, dh0, dc0, *dx, *dweights, *([du] if scan.u else [])]
+    others = CELLS[scan.name].states - 1
+    c_n, dc0 = (t.chunk(others, -1) if others else () for t in (c_n, dc0))
+    return [y, h_n, *c_n, dgates, dh0, *dc0, *dx, *dweights, *([du] if scan.u else [])]
 
 
 # Few rows and one step in place, turned tiles, packed panels, ragged blocks, a projection, two threads.

@@ -6,10 +6,12 @@ import re
 import pytest
 
 import fastrnn
-from fastrnn import functional, modules
+from fastrnn import functional, modules, more
+
+MODULES = [*modules.__all__, *more.__all__]
 
 
-@pytest.mark.parametrize("name", [*modules.__all__, "functional.lstm"])
+@pytest.mark.parametrize("name", [*MODULES, "functional.lstm"])
 def test_the_example_in_a_docstring_runs(name):
     function = functional.lstm if name == "functional.lstm" else getattr(fastrnn, name)
     (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
@@ -18,7 +20,7 @@ def test_the_example_in_a_docstring_runs(name):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", modules.__all__)
+@pytest.mark.parametrize("name", MODULES)
 def test_parameters_have_the_shapes_in_the_docstring(name):
     """``names: [shape]``, or ``names: [shape], from the second layer on [shape]``."""
     cls, sizes, options = getattr(fastrnn, name), {"I": 3, "H": 5, "P": 5, "D": 2}, {}

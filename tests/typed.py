@@ -23,6 +23,14 @@ def modules_of_two_states(x: Tensor, packed: PackedSequence, states: States, len
     lstm.forward(x, reset=x, reset_to=x)  # type: ignore[call-overload]
 
 
+def modules_of_four_states(x: Tensor, packed: PackedSequence, reset: Tensor) -> None:
+    slstm = fastrnn.SLSTM(1, 1, heads=1)
+    y, (h, c, n, m) = slstm.forward(x, reset=reset)
+    assert_type(y, Tensor)
+    slstm.forward(packed, (h, c, n, m))
+    slstm.forward(packed, reset=reset)  # type: ignore[call-overload]
+
+
 def modules_of_one_state(x: Tensor, packed: PackedSequence, h: Tensor, lengths: Sequence[int]) -> None:
     gru, rnn = fastrnn.GRU(1, 1), fastrnn.RNN(1, 1)
     assert_type(gru.forward(x, h, lengths=lengths), tuple[Tensor, Tensor])

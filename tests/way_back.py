@@ -53,12 +53,20 @@ def gru_saved(x, a):
     return r, z, torch.tanh(x[2] + r * a[2]), a[2]
 
 
+def slstm_saved(x, a, cnm):
+    i, f, g, o = (x[k] + a[k] for k in range(4))
+    m = cnm.chunk(3, -1)[2]
+    lead = torch.nn.functional.logsigmoid(f) + m - i
+    return lead, torch.sigmoid(-f), torch.tanh(g), torch.sigmoid(o)
+
+
 def nothing_saved(x, a, *state_and_u):
     return ()
 
 
 # (saved, h, h_prev, c, c_prev, dh, dc, *u) -> (dgates [E], dh_prev, dc, dc_prev, *du): the last G of dgates
-# are x's, dh_prev is what does not pass through a, and dc is now complete.
+# are x's, dh_prev is what does not pass through a, and dc is now complete. Of cells with further states c is
+# all those beside h, side by side.
 
 
 def lstm_back(saved, h, h_prev, c, c_prev, dh, dc):
@@ -132,6 +140,27 @@ def rnn_relu_back(saved, h, h_prev, c, c_prev, dh, dc):
     return (torch.where(h <= 0, torch.zeros_like(dh), dh),), None, None, None
 
 
+def slstm_back(saved, h, h_prev, cnm, cnm_prev, dh, dcnm):
+    lead, keep, g, o = saved
+    (c, n, _), (c_prev, n_prev, _), (dc, dn, dm) = (t.chunk(3, -1) for t in (cnm, cnm_prev, dcnm))
+    empty = n_prev == 0
+    past = torch.exp(lead.clamp(max=0))
+    i = torch.where(empty, 1.0, torch.exp((-lead).clamp(max=0)))
+    dc, dn = dc + dh * o / n, dn - dh * o * c / n**2
+    leads = (torch.sign(lead) + 1) / 2
+    share = torch.where(empty, 0.0, leads)  # of the past in m
+    d_lead = (1 - leads) * past * (dc * c_prev + dn * n_prev) - share * i * (dc * g + dn)
+    d_past = d_lead + share * dm
+    dgates = (
+        (1 - share) * dm - d_lead,
+        d_past * keep,
+        dc * i * (1 - g**2),
+        dh * c / n * o * (1 - o),
+    )
+    dcnm_prev = torch.cat((dc * past, dn * past, d_past), -1)
+    return dgates, None, torch.cat((dc, dn, dm), -1), dcnm_prev
+
+
 SAVED = {
     "lstm": lstm_saved,
     "lstm_peephole": lstm_peephole_saved,
@@ -142,6 +171,7 @@ SAVED = {
     "rnn_relu": nothing_saved,
     "indrnn_tanh": nothing_saved,
     "indrnn_relu": nothing_saved,
+    "slstm": slstm_saved,
 }
 BACK = {
     "lstm": lstm_back,
@@ -153,15 +183,18 @@ BACK = {
     "rnn_relu": rnn_relu_back,
     "indrnn_tanh": indrnn_tanh_back,
     "indrnn_relu": indrnn_relu_back,
+    "slstm": slstm_back,
 }
 
 
 def forward(name, layout, x, states, weights):
-    """The operator ``fastrnn::scan`` with everything kept: y, h_n, c_n, saved, every c ([0]: missing)."""
+    """The operator ``fastrnn::scan`` with everything kept: y, h_n, c_n, saved, every c ([0]: missing). The
+    states beside h stand side by side in c_n and every c."""
     cell, saves, none = CELLS[name], [], x.new_empty(0)
 
     def step(x, a, states, *u):
-        save = SAVED[name](x, a, *((states[-1], *u) if u else ()))
+        sees_states = len(states) > 1 and (u or len(states) > 2)
+        save = SAVED[name](x, a, *((torch.cat(states[1:], -1), *u) if sees_states else ()))
         saves.append(torch.cat(save, -1) if save else none)
         return cell.step(x, a, states, *u)
 
@@ -170,7 +203,8 @@ def forward(name, layout, x, states, weights):
     saved = (
         [torch.stack([layout.assemble(by_direction[d]) for d in range(len(h_n))])] if cell.saved else [none]
     )
-    return y, h_n, *(others or [none]), *saved, *(history or [none])
+    c_n, every_c = (torch.cat(part, -1) if part else none for part in (others, history))
+    return y, h_n, c_n, *saved, every_c
 
 
 def numbers_of(cell, saved, H):

@@ -1,6 +1,7 @@
 // What a cell is: the formulas of one time step, forward and backward, and nothing else. A cell knows
 // neither time nor batch nor device. It is written once, on a vector type V (a CPU register of any
-// width, a scalar on a GPU) and a policy M that supplies M::sigmoid and M::tanh for V.
+// width, a scalar on a GPU) and a policy M that supplies M::sigmoid, M::tanh, M::exp and
+// M::log_sigmoid for V.
 //
 //   struct Cell {
 //     static constexpr CellInfo kInfo{.name = "cell", .gates = 3, ...};

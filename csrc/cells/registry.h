@@ -8,6 +8,7 @@
 #include "cells/lstm_coupled.h"
 #include "cells/lstm_layer_norm.h"
 #include "cells/rnn.h"
+#include "cells/slstm.h"
 
 namespace fastrnn {
 
@@ -35,7 +36,7 @@ FASTRNN_INLINE void with_cell(const CellInfo& cell, F f) {
   });
 }
 
-using AllCells =
-    CellList<Lstm, LstmPeephole, LstmCoupled, LstmLayerNorm, Gru, RnnTanh, RnnRelu, IndRnnTanh, IndRnnRelu>;
+using AllCells = CellList<Lstm, LstmPeephole, LstmCoupled, LstmLayerNorm, Gru, RnnTanh, RnnRelu, IndRnnTanh,
+                          IndRnnRelu, Slstm>;
 
 }  // namespace fastrnn

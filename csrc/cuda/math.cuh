@@ -27,8 +27,12 @@ __device__ __forceinline__ S store(Acc<S> v) {
 
 /// The library's functions: for float64.
 struct ExactMath {
-  __device__ __forceinline__ static double sigmoid(double v) { return 1 / (1 + exp(-v)); }
+  __device__ __forceinline__ static double sigmoid(double v) { return 1 / (1 + ::exp(-v)); }
   __device__ __forceinline__ static double tanh(double v) { return ::tanh(v); }
+  __device__ __forceinline__ static double exp(double v) { return ::exp(v); }
+  __device__ __forceinline__ static double log_sigmoid(double v) {
+    return fmin(v, 0.) - log1p(::exp(-fabs(v)));
+  }
 };
 
 /// Activations without a branch or a division, from e^v = 2^(v log2 e). With kClose within 4 ulp of float32,
@@ -36,9 +40,9 @@ struct ExactMath {
 /// the right limit.
 template <bool kClose>
 struct FloatMath {
-  __device__ __forceinline__ static float sigmoid(float v) { return dev::reciprocal(1.f + exponential(-v)); }
+  __device__ __forceinline__ static float sigmoid(float v) { return dev::reciprocal(1.f + exp(-v)); }
   __device__ __forceinline__ static float tanh(float v) {
-    const float quotient = 1.f - 2.f * dev::reciprocal(1.f + exponential(2.f * v));
+    const float quotient = 1.f - 2.f * dev::reciprocal(1.f + exp(2.f * v));
     // Near zero the quotient has lost its digits to 1: a polynomial in v^2, within 1 ulp up to |v| = 0.6
     // (fitted by least squares of the relative error).
     const float s = v * v;
@@ -50,8 +54,10 @@ struct FloatMath {
     return s < 0.36f ? series : quotient;
   }
 
- private:
-  __device__ __forceinline__ static float exponential(float v) {
+  __device__ __forceinline__ static float log_sigmoid(float v) {
+    return fminf(v, 0.f) - log1pf(exp(-fabsf(v)));
+  }
+  __device__ __forceinline__ static float exp(float v) {
     constexpr float kLog2E = 1.44269504f, kRest = 1.92596299e-8f;  // log2(e) - kLog2E
     const float high = v * kLog2E;
     const float power = dev::exp2_fast(high);

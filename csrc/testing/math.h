@@ -13,6 +13,10 @@ struct MathTable {
   OverArray<double> sigmoid_f64;
   OverArray<float> tanh_f32;
   OverArray<double> tanh_f64;
+  OverArray<float> exp_f32;
+  OverArray<double> exp_f64;
+  OverArray<float> log_sigmoid_f32;
+  OverArray<double> log_sigmoid_f64;
 };
 
 }  // namespace fastrnn::testing

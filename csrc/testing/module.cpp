@@ -74,6 +74,21 @@ PYBIND11_MODULE(fastrnn_testing, m) {
       "tanh", [](const std::string& isa, const Array<double>& x) { return apply(table_of(isa).tanh_f64, x); },
       py::arg("isa"), py::arg("x").noconvert());
 
+  m.def(
+      "exp", [](const std::string& isa, const Array<float>& x) { return apply(table_of(isa).exp_f32, x); },
+      py::arg("isa"), py::arg("x").noconvert());
+  m.def(
+      "exp", [](const std::string& isa, const Array<double>& x) { return apply(table_of(isa).exp_f64, x); },
+      py::arg("isa"), py::arg("x").noconvert());
+  m.def(
+      "log_sigmoid",
+      [](const std::string& isa, const Array<float>& x) { return apply(table_of(isa).log_sigmoid_f32, x); },
+      py::arg("isa"), py::arg("x").noconvert());
+  m.def(
+      "log_sigmoid",
+      [](const std::string& isa, const Array<double>& x) { return apply(table_of(isa).log_sigmoid_f64, x); },
+      py::arg("isa"), py::arg("x").noconvert());
+
   py::class_<Member>(m, "Member", "A thread of a team: the part it takes, and how late it comes.")
       .def(py::init<int, int>(), py::arg("part"), py::arg("late_us"));
   m.def("run_team", &run_team, py::call_guard<py::gil_scoped_release>(), py::arg("parts"), py::arg("phases"),

@@ -1,0 +1,172 @@
+"""Recurrent modules that torch.nn does not have, with torch.nn's constructor and call."""
+
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .functional import Lengths
+from .modules import _Recurrent
+
+__all__ = ["SLSTM"]
+
+_States = tuple[Tensor, Tensor, Tensor, Tensor]  # (h, c, n, m)
+
+
+def _block_diagonal(weight: Tensor, heads: int) -> Tensor:
+    """[G*H, H], in which unit j of a head sees the units of its head, from [G*H, H/heads]."""
+    per_head = weight.shape[1]
+    blocks = weight.reshape(-1, heads, per_head, per_head)  # [G, head, unit, column]
+    wide = torch.diag_embed(blocks.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2)
+    return wide.reshape(-1, heads * per_head)  # [G, head, unit; head, column]
+
+
+class SLSTM(_Recurrent):
+    """Layers of an sLSTM (Beck et al. 2024, "xLSTM", section 2.2, as its authors' code has it): an LSTM with
+    an exponential input gate, whose c is divided by the sum n of its weights.
+
+    At each step a layer computes, from its input x and its states h_prev, c_prev, n_prev and m_prev of the
+    step before,
+
+        i, f, g, o = W_ih x + b_ih + W_hh h_prev
+        f = log(sigmoid(f))
+        m = max(f + m_prev, i), but i where n_prev = 0: a unit that has seen nothing yet
+        c = exp(f + m_prev - m) * c_prev + exp(i - m) * tanh(g)
+        n = exp(f + m_prev - m) * n_prev + exp(i - m)
+        h = sigmoid(o) * c / n
+
+    Neither exponential exceeds 1: where n_prev = 0, the first one is held there. m only keeps the numbers in
+    range. States begin at zero, and a ``reset`` makes them zero again.
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of each state.
+        num_layers: L; the input of each layer but the first is the output of the layer before.
+        bias: whether there are biases.
+        batch_first: input and output are [B, T, *] instead of [T, B, *]; the states are not.
+        dropout: the probability with which training zeroes an element of each layer's output but the last's.
+        bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
+        device, dtype: those of the parameters.
+        heads: keyword-only; the units fall into so many heads of H/heads units that see each other alone:
+            W_hh is block-diagonal. It is laid out densely at each call.
+
+    Inputs: x, (h_0, c_0, n_0, m_0), and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+        x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
+        h_0, c_0, n_0, m_0: each [L*D, B, H], without B if x has none; zeros if left out.
+
+    Outputs: y, (h_n, c_n, n_n, m_n).
+        y: [T, B, D*H], h of the last layer at every step, in the form of x; the two directions side by side.
+        h_n, c_n, n_n, m_n: each [L*D, B, H], the states after each row's last step.
+
+    Parameters of layer k, with the suffix ``_reverse`` for the second direction; gates in the order i f g o.
+        weight_ih_l{k}: [4*H, I], from the second layer on [4*H, D*H].
+        weight_hh_l{k}: [4*H, H/heads].
+        bias_ih_l{k}: [4*H], with bias.
+        All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        TypeError: sizes, heads or flags of another type.
+        ValueError: sizes below 1, heads that do not divide hidden_size, dropout outside [0, 1]; input that is
+            neither 2-D nor 3-D, or of another dtype than the parameters; another number of states than four.
+        RuntimeError: input or states of other sizes than above.
+
+    ``convert`` and ``to_torch`` leave it as it is; ``torch.onnx.export`` and ``torch.jit.script`` do not take
+    it.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> slstm = fastrnn.SLSTM(8, 16, num_layers=2, heads=4)
+        >>> x = torch.randn(20, 3, 8)  # [T, B, I]
+        >>> y, states = slstm(x)
+        >>> y.shape, [state.shape for state in states] == [(2, 3, 16)] * 4
+        (torch.Size([20, 3, 16]), True)
+        >>> y, states = slstm(x[:1], states)  # one more step
+    """
+
+    _state_count = 4
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        heads: int = 1,
+    ) -> None:
+        # The checks and parameters of an LSTM, which has four gates too.
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, 0, device, dtype)
+        if not isinstance(heads, int) or isinstance(heads, bool):
+            raise TypeError(f"heads should be of type int, got: {type(heads).__name__}")
+        if heads < 1 or hidden_size % heads:
+            raise ValueError(f"heads must divide hidden_size = {hidden_size}, got {heads}")
+        self.mode, self.heads = "SLSTM", heads
+        for names in self._all_weights:  # weight_ih, weight_hh, bias_ih, bias_hh
+            for name in names[3:]:
+                delattr(self, name)
+            del names[3:]
+            kept = self.get_parameter(names[1]).detach()[:, : hidden_size // heads]
+            setattr(self, names[1], nn.Parameter(kept.clone(memory_format=torch.contiguous_format)))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+
+    def flatten_parameters(self) -> None:
+        """Nothing: that is for cuDNN."""
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", heads={self.heads}" if self.heads > 1 else "")
+
+    def __prepare_scriptable__(self):  # torch.jit.script calls this first
+        raise RuntimeError("fastrnn: torch.jit.script does not take a fastrnn.SLSTM; torch.jit.trace does")
+
+    def _is_torchs(self) -> bool:
+        return False
+
+    def _weights(self) -> list[Tensor]:
+        weights = super()._weights()
+        if self.heads > 1:
+            weights, each = list(weights), len(self._all_weights[0])
+            weights[1::each] = [_block_diagonal(w, self.heads) for w in weights[1::each]]
+        return weights
+
+    def _check_hidden_dims(self, hx: Any, dims: int) -> None:
+        self._check_count(hx)
+        if any(state.dim() != dims for state in hx):
+            kind = "batched 3-D" if dims == 3 else "unbatched 2-D"
+            got = ", ".join(f"{state.dim()}-D" for state in hx)
+            raise RuntimeError(f"For {kind} input, the states should also be {dims}-D but got {got}")
+
+    @staticmethod
+    def _check_count(hx: Any) -> None:
+        if not isinstance(hx, (tuple, list)) or len(hx) != 4:
+            got = f"{len(hx)} of them" if isinstance(hx, (tuple, list)) else type(hx).__name__
+            raise ValueError(f"SLSTM: hx should be the four states (h, c, n, m), got {got}")
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        self.check_input(input, batch_sizes)
+        expected = self.get_expected_hidden_size(input, batch_sizes)
+        for k, state in enumerate(hidden):
+            self.check_hidden_size(state, expected, f"Expected hidden[{k}] size {{}}, got {{}}")
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        self._check_count(hx)
+        return hx if permutation is None else tuple(state.index_select(1, permutation) for state in hx)
+
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override, no-overload-impl]
+        def forward(
+            self, input: Tensor, hx: _States | None = None, lengths: Lengths | None = None,
+            reset: Tensor | None = None, return_states: bool = False,
+        ) -> tuple[Tensor, _States]: ...  # fmt: skip
+        @overload
+        def forward(
+            self, input: PackedSequence, hx: _States | None = None
+        ) -> tuple[PackedSequence, _States]: ...
