@@ -107,7 +107,6 @@ def composed(a: Tensor, b: Tensor, h0: Tensor, rows: Rows, reverse: bool) -> tup
     every: list[Any] = [None] * rows.T
     for t in range(rows.T - 1, -1, -1) if reverse else range(rows.T):
         n = len(places[t])
-        factor = rows.keep(places[t], a[places[t]])
-        every[t] = factor * rows.keep(places[t], m[:n]) + b[places[t]]
+        every[t] = rows.keep(places[t], a[places[t]] * m[:n]) + b[places[t]]
         m = torch.cat((every[t], m[n:]))
     return rows.assemble(every), m[torch.argsort(order)]

@@ -344,7 +344,8 @@ class QRNN(_LinearRecurrent):
         c_n: [L*D, B, H], the state after each row's last step; with ``return_states`` every c.
 
     Parameters of layer k, with the suffix ``_reverse`` for the second direction; blocks in the order z f o.
-        weight_ih_l{k}: [3*H, I], from the second layer on [3*H, D*H]; window=2 [3*H, 2*I], x_prev first.
+        weight_ih_l{k}: [3*H, I], from the second layer on [3*H, D*H].
+            With window=2 twice as wide, first the part for x_prev.
         bias_ih_l{k}: [3*H], with bias.
         All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
 
@@ -416,7 +417,8 @@ class SRU(_LinearRecurrent):
 
     Parameters of layer k, with the suffix ``_reverse`` for the second direction; blocks in the order u f r,
     and x where the input is not H wide.
-        weight_ih_l{k}: [4*H, I], from the second layer on [4*H, D*H]; [3*H, H] where the input is H wide.
+        weight_ih_l{k}: [4*H, I], from the second layer on [4*H, D*H].
+            Without the last block where the input is H wide.
         bias_ih_l{k}: [2*H], of f and r, with bias.
         All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
 

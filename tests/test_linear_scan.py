@@ -168,10 +168,12 @@ def test_nan_before_a_reset_does_not_pass_it():
     reset = torch.zeros(6, 2, dtype=torch.bool)
     reset[3] = True
     a[2:4] = h0[:] = float("nan")
-    h = linear_scan(a, b, h0, reset=reset)
-    assert h[:3].isnan().all()
-    close(h[3:], loop(a, b, h0, reset=reset)[0][3:])
-    assert not h[3:].isnan().any()
+    rows = Rows(6, 2, reset=reset.flatten())
+    composed, _ = _linear.composed(a.flatten(0, 1), b.flatten(0, 1), h0, rows, False)
+    for h in (linear_scan(a, b, h0, reset=reset), composed.view(6, 2, 3)):
+        assert h[:3].isnan().all()
+        assert not h[3:].isnan().any()
+        close(h[3:], loop(a, b, h0, reset=reset)[0][3:])
 
 
 def test_nan_passes_a_factor_of_zero_as_it_does_in_the_formula():

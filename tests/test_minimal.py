@@ -313,7 +313,7 @@ X = torch.zeros(T, B, I)
         (X[..., :2], {}, RuntimeError, "Expected 3, got 2"),
         (X, {"hx": torch.zeros(1, H)}, RuntimeError, "batched 3-D input, hx should also be 3-D but got 2-D"),
         (X, {"hx": torch.zeros(2, B, H)}, RuntimeError, r"Expected hidden size \(1, 4, 5\), got \[2, 4, 5\]"),
-        (X, {"hx": torch.zeros(1, B, H).double()}, RuntimeError, "Input and hidden tensors are not the same d"),
+        (X, {"hx": torch.zeros(1, B, H).double()}, RuntimeError, "Input and hidden tensors are not the same"),
         (X.double(), {}, RuntimeError, "Input and parameter tensors are not the same dtype"),
         (X, {"lengths": [7, 1, 1, 1]}, ValueError, "lengths must be between 0 and T = 6"),
         (X, {"reset": torch.zeros(T, B)}, TypeError, "reset must be bool"),

@@ -16,6 +16,7 @@ struct Chunk {
   Acc<S> factor, sum;
   bool reset;  // somewhere in the chunk: the factor is zero, and a NaN before it is forgotten too
 
+  // mutant: chunk-carries-nan-past-a-reset
   __device__ __forceinline__ Acc<S> operator()(Acc<S> m) const { return reset ? sum : factor * m + sum; }
 };
 
@@ -57,6 +58,7 @@ struct ChunkThread {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         const int64_t at = k + i < end ? k + i : end - 1;  // no branch between the loads
+        // mutant: chunk-reversed-from-T
         const int64_t t = s.reverse ? length - 1 - at : at;
         rows[i] = s.sequence.row(t, b);
         reset[i] = s.sequence.reset && s.sequence.reset[rows[i]];
@@ -65,7 +67,7 @@ struct ChunkThread {
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
-        if (k + i < end) f(rows[i], a[i], x[i], reset[i]);
+        if (k + i < end) f(rows[i], a[i], x[i], reset[i]);  // mutant: chunk-steps-beyond-its-end
       }
     }
   }
@@ -74,7 +76,7 @@ struct ChunkThread {
   __device__ __forceinline__ Acc<S> step(Acc<S> a, Acc<S> x, bool reset, Acc<S>& m) const {
     if (!p.scan.shifted) return m = reset ? x : a * m + x;
     const Acc<S> h = m + x;
-    m = reset ? 0 : a * h;
+    m = reset ? 0 : a * h;  // mutant: chunk-shifted-without-reset
     return h;
   }
 };
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(256) find_chunks(const ChunkedProblem<S> probl
   Chunk<S> found{1, 0, false};
   thread.each_step([&](int64_t, Acc<S> a, Acc<S> x, bool reset) {
     thread.step(a, x, reset, found.sum);
-    found.factor *= a;
+    found.factor *= a;  // mutant: chunk-without-factor
     found.reset |= reset;
   });
   problem.before[thread.index] = found;
@@ -99,13 +101,16 @@ __global__ void __launch_bounds__(256) apply_chunks(const ChunkedProblem<S> prob
   const LinearProblem<S>& s = problem.scan;
   const int64_t j = thread.j, batch = s.sequence.batch(thread.b), units = s.sequence.B * s.H;
   Acc<S> m = load(s.h0[batch][j]);
+  // mutant: chunk-misses-the-one-before
   for (int64_t c = 0; c < thread.chunk; ++c) m = problem.before[c * units + thread.index % units](m);
   thread.each_step([&](int64_t row, Acc<S> a, Acc<S> x, bool reset) {
     s.h[row][j] = store<S>(thread.step(a, x, reset, m));
   });
+  // mutant: last-state-of-the-first-chunk
   if (thread.chunk == problem.chunks - 1) s.last[batch][j] = store<S>(m);
   if (!s.sequence.counts) return;
   const int64_t begin = thread.chunk * problem.steps, length = thread.length();
+  // mutant: chunk-padding-over-the-row
   for (int64_t t = begin > length ? begin : length; t < begin + problem.steps && t < s.sequence.T; ++t)
     s.h[s.sequence.row(t, thread.b)][j] = store<S>(0);
 }
