@@ -231,6 +231,17 @@ def test_copies_pickles_and_state_dicts_give_the_same_module(kind):
         assert repr(copied) == repr(module)
 
 
+@of_each_class
+def test_convert_leaves_it_alone_and_to_torch_says_so(kind):
+    model = torch.nn.ModuleDict({"scan": make(kind), "gru": fastrnn.GRU(I, H)})
+    fastrnn.convert(model)
+    name = type(model["scan"]).__name__
+    with pytest.warns(UserWarning, match=rf"leaves as they are: scan \(torch.nn has no {name}\)$"):
+        fastrnn.to_torch(model)
+    assert isinstance(model["scan"], getattr(fastrnn, name))
+    assert type(model["gru"]) is torch.nn.GRU
+
+
 def test_repr_says_what_is_not_the_default():
     assert repr(make("MinGRU")) == "MinGRU(3, 5)"
     module = make("QRNN of two steps", num_layers=2, bias=False, bidirectional=True)
