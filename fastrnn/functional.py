@@ -628,9 +628,17 @@ def linear_scan(
     return rows.dense(scan_linearly(a.flatten(0, 1), b.flatten(0, 1), h0, rows, reverse)[0])
 
 
+SUMMED_IN_FLOAT32 = (torch.float16, torch.bfloat16)  # by the CPU's linear scan, which casts them
+
+
+def no_linear_scan_reason(a: Tensor) -> str | None:
+    """Why a linear scan is made from torch operations, or None if there is a kernel for it."""
+    return None if a.is_cpu and a.dtype in SUMMED_IN_FLOAT32 else no_kernel_reason(a)
+
+
 def scan_linearly(a: Tensor, b: Tensor, h0: Tensor, rows: Rows, reverse: bool) -> tuple[Tensor, Tensor]:
     """``linear_scan`` on rows [N, H] in any form: (h [N, H], the state after each row's last step [B, H])."""
-    if a.is_cpu and a.dtype in (torch.float16, torch.bfloat16):
+    if a.is_cpu and a.dtype in SUMMED_IN_FLOAT32:
         h, last = _linear.scan(a.float(), b.float(), h0.float(), rows, reverse)
         return h.to(a.dtype), last.to(a.dtype)
     function = _linear.composed if takes_torch_path(a, extended=True) else _linear.scan

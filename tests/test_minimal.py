@@ -242,6 +242,28 @@ def test_convert_leaves_it_alone_and_to_torch_says_so(kind):
     assert type(model["gru"]) is torch.nn.GRU
 
 
+def test_explain_says_which_kernel_runs(monkeypatch):
+    x = torch.randn(T, B, I)
+    lines = fastrnn.explain(make("MinGRU", torch.float32, num_layers=2), x)
+    assert [(line.layer, line.operator) for line in lines] == [(k, "fastrnn::linear_scan") for k in (0, 1)]
+    (line,) = fastrnn.explain(make("SRU", torch.bfloat16), x.bfloat16())
+    assert line.forward.endswith("in float32")
+    monkeypatch.setattr(fastrnn.functional, "_KERNEL_DTYPES", ())
+    monkeypatch.setattr(fastrnn.functional, "_warned", set())
+    with pytest.warns(fastrnn.FallbackWarning):
+        (line,) = fastrnn.explain(make("MinGRU", torch.float32), x)
+    assert line.operator is None
+    assert "there are no CPU kernels for torch.float32" in line.forward
+
+
+def test_a_trace_holds_the_operator():
+    module, x = make("MinGRU", torch.float32), torch.randn(T, B, I)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, x)
+        assert "fastrnn::linear_scan" in str(traced.inlined_graph)
+        torch.testing.assert_close(traced(x), module(x))
+
+
 def test_repr_says_what_is_not_the_default():
     assert repr(make("MinGRU")) == "MinGRU(3, 5)"
     module = make("QRNN of two steps", num_layers=2, bias=False, bidirectional=True)
