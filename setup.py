@@ -81,9 +81,9 @@ LIBRARIES = [kernels(*item) for item in INSTRUCTION_SETS.items()]
 # FASTRNN_CUDA: 1 builds the CUDA kernels, for which nvcc is enough, without a GPU or a CUDA build of torch;
 # 0 leaves them out; auto, the default, builds them where nvcc is and this torch could load them.
 CUDA = "fastrnn._C_cuda"
-CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+CUDA_SOURCES = sorted(str(p) for folder in ("cuda", "linear") for p in Path("csrc", folder).glob("*.cu"))
 CUDA_HEADERS = sorted(
-    str(p) for folder in ("cells", "common", "cuda") for p in Path("csrc", folder).glob("*.*h")
+    str(p) for folder in ("cells", "common", "cuda", "linear") for p in Path("csrc", folder).glob("*.*h")
 )
 
 
@@ -219,6 +219,7 @@ setup(
                 "csrc/cpu/plan.cpp",
                 "csrc/cpu/scan.cpp",
                 "csrc/cpu/team.cpp",
+                "csrc/linear/cpu.cpp",
             ],
             include_dirs=[INCLUDE],
             depends=[

@@ -10,6 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cuda/describe.h"
+#include "linear/linear.h"
 
 extern "C" PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
@@ -68,6 +69,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   fastrnn::define_scans(m);
   m.def(fastrnn::kWeightGradients);
   m.def(fastrnn::kPack);
+  m.def(fastrnn::kLinearScan);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {

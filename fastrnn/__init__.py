@@ -8,8 +8,9 @@ try:
     from ._prepack import prepack
     from .convert import convert, to_torch
     from .functional import FallbackWarning, set_strict
+    from .minimal import QRNN, SRU, MinGRU, MinLSTM
     from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-    from .more import SLSTM
+    from .more import SLSTM, IndRNN
 except (ImportError, AttributeError, RuntimeError) as error:  # the last two: a build older than the sources
     # The doctor explains what is wrong here, so it alone gets past it.
     if sys.argv[:2] != ["-m", "doctor"]:
@@ -17,6 +18,7 @@ except (ImportError, AttributeError, RuntimeError) as error:  # the last two: a 
 
 __version__ = "0.1.0"
 __all__ = [
-    "GRU", "LSTM", "RNN", "SLSTM", "Explanation", "FallbackWarning", "GRUCell", "LSTMCell", "RNNCell",
-    "convert", "explain", "functional", "init", "prepack", "set_strict", "to_torch",
+    "GRU", "LSTM", "QRNN", "RNN", "SLSTM", "SRU", "Explanation", "FallbackWarning", "GRUCell", "IndRNN",
+    "LSTMCell", "MinGRU", "MinLSTM", "RNNCell", "convert", "explain", "functional", "init", "prepack",
+    "set_strict", "to_torch",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cuda, _options, _prepack, functional, modules
+from . import _cuda, _options, _prepack, functional, minimal, modules
 from .reference import CELLS
 
 
@@ -54,7 +54,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
         return hook
 
     for name, child in module.named_modules():
-        if isinstance(child, (modules._Recurrent, modules._RecurrentCell)):
+        if isinstance(child, (modules._Recurrent, modules._RecurrentCell, minimal._LinearRecurrent)):
             handles.append(child.register_forward_pre_hook(record(name), with_kwargs=True))
     training = {child: child.training for child in module.modules()}
     try:
@@ -72,6 +72,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
 def _explain_module(
     name: str, module: nn.Module, input: Tensor | PackedSequence, training: bool = True
 ) -> Explanations:
+    if isinstance(module, minimal._LinearRecurrent):
+        return _explain_linear(name, module)
     assert isinstance(module, (modules._Recurrent, modules._RecurrentCell))
     cell, options = module._cell_name(), _options.text(_options.beyond_torch(module._fused_options))
     if isinstance(module, modules._Recurrent):
@@ -99,6 +101,20 @@ def _explain_module(
         Explanation(name, layer, f"fastrnn::{cell}", forward + _prepack.note(weights), backward, options)
         for layer, (_, weights) in enumerate(module._scan_layers())
     )
+
+
+def _explain_linear(name: str, module: minimal._LinearRecurrent) -> Explanations:
+    (weight,) = functional.lowered((next(module.parameters()),))
+    operator: str | None = "fastrnn::linear_scan"
+    if reason := functional.no_linear_scan_reason(weight):
+        operator, how = None, reason
+    elif weight.is_cuda:
+        how = "chunks of steps side by side where rows and units do not fill the device"
+    else:
+        how = f"rows, then units, over at most {torch.get_num_threads()} threads"
+        if weight.dtype in functional.SUMMED_IN_FLOAT32:
+            how += ", in float32"
+    return Explanations(Explanation(name, layer, operator, how, how) for layer in range(module.num_layers))
 
 
 def _stack_sizes(module: nn.RNNBase) -> tuple[int, int, int, int]:

@@ -82,6 +82,11 @@ def _(
     return dx, [y.new_empty(shapes.get(slot, (GH,))) for slot in slots if of_weights]
 
 
+@torch.library.register_fake("fastrnn::linear_scan")
+def _(a, b, h0, *rows_and_form):
+    return b.new_empty(b.shape), h0.new_empty(h0.shape)
+
+
 @torch.library.register_fake("fastrnn::pack")
 def _(cell, weights, slots, bfloat16):  # how long depends on the processor
     return weights[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
@@ -179,6 +184,7 @@ scan = torch.ops.fastrnn.scan.default
 scan_backward = torch.ops.fastrnn.scan_backward.default
 scan_backward_over = torch.ops.fastrnn.scan_backward.over
 weight_gradients = torch.ops.fastrnn.weight_gradients.default
+linear_scan = torch.ops.fastrnn.linear_scan.default
 
 
 def given(weights: Sequence[Maybe]) -> tuple[list[Tensor], int]:

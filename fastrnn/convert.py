@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import _options, _prepack, modules
+from . import _options, _prepack, minimal, modules
 from ._warn import warn
 
 __all__ = ["convert", "to_torch"]
@@ -137,7 +137,7 @@ def _change_classes(model: _Model, name: str, change: Callable[[type], type], ba
                 _change_class(module, change)  # type: ignore[arg-type]
             except _Left as reason:
                 left.append(f"{path or 'the module itself'} ({reason})")
-        elif is_ours and change is _unfused:
+        elif change is _unfused and (is_ours or isinstance(module, minimal._LinearRecurrent)):
             left.append(f"{path or 'the module itself'} (torch.nn has no {type(module).__name__})")
     if left:
         warn(f"{name}() leaves as they are: {', '.join(left)}")
@@ -162,7 +162,7 @@ def to_torch(model: _Model) -> _Model:
     """Undoes convert(): every fastrnn module inside ``model`` becomes torch.nn's, in place; returns it.
 
     For tools that know torch.nn's classes exactly (``torch.ao.quantization``, ``type(m) == nn.GRU``) and for
-    ``torch.jit.script``. Warns of modules that it leaves as they are, by name: subclasses of fastrnn's, and
-    modules with options that torch.nn's have not.
+    ``torch.jit.script``. Warns of modules that it leaves as they are, by name: subclasses of fastrnn's,
+    modules with options that torch.nn's have not, and classes that torch.nn has not.
     """
     return _change_classes(model, "to_torch", _unfused, _TO_TORCH)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _autograd, _cuda, reference, step_options
+from . import _autograd, _cuda, _linear, reference, step_options
 from ._warn import warn
 from .reference import CELLS, SLOTS, W_HH, U
 from .rows import Rows
 from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = [
-    "StateGradients", "gru", "gru_cell", "lstm", "lstm_cell", "lstm_coupled", "lstm_coupled_cell",
-    "lstm_layer_norm", "lstm_layer_norm_cell", "lstm_peephole", "lstm_peephole_cell", "rnn_relu",
+    "StateGradients", "gru", "gru_cell", "linear_scan", "lstm", "lstm_cell", "lstm_coupled",
+    "lstm_coupled_cell", "lstm_layer_norm", "lstm_layer_norm_cell", "lstm_peephole", "lstm_peephole_cell", "rnn_relu",
     "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict", "slstm",
 ]  # fmt: skip
 
@@ -161,6 +161,8 @@ def slots(
     gain_ih, which stands in the place of w_hr until ``layer`` has made the gates."""
     extra: Tensor | None = None
     vectors: Sequence[Tensor] = others
+    if not CELLS[name].dense:  # its weight_hh is a vector
+        return w_ih, None, b_ih, None, None, w_hh.unsqueeze(0)
     if CELLS[name].takes_gates:
         extra, gain_hh, *rest = others
         vectors = gain_hh, torch.zeros_like(gain_hh) if b_hh is None else b_hh, *rest
@@ -171,7 +173,7 @@ def slots(
     if vectors:
         u = torch.cat(tuple(vectors)).view(CELLS[name].vectors, -1)
         if not _autograd._is_traced():
-            u.joined = tuple(vectors)  # type: ignore[attr-defined]  # prepack() goes by the tensors that users hold
+            u.joined = tuple(vectors)  # type: ignore[attr-defined]  # prepack() goes by what users hold
     return w_ih, w_hh, b_ih, b_hh, extra, u
 
 
@@ -735,3 +737,87 @@ def _single_state_cell(name: str) -> _SingleStateCell:
 gru_cell = _single_state_cell("gru")
 rnn_tanh_cell = _single_state_cell("rnn_tanh")
 rnn_relu_cell = _single_state_cell("rnn_relu")
+
+
+# ---- The linear scan ---------------------------------------------------------------------------------
+
+
+def linear_scan(
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor | None = None,
+    *,
+    batch_first: bool = False,
+    reverse: bool = False,
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
+) -> Tensor:
+    """h_t = a_t * h_{t-1} + b_t, elementwise, for every step t: the recurrence under ``MinGRU`` and its
+    siblings, and under linear state space models with a diagonal matrix.
+
+    On the CPU the units lie in vectors and rows are shared by torch's threads; on CUDA devices the steps run
+    side by side too, in chunks (Martin and Cundy 2018). Differentiable any number of times, in reverse and
+    forward mode, under ``vmap`` and ``torch.compile``.
+
+    Args:
+        a, b: [T, B, H], or [B, T, H] with batch_first.
+        h0: the state before the first step [B, H], zeros if None.
+        reverse: h_t = a_t * h_{t+1} + b_t, from each row's end to its start.
+        lengths: integers [B] on any device, in any order, zeros allowed. Steps beyond a row's length do not
+            happen: h is zero there.
+        reset: bool [T, B] ([B, T] with batch_first): a_t counts as zero there.
+
+    Returns:
+        h, of the shape and dtype of a. float16 and bfloat16 are summed in float32.
+
+    Raises:
+        TypeError: lengths that are no integers, reset that is not bool.
+        ValueError: tensors of other sizes than above, T = 0, lengths outside [0, T].
+        RuntimeError: tensors of several dtypes or devices.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> a, b = torch.full((4, 1, 1), 0.5), torch.ones(4, 1, 1)  # [T, B, H]
+        >>> fastrnn.functional.linear_scan(a, b).flatten()
+        tensor([1.0000, 1.5000, 1.7500, 1.8750])
+    """
+    if a.dim() != 3:
+        letters = "[B, T, H]" if batch_first else "[T, B, H]"
+        raise ValueError(f"a must be {letters}, got {list(a.shape)}")
+    if b.shape != a.shape:
+        raise ValueError(f"b must have the shape of a, {list(a.shape)}, got {list(b.shape)}")
+    T, B, H = a.shape[int(batch_first)], a.shape[int(not batch_first)], a.shape[2]
+    if T == 0:
+        raise ValueError("linear_scan needs at least one step, got T = 0")
+    if h0 is None:
+        h0 = a.new_zeros(B, H)
+    elif tuple(h0.shape) != (B, H):
+        raise ValueError(f"h0 must be [B, H] = [{B}, {H}], got {list(h0.shape)}")
+    for name, t in (("b", b), ("h0", h0)):
+        if t.dtype != a.dtype or t.device != a.device:
+            raise RuntimeError(f"{name} must be {a.dtype} on {a.device}, as a, got {t.dtype} on {t.device}")
+    rows = Rows(
+        T,
+        B,
+        batch_first,
+        lengths=None if lengths is None else _lengths(lengths, T, B),
+        reset=None if reset is None else _reset(reset, T, B, batch_first),
+    )
+    return rows.dense(scan_linearly(a.flatten(0, 1), b.flatten(0, 1), h0, rows, reverse)[0])
+
+
+SUMMED_IN_FLOAT32 = (torch.float16, torch.bfloat16)  # by the CPU's linear scan, which casts them
+
+
+def no_linear_scan_reason(a: Tensor) -> str | None:
+    """Why a linear scan is made from torch operations, or None if there is a kernel for it."""
+    return None if a.is_cpu and a.dtype in SUMMED_IN_FLOAT32 else no_kernel_reason(a)
+
+
+def scan_linearly(a: Tensor, b: Tensor, h0: Tensor, rows: Rows, reverse: bool) -> tuple[Tensor, Tensor]:
+    """``linear_scan`` on rows [N, H] in any form: (h [N, H], the state after each row's last step [B, H])."""
+    if a.is_cpu and a.dtype in SUMMED_IN_FLOAT32:
+        h, last = _linear.scan(a.float(), b.float(), h0.float(), rows, reverse)
+        return h.to(a.dtype), last.to(a.dtype)
+    function = _linear.composed if takes_torch_path(a, extended=True) else _linear.scan
+    return function(a, b, h0, rows, reverse)

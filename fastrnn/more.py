@@ -1,5 +1,6 @@
 """Recurrent modules that torch.nn does not have, with torch.nn's constructor and call."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .functional import Lengths
 from .modules import _Recurrent
 
-__all__ = ["SLSTM"]
+__all__ = ["SLSTM", "IndRNN"]
 
 _States = tuple[Tensor, Tensor, Tensor, Tensor]  # (h, c, n, m)
 
@@ -22,7 +23,105 @@ def _block_diagonal(weight: Tensor, heads: int) -> Tensor:
     return wide.reshape(-1, heads * per_head)  # [G, head, unit; head, column]
 
 
-class SLSTM(_Recurrent):
+class _OwnCell(_Recurrent):
+    """What modules share whose cell torch.nn does not have: made like one of its modules, with one bias and a
+    weight_hh of another shape."""
+
+    def _reshape_parameters(self, of_weight_hh: Callable[[Tensor], Tensor]) -> None:
+        """For a constructor: ``of_weight_hh`` takes its part of torch.nn's."""
+        for names in self._all_weights:  # weight_ih, weight_hh, and with biases bias_ih, bias_hh
+            for name in names[3:]:
+                delattr(self, name)
+            del names[3:]
+            kept = of_weight_hh(self.get_parameter(names[1]).detach())
+            setattr(self, names[1], nn.Parameter(kept.clone(memory_format=torch.contiguous_format)))
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._init_flat_weights()
+
+    def flatten_parameters(self) -> None:
+        """Nothing: that is for cuDNN."""
+
+    def __prepare_scriptable__(self):  # torch.jit.script calls this first
+        name = type(self).__name__
+        raise RuntimeError(f"fastrnn: torch.jit.script does not take a fastrnn.{name}; torch.jit.trace does")
+
+    def _is_torchs(self) -> bool:
+        return False
+
+
+class IndRNN(_OwnCell):
+    """Layers of an independently recurrent network (Li et al. 2018): a unit sees its own state alone.
+
+    At each step a layer computes, from its input x and its state h_prev of the step before,
+
+        h = tanh(W_ih x + b_ih + u * h_prev), with relu in place of tanh if asked for
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of h.
+        num_layers: L; the input of each layer but the first is the output of the layer before.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are biases.
+        batch_first: input and output are [B, T, *] instead of [T, B, *]; the state is not.
+        dropout: the probability with which training zeroes an element of each layer's output but the last's.
+        bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
+        device, dtype: those of the parameters.
+
+    Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
+        x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
+        h_0: [L*D, B, H], without B if x has none; zeros if left out.
+
+    Outputs: y, h_n.
+        y: [T, B, D*H], h of the last layer at every step, in the form of x; the two directions side by side.
+        h_n: [L*D, B, H], the state after each row's last step.
+
+    Parameters of layer k, with the suffix ``_reverse`` for the second direction.
+        weight_ih_l{k}: [H, I], from the second layer on [H, D*H].
+        weight_hh_l{k}: [H], u.
+        bias_ih_l{k}: [H], with bias.
+        All are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        ValueError: sizes below 1, dropout outside [0, 1], another nonlinearity; input that is neither 2-D nor
+            3-D, or of another dtype than the parameters.
+        RuntimeError: input or state of other sizes than above.
+
+    ``convert`` and ``to_torch`` leave it as it is; ``torch.onnx.export`` and ``torch.jit.script`` do not take
+    it.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> rnn = fastrnn.IndRNN(8, 16, num_layers=2, nonlinearity="relu")
+        >>> y, h_n = rnn(torch.randn(20, 3, 8))  # [T, B, I]
+        >>> y.shape, h_n.shape, rnn.weight_hh_l0.shape
+        (torch.Size([20, 3, 16]), torch.Size([2, 3, 16]), torch.Size([16]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+        mode, sizes = f"RNN_{nonlinearity.upper()}", (input_size, hidden_size, num_layers)
+        super().__init__(mode, *sizes, bias, batch_first, dropout, bidirectional, 0, device, dtype)
+        self.mode, self.nonlinearity = f"IND{mode}", nonlinearity
+        self._reshape_parameters(lambda w_hh: w_hh[:, 0])
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", nonlinearity=relu" if self.nonlinearity == "relu" else "")
+
+
+class SLSTM(_OwnCell):
     """Layers of an sLSTM (Beck et al. 2024, "xLSTM", section 2.2, as its authors' code has it): an LSTM with
     an exponential input gate, whose c is divided by the sum n of its weights.
 
@@ -108,26 +207,10 @@ class SLSTM(_Recurrent):
         if heads < 1 or hidden_size % heads:
             raise ValueError(f"heads must divide hidden_size = {hidden_size}, got {heads}")
         self.mode, self.heads = "SLSTM", heads
-        for names in self._all_weights:  # weight_ih, weight_hh, bias_ih, bias_hh
-            for name in names[3:]:
-                delattr(self, name)
-            del names[3:]
-            kept = self.get_parameter(names[1]).detach()[:, : hidden_size // heads]
-            setattr(self, names[1], nn.Parameter(kept.clone(memory_format=torch.contiguous_format)))
-        self._flat_weights_names = [name for names in self._all_weights for name in names]
-        self._init_flat_weights()
-
-    def flatten_parameters(self) -> None:
-        """Nothing: that is for cuDNN."""
+        self._reshape_parameters(lambda w_hh: w_hh[:, : hidden_size // heads])
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", heads={self.heads}" if self.heads > 1 else "")
-
-    def __prepare_scriptable__(self):  # torch.jit.script calls this first
-        raise RuntimeError("fastrnn: torch.jit.script does not take a fastrnn.SLSTM; torch.jit.trace does")
-
-    def _is_torchs(self) -> bool:
-        return False
 
     def _weights(self) -> list[Tensor]:
         weights = super()._weights()

@@ -69,6 +69,7 @@ ORDERS = kernels("lstm", "lstm and (schedule or bf16)")  # of the threads
 SPILLED = kernels("lstm", "shared_memory")
 RACES = kernels("lstm", "lstm and bf16 and (one_block or many_blocks)", "thread")
 BOUNDS = kernels("lstm", "lstm and (form or reference)", "address")
+LINEAR = Tests(("tests/test_linear_scan.py", "-k", "cuda"), cells=("gru",))
 
 KERNELS = [
     # the blocks meet
@@ -139,6 +140,15 @@ KERNELS = [
     Mutant("sums-of-a-row-without-barrier", ROWS),
     Mutant("rows-of-no-step-not-cleared", LSTM),
     Mutant("driver-exchange-not-cleared", LSTM),
+    # the linear scan
+    Mutant("chunk-carries-nan-past-a-reset", LINEAR, "reset ? sum : ", ""),
+    Mutant("chunk-steps-beyond-its-end", LINEAR, "if (k + i < end) ", ""),
+    Mutant("chunk-without-factor", LINEAR),
+    Mutant("chunk-misses-the-one-before", LINEAR, "c < thread.chunk", "c + 1 < thread.chunk"),
+    Mutant("chunk-reversed-from-T", LINEAR, "length", "s.sequence.T"),
+    Mutant("chunk-padding-over-the-row", LINEAR, "begin > length ? begin : length", "begin"),
+    Mutant("chunk-shifted-without-reset", LINEAR, "reset ? 0 : ", ""),
+    Mutant("last-state-of-the-first-chunk", LINEAR, "problem.chunks - 1", "0"),
 ]  # fmt: skip
 MUTANTS = SAMPLE + KERNELS
 

@@ -28,6 +28,7 @@ SMALL = [
     Case("LSTM", 4, 3, 5, 6, group="proj", proj_size=2),
     Case("RNN", 1, 1, 5, 6, group="fp64", dtype=torch.float64),
     Case("LSTMCell", 4, 3, 5, 6, group="loop"),
+    Case("MinGRU", 4, 3, 5, 6, group="linear"),
 ]
 
 

@@ -70,6 +70,7 @@ def host_kernels(monkeypatch) -> None:
     monkeypatch.setattr(_operators, "scan_backward", on_h200(kernels.HOST.scan_backward.default))
     monkeypatch.setattr(_operators, "scan_backward_over", on_h200(kernels.HOST.scan_backward.over))
     monkeypatch.setattr(_operators, "weight_gradients", _operators.composed_weight_gradients)
+    monkeypatch.setattr(_operators, "linear_scan", on_h200(kernels.HOST.linear_scan.default))
 
 
 def compute_in(numbers: str) -> torch.dtype:
@@ -197,7 +198,8 @@ def test_every_path_equals_torch_nn(path):
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("numbers", ["f32", NARROW])
 @pytest.mark.parametrize(
-    ("kind", "options"), [("LSTM", {}), ("LSTM", {"peephole": True}), ("GRU", {}), ("RNN", {})]
+    ("kind", "options"),
+    [("LSTM", {}), ("LSTM", {"peephole": True}), ("GRU", {}), ("RNN", {}), ("MinGRU", {}), ("SRU", {})],
 )
 def test_lengths_resets_and_every_state(kind, options, numbers, bidirectional, batch_first, monkeypatch):
     """Against the CPU's kernels in float64, which have tests of their own."""
@@ -223,7 +225,7 @@ def test_lengths_resets_and_every_state(kind, options, numbers, bidirectional, b
     assert_close(numbers, found, run("cpu", torch.float64))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "MinGRU"])
 def test_derivatives_are_those_of_the_function(kind):
     """gradcheck and gradgradcheck in float64, of a ragged sequence in both directions."""
     module = getattr(fastrnn, kind)(2, 3, bidirectional=True, dtype=torch.float64).to(DEVICE)
@@ -238,6 +240,29 @@ def test_derivatives_are_those_of_the_function(kind):
 
     assert torch.autograd.gradcheck(function, (x, *weights))
     assert torch.autograd.gradgradcheck(function, (x, *weights))
+
+
+@pytest.mark.parametrize("sizes", [(1000, 3, 40), (70, 40, 129)], ids=str)
+@pytest.mark.parametrize("numbers", [numbers for numbers in NUMBERS if numbers != "tf32"])
+def test_a_linear_scan_in_chunks(numbers, sizes, monkeypatch):
+    """Against the CPU's kernels in float64, which have tests of their own."""
+    T, B, H, dtype = *sizes, DTYPES[numbers]
+    a, b = torch.rand(T, B, H).to(dtype), torch.randn(T, B, H).to(dtype)
+    h0, reset, lengths = torch.randn(B, H).to(dtype), torch.rand(T, B) < 0.01, torch.randint(0, T + 1, (B,))
+
+    def run(device: str, dtype: torch.dtype) -> dict:
+        leaves = [t.to(device, dtype).requires_grad_() for t in (a, b, h0)]
+        results = {}
+        for options in ({}, {"reverse": True, "lengths": lengths, "reset": reset.to(device)}):
+            h = functional.linear_scan(*leaves, **options)
+            weights = torch.linspace(-1, 1, h.numel(), device=device).view(h.shape).to(dtype)
+            gradients = torch.autograd.grad(h, leaves, weights)
+            results |= {f"{name} {list(options)}": t for name, t in zip("habm", (h, *gradients), strict=True)}
+        return results
+
+    found = run(DEVICE, dtype)
+    monkeypatch.undo()  # back to the CPU's own kernels
+    assert_close(numbers, found, run("cpu", torch.float64))
 
 
 @pytest.mark.skipif(WHERE == "cpu", reason="tests/test_math.py is about those of the CPU")

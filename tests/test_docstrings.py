@@ -6,21 +6,21 @@ import re
 import pytest
 
 import fastrnn
-from fastrnn import functional, modules, more
+from fastrnn import functional, minimal, modules, more
 
-MODULES = [*modules.__all__, *more.__all__]
+CLASSES = [*modules.__all__, *more.__all__, *minimal.__all__]
+FUNCTIONS = [functional.lstm, functional.linear_scan]
 
 
-@pytest.mark.parametrize("name", [*MODULES, "functional.lstm"])
-def test_the_example_in_a_docstring_runs(name):
-    function = functional.lstm if name == "functional.lstm" else getattr(fastrnn, name)
-    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs={})
+@pytest.mark.parametrize("named", [*(getattr(fastrnn, name) for name in CLASSES), *FUNCTIONS])
+def test_the_example_in_a_docstring_runs(named):
+    (example,) = doctest.DocTestFinder(recurse=False).find(named, named.__name__, globs={})
     result = doctest.DocTestRunner().run(example)
     assert result.attempted > 0
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_parameters_have_the_shapes_in_the_docstring(name):
     """``names: [shape]``, or ``names: [shape], from the second layer on [shape]``."""
     cls, sizes, options = getattr(fastrnn, name), {"I": 3, "H": 5, "P": 5, "D": 2}, {}

@@ -41,6 +41,8 @@ def modules_of_one_state(x: Tensor, packed: PackedSequence, h: Tensor, lengths: 
     assert_type(fastrnn.RNNCell(1, 1).forward(x), Tensor)
     assert_type(gru.forward(x, h, reset=x, reset_to=h), tuple[Tensor, Tensor])
     gru.forward(packed, reset=x)  # type: ignore[call-overload]
+    assert_type(fastrnn.MinGRU(1, 1).forward(x, h, lengths=lengths), tuple[Tensor, Tensor])
+    assert_type(fastrnn.QRNN(1, 1, window=2).forward(packed), tuple[PackedSequence, Tensor])
 
 
 def functions(x: Tensor, sizes: Tensor, h: Tensor, states: States, params: list[Tensor]) -> None:
@@ -50,6 +52,7 @@ def functions(x: Tensor, sizes: Tensor, h: Tensor, states: States, params: list[
     assert_type(packed, tuple[Tensor, Tensor, Tensor])
     assert_type(functional.gru(x, h, params, True, 1, 0.0, False, False, True, reset=x), States)
     assert_type(functional.rnn_relu(x, sizes, h, params, True, 1, 0.0, False, False), States)
+    assert_type(functional.linear_scan(x, x, h, lengths=[1], reset=x, reverse=True), Tensor)
     assert_type(functional.lstm_cell(x, states, h, h), States)
     assert_type(functional.rnn_tanh_cell(x, h, h, h, None, h), Tensor)
     functional.rnn_tanh(x, sizes, h, params, True, 1, 0.0, False, False, lengths=[1])  # type: ignore[call-overload]

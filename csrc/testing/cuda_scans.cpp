@@ -1,5 +1,6 @@
 // torch.ops.fastrnn_cuda_on_host: fastrnn's operators by the CUDA driver and kernels, on the CPU.
 #include "common/operators.h"
+#include "linear/chunks.cuh"
 #include "testing/host_device.h"
 
 namespace fastrnn {
@@ -22,10 +23,12 @@ STABLE_TORCH_LIBRARY(fastrnn_cuda_on_host, m) {
       "configure(bool tf32, int multiprocessors, int shared_bytes, bool one_block, int order, int seed) -> "
       "()");
   fastrnn::define_scans(m);
+  m.def(fastrnn::kLinearScan);
 }
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda_on_host, CompositeExplicitAutograd, m) {
   m.impl("configure", TORCH_BOX(&fastrnn::configure));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastrnn_cuda_on_host, CPU, m) {
   fastrnn::register_scans<fastrnn::Drivers<fastrnn::HostDevice>>(m);
+  m.impl("linear_scan", TORCH_BOX(&fastrnn::linear_scan<fastrnn::ChunkedScan<fastrnn::HostDevice>>));
 }

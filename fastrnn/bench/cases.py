@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1, "MinGRU": 2}
 TRAIN, INFER = "train", "infer"
 
 
@@ -62,6 +62,7 @@ class Case:
             "short": f"short calls {activity}",
             "fp64": f"fp64 {activity}",
             "loop": f"{self.cell} loop {activity}",
+            "linear": f"linear scan {activity}",
         }[self.group]
 
     def lengths(self) -> torch.Tensor:
@@ -73,10 +74,11 @@ class Case:
         """Operations of the matrix products of one call; a training step has three for each."""
         rows = int(self.lengths().sum())
         D = 2 if self.bidirectional else 1
-        R = self.proj_size or self.H  # the recurrent width
+        R = self.proj_size or self.H  # the width of h
+        recurrent = 0 if self.group == "linear" else R  # of the product with h
         gates = GATES[self.cell.removesuffix("Cell")] * self.H
         inputs = [self.I] + [D * R] * (self.layers - 1)
-        per_row = sum(D * (gates * (width + R) + self.proj_size * self.H) for width in inputs)
+        per_row = sum(D * (gates * (width + recurrent) + self.proj_size * self.H) for width in inputs)
         return 2.0 * rows * per_row * (3 if mode == TRAIN else 1)
 
 
@@ -129,6 +131,7 @@ CASES = (
     Case("LSTMCell", 100, 1, 256, 256, group="loop"),
     Case("GRUCell", 100, 32, 128, 128, group="loop"),
     Case("GRUCell", 100, 1, 256, 256, group="loop"),
+    Case("MinGRU", 1000, 32, 128, 128, group="linear"),
     *(case for H in (4, 128, 320) for B in (1, 8) for case in _short(B, H)),
 )
 
@@ -154,6 +157,7 @@ TARGETS = {
     "LSTM one step": Target(5.0, 1.0),
     "GRU one step": Target(2.0, 1.0),
     "fp64 training": Target(1.5, 1.0),
+    "linear scan training": Target(5.0, 5.0),
     "short calls training": Target(1.3, 1.0),
     "short calls inference": Target(2.0, 1.0),
 }

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastrnn.bench.cases import TRAIN, Case
+from fastrnn.bench.loops import LOOPS
 
 # Limits of ||a - b|| / ||b||, wide enough for gradients that are sums over thousands of rows.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -89,7 +90,7 @@ class Workload:
 
 
 def make_module(case: Case, library: ModuleType) -> nn.Module:
-    make = getattr(library, case.cell)
+    make = LOOPS[case.cell] if library is nn and case.cell in LOOPS else getattr(library, case.cell)
     if case.is_loop:
         return make(case.I, case.H, dtype=case.dtype)
     projection = {"proj_size": case.proj_size} if case.proj_size else {}
