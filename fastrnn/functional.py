@@ -22,8 +22,8 @@ from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = [
     "StateGradients", "gru", "gru_cell", "linear_scan", "lstm", "lstm_cell", "lstm_coupled",
-    "lstm_coupled_cell", "lstm_layer_norm", "lstm_layer_norm_cell", "lstm_peephole", "lstm_peephole_cell", "rnn_relu",
-    "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict", "slstm",
+    "lstm_coupled_cell", "lstm_layer_norm", "lstm_layer_norm_cell", "lstm_peephole", "lstm_peephole_cell",
+    "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict", "slstm",
 ]  # fmt: skip
 
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------

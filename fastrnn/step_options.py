@@ -35,7 +35,7 @@ class StepOptions(NamedTuple):
        depends on the c after 3 alone, and dL/dc_t has no such part.
     """
 
-    # Of h and of c: in training bool [D, N, *], true where a unit keeps its state; in evaluation p; None: off
+    # Of h and c: in training bool [D, N, *], true where a unit keeps its state; in evaluation p; None: off.
     zoneout: tuple[Tensor | float | None, ...] = (None, None)
     candidate: Tensor | None = None  # [D, N, H], 0 or 1 / (1 - p)
     recurrent: Tensor | None = None  # [D, B, P], 0 or 1 / (1 - p)

@@ -124,5 +124,5 @@ def test_it_is_left_as_it_is_and_bad_values_are_named():
     assert type(rnn) is fastrnn.IndRNN
     with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got 'sin'"):
         fastrnn.IndRNN(I, H, nonlinearity="sin")
-    with pytest.raises(RuntimeError, match="torch.jit.script does not take a fastrnn.IndRNN"):
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.script does not take a fastrnn\.IndRNN"):
         torch.jit.script(rnn)

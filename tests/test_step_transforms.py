@@ -124,9 +124,9 @@ def test_vmap_over_lengths_and_batches_of_gradients():
 @pytest.mark.parametrize(("kind", "options"), EVERYTHING, ids=str)
 def test_compiled_whole_with_gradients(kind, options):
     torch._dynamo.reset()
-    module, x = make(kind, **options), make_input(kind)
+    module, x = make(kind, **options), make_input(kind)[:2]
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    keywords = {} if kind.endswith("Cell") else {"lengths": torch.tensor([2, 5, 0])}
+    keywords = {} if kind.endswith("Cell") else {"lengths": torch.tensor([1, 2, 0])}
     found = []
     with torch._dynamo.config.patch(allow_rnn=True):
         for function in (module, compiled):
@@ -135,6 +135,19 @@ def test_compiled_whole_with_gradients(kind, options):
         torch.testing.assert_close(*found)
         module.eval()
         torch.testing.assert_close(compiled(x, **keywords), module(x, **keywords))
+
+
+@pytest.mark.filterwarnings("error:fastrnn")
+def test_a_compiled_call_warns_too_without_a_break_of_its_graph(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(functional, "_warned", set())
+    module, x = make("GRUCell", zoneout=0.3).eval(), make_input("GRUCell")
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(allow_rnn=True):
+        with pytest.warns(functional.FallbackWarning, match="zoneout has no kernel yet"):
+            found = compiled(x)
+        torch.testing.assert_close(compiled(x), found)
+        torch.testing.assert_close(module(x), found)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
