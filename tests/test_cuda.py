@@ -199,7 +199,18 @@ def test_every_path_equals_torch_nn(path):
 @pytest.mark.parametrize("numbers", ["f32", NARROW])
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("LSTM", {}), ("LSTM", {"peephole": True}), ("GRU", {}), ("RNN", {}), ("MinGRU", {}), ("SRU", {})],
+    [
+        ("LSTM", {}),
+        ("LSTM", {"peephole": True}),
+        ("LSTM", {"coupled": True}),
+        ("LSTM", {"layer_norm": True}),
+        ("GRU", {}),
+        ("RNN", {}),
+        ("IndRNN", {}),
+        ("SLSTM", {"heads": 2}),
+        ("MinGRU", {}),
+        ("SRU", {}),
+    ],
 )
 def test_lengths_resets_and_every_state(kind, options, numbers, bidirectional, batch_first, monkeypatch):
     """Against the CPU's kernels in float64, which have tests of their own."""
