@@ -131,6 +131,15 @@ def test_without_a_state_it_begins_at_zero(kind):
         assert torch.equal(found, expected)
 
 
+@of_each_class
+def test_an_empty_batch(kind):
+    module = make(kind, num_layers=2, bidirectional=True)
+    y, h_n = module(torch.randn(T, 0, I, dtype=torch.float64))
+    assert (y.shape, h_n.shape) == ((T, 0, 2 * H), (4, 0, H))
+    y.sum().backward()
+    assert all(p.grad.eq(0).all() for p in module.parameters())
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @of_each_class
 def test_packed_sequences_equal_lengths(kind, bidirectional):

@@ -5,6 +5,8 @@
 //
 // The device is a class, as in cuda/driver.cuh.
 #pragma once
+#include <cmath>
+
 #include "cuda/driver.cuh"
 #include "linear/linear.h"
 
@@ -135,10 +137,11 @@ struct ChunkedScan {
   static void run_chunks(const Device& device, const LinearCall& call, const Sequence& sequence) {
     constexpr int64_t kThreads = 256, kThreadsOfMultiprocessor = 1024;
     constexpr int64_t kFewestSteps = 16;  // of a chunk
-    constexpr int64_t kMostChunks = 32;  // a thread of the last one applies all others
     const int64_t units = call.B * call.H, T = std::max<int64_t>(sequence.T, 1);
     const int64_t wanted = ceil_div(device.limits.multiprocessors * kThreadsOfMultiprocessor, units);
-    const int64_t most = std::clamp<int64_t>(T / kFewestSteps, 1, kMostChunks);
+    // A thread of the last chunk applies all others: no more of them than it has steps.
+    const auto balanced = static_cast<int64_t>(std::sqrt(static_cast<double>(T)));
+    const int64_t most = std::clamp<int64_t>(T / kFewestSteps, 1, balanced);
     const int64_t steps = ceil_div(T, std::clamp<int64_t>(wanted, 1, most)), chunks = ceil_div(T, steps);
     ChunkedProblem<S> problem{call.problem<S>(sequence), chunks, steps, nullptr};
     MaybeTensor before;
