@@ -114,11 +114,12 @@ struct Cpu {
     PackHeader header;
     std::memcpy(&header, from, sizeof header);
     const auto& [isa, gates, scalar, D, I, H, P, split, vectors, projected, pairs, unused] = header;
-    const bool sizes = D >= 1 && D <= kMaxDirections && I >= 0 && H > 0 && P > 0 &&
-                       (projected ? cell.projects : H == P) &&
-                       (!pairs || like.scalar_type() == ScalarType::Float) &&
-                       // A weight takes two bytes at least. After this no product of the sizes overflows.
-                       2.0 * double(H) * ((cell.takes_gates ? 0 : double(I)) + (cell.dense ? double(P) : 0)) <= double(packed.numel());
+    const bool sizes =
+        D >= 1 && D <= kMaxDirections && I >= 0 && H > 0 && P > 0 && (projected ? cell.projects : H == P) &&
+        (!pairs || like.scalar_type() == ScalarType::Float) &&
+        // A weight takes two bytes at least. After this no product of the sizes overflows.
+        2.0 * double(H) * ((cell.takes_gates ? 0 : double(I)) + (cell.dense ? double(P) : 0)) <=
+            double(packed.numel());
     const LayerWeights weights(sizes ? D : 1, I, H, P, projected != 0, {from + kHeaderBytes, pairs != 0});
     const PackHeader expected = header_of(cell, like, weights);
     STD_TORCH_CHECK(sizes && !std::memcmp(&header, &expected, sizeof header) &&

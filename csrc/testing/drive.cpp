@@ -3,8 +3,9 @@
 //
 //   drive CELL f32|f64 T B I H P THREADS [quiet]
 //
-// P is 0 without projection. Prints y, each last state, dgates, dL/d(each initial state), and those that the cell has of dx, dw_ih, dw_hh,
-// db_ih, db_hh, du, a number a line, unless quiet. Array k is filled with value(k, i).
+// P is 0 without projection. Prints y, each last state, dgates, dL/d(each initial state), and those that the
+// cell has of dx, dw_ih, dw_hh, db_ih, db_hh, du, a number a line, unless quiet. Array k is filled with
+// value(k, i).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -46,8 +47,8 @@ struct Shape {
 
 template <class Cell, class S>
 struct Step {
-  static constexpr int64_t G = Cell::kInfo.gates, E = Cell::kInfo.gradients(),
-                           U = Cell::kInfo.vectors, kStates = Cell::kInfo.states;
+  static constexpr int64_t G = Cell::kInfo.gates, E = Cell::kInfo.gradients(), U = Cell::kInfo.vectors,
+                           kStates = Cell::kInfo.states;
   static constexpr bool kTakesX = !Cell::kInfo.takes_gates, kDense = Cell::kInfo.dense;
 
   explicit Step(const Shape& shape) : s(shape) {}
@@ -62,11 +63,11 @@ struct Step {
                        w_hh = filled<S>(5, G* s.H* s.P, 0.3), b_ih = filled<S>(6, G* s.H, 1),
                        b_hh = filled<S>(7, G* s.H, 1), w_hr = filled<S>(8, s.P* s.H, 0.3),
                        dy = filled<S>(9, N* s.P, 1), u = filled<S>(10, U* s.H, 0.3);
-  std::vector<S> y = filled<S>(0, N* s.P, 0), h_n = filled<S>(0, s.B* s.P, 0),
-                 saved = filled<S>(0, N* K, 0), dgates = filled<S>(0, N * E * s.H, 0),
-                 dh0 = filled<S>(0, s.B* s.P, 0), dh = filled<S>(0, N* s.P, 0), dx = filled<S>(0, N* I, 0),
-                 dw_ih = filled<S>(0, G* s.H* I, 0), dw_hh = filled<S>(0, G* s.H* s.P, 0),
-                 db_ih = filled<S>(0, G* s.H, 0), db_hh = db_ih, du = filled<S>(0, U* s.H, 0);
+  std::vector<S> y = filled<S>(0, N* s.P, 0), h_n = filled<S>(0, s.B* s.P, 0), saved = filled<S>(0, N* K, 0),
+                 dgates = filled<S>(0, N * E * s.H, 0), dh0 = filled<S>(0, s.B* s.P, 0),
+                 dh = filled<S>(0, N* s.P, 0), dx = filled<S>(0, N* I, 0), dw_ih = filled<S>(0, G* s.H* I, 0),
+                 dw_hh = filled<S>(0, G* s.H* s.P, 0), db_ih = filled<S>(0, G* s.H, 0), db_hh = db_ih,
+                 du = filled<S>(0, U* s.H, 0);
   // Of the states beside h, which all begin with the same numbers.
   std::vector<std::vector<S>> last{kStates - 1, other0}, history{kStates - 1, filled<S>(0, N* s.H, 0)},
       dothers{kStates - 1, filled<S>(0, s.B* s.H, 0)};
