@@ -134,11 +134,9 @@ def cell_name(cell: str, options: dict[str, Any]) -> str:
 
 
 def check_cell(cell: str, options: dict[str, Any], proj_size: Any) -> None:
-    """Refuses options for which there is no cell in reference.CELLS, and those that act inside the step of a
-    cell that does not take them."""
+    """Refuses options that act inside the step of a cell of reference.CELLS that does not take them, and a
+    projection of one that has none."""
     of_cell = text({name: value for name, value in options.items() if OPTIONS[name].cell})
-    if cell not in reference.CELLS:
-        raise ValueError(f"{of_cell} cannot be combined")
     if of_cell and proj_size and reference.CELLS[cell].hidden is None:
         raise ValueError(f"{of_cell} cannot be combined with proj_size={proj_size}")
     taken = {*(reference.CELLS[cell].step.__kwdefaults__ or {})}

@@ -86,7 +86,8 @@ def torch_path_reason(weight: Tensor, extended: bool = False, unserved: Sequence
         if torch.onnx.is_in_onnx_export():
             raise RuntimeError(
                 "fastrnn: torch.onnx.export takes what torch.nn has, "
-                "not lengths, reset, return_states, fastrnn's own cells or what acts between steps"
+                "not lengths, reset, return_states, cells that it has not (peephole, coupled, layer_norm, "
+                "IndRNN, SLSTM) or what acts on the states between steps"
             )
     return reason or unserved_reason(unserved)
 
@@ -159,22 +160,33 @@ def slots(
     """The weights of one direction as the operators take them. others: w_hr [P, H] with a projection, then
     the vectors of parameters [k*H] of cells that have some. With layer normalisation the first of these is
     gain_ih, which stands in the place of w_hr until ``layer`` has made the gates."""
-    extra: Tensor | None = None
-    vectors: Sequence[Tensor] = others
-    if not CELLS[name].dense:  # its weight_hh is a vector
-        return w_ih, None, b_ih, None, None, w_hh.unsqueeze(0)
-    if CELLS[name].takes_gates:
-        extra, gain_hh, *rest = others
-        vectors = gain_hh, torch.zeros_like(gain_hh) if b_hh is None else b_hh, *rest
-        b_hh = None
-    elif others and others[0].dim() == 2:
-        extra, *vectors = others
-    u = None
-    if vectors:
-        u = torch.cat(tuple(vectors)).view(CELLS[name].vectors, -1)
-        if not _autograd._is_traced():
-            u.joined = tuple(vectors)  # type: ignore[attr-defined]  # prepack() goes by what users hold
-    return w_ih, w_hh, b_ih, b_hh, extra, u
+    cell = CELLS[name]
+    if not cell.dense:  # its weight_hh is a vector
+        return w_ih, None, b_ih, None, None, _joined(cell, [w_hh])
+    if cell.takes_gates:
+        gain_ih, gain_hh, *rest = others
+        u = _joined(cell, [gain_hh, b_hh, *rest])
+        return w_ih, w_hh, b_ih, None, gain_ih, u
+    if others and others[0].dim() == 2:
+        return w_ih, w_hh, b_ih, b_hh, others[0], _joined(cell, others[1:])
+    return w_ih, w_hh, b_ih, b_hh, None, _joined(cell, others)
+
+
+def _joined(cell: reference.Cell, vectors: Sequence[Tensor | None]) -> Tensor | None:
+    """[U, H], as the operators take them, with zeros for a missing one as long as the first. It remembers the
+    vectors for prepack(), which goes by the tensors that users hold."""
+    if not vectors:
+        return None
+    held = [v for v in vectors if v is not None]
+    whole = (
+        held
+        if len(held) == len(vectors)
+        else [torch.zeros_like(held[0]) if v is None else v for v in vectors]
+    )
+    u = torch.cat(whole).view(cell.vectors, -1)
+    if not _autograd._is_traced():
+        u.joined = held  # type: ignore[attr-defined]
+    return u
 
 
 def scan_weights(name: str, weights: _autograd.Weights) -> _autograd.Weights:

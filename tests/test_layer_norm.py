@@ -129,8 +129,8 @@ def test_it_runs_without_kernels_too():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peephole": True}, "peephole=True, layer_norm=True cannot be combined"),
-        ({"coupled": True}, "coupled=True, layer_norm=True cannot be combined"),
+        ({"peephole": True}, "peephole=True and layer_norm=True cannot be combined"),
+        ({"coupled": True}, "layer_norm=True and coupled=True cannot be combined"),
         ({"proj_size": 2}, "layer_norm=True cannot be combined with proj_size=2"),
         ({"recurrent_dropout": 0.5}, "recurrent_dropout=0.5 cannot be combined with layer_norm=True"),
     ],
