@@ -11,6 +11,8 @@ from fastrnn.reference import CELLS
 from fastrnn.rows import Rows
 
 CELL_NAMES = list(CELLS)
+# One of each kind that the drivers tell apart, for the largest sweeps: others differ in their formulas alone.
+KINDS = ["lstm", "lstm_layer_norm", "gru", "rnn_tanh", "indrnn_tanh", "slstm"]
 
 
 @dataclass

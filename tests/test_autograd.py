@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from scans import CELL_NAMES, FORMS, make_scan
+from scans import CELL_NAMES, FORMS, KINDS, make_scan
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -16,7 +16,8 @@ import fastrnn
 from fastrnn import _autograd
 from fastrnn.reference import CELLS
 
-CASES = [(name, None, form) for name in CELL_NAMES for form in ("time_major", "batch_first", "packed")]
+CASES = [(name, None, "time_major") for name in CELL_NAMES]
+CASES += [(name, None, form) for name in KINDS for form in ("batch_first", "packed")]
 CASES += [("lstm", 2, form) for form in FORMS] + [
     ("gru", None, "lengths"),
     ("rnn_tanh", None, "packed_reset"),

@@ -25,7 +25,7 @@ def kernels():
 @pytest.mark.skipif(not REPORTS, reason="the CUDA kernels are not compiled here: make cuda")
 def test_the_weights_stay_in_registers():
     found = kernels()
-    assert {m["architecture"] for m in found} >= {"sm_80", "sm_90"}
+    assert "sm_90" in {m["architecture"] for m in found}
     assert {report.stem for report in REPORTS} >= set(CELLS)
     spilled = {m["name"] + " " + m["architecture"]: int(m["spilled"]) for m in found}
     allowed = {name: next(n for part, n in MOST_SPILLED.items() if part in name) for name in spilled}

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scans import CELL_NAMES, FORMS, make_scan
+from scans import CELL_NAMES, FORMS, KINDS, make_scan
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,7 +53,7 @@ def served(*args, cls=fastrnn.LSTM, **options):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_packed_weights_give_the_same_bits_in_every_form(name, form, dtype):
     scan = make_scan(name, 30, 7, 50, D=2, dtype=dtype, **FORMS[form])  # rows enough to pack in each call

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scans import CELL_NAMES, FORMS, make_scan
+from scans import CELL_NAMES, FORMS, KINDS, make_scan
 
 import fastrnn
 from fastrnn import _operators
@@ -34,7 +34,7 @@ def assert_operator_is_composed(given, tolerance):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("T", "B", "H", "D"), [(1, 1, 3, 1), (1, 2, 17, 2), (5, 3, 7, 1), (5, 3, 7, 2)])
 def test_what_cuda_takes_equals_torch_operations(name, form, T, B, H, D):
     found = assert_composed(_operators.weight_gradients_of_torch, arguments(name, form, T, B, H, D), 1e-11)
@@ -42,7 +42,7 @@ def test_what_cuda_takes_equals_torch_operations(name, form, T, B, H, D):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("T", "B", "H"), [(1, 1, 3), (1, 2, 17), (5, 3, 7), (9, 65, 33), (40, 13, 65)])
 def test_the_operator_equals_torch_operations(name, form, T, B, H):
     assert_operator_is_composed(arguments(name, form, T, B, H), 1e-11)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from scans import CELL_NAMES, FORMS, make_scan
+from scans import CELL_NAMES, FORMS, KINDS, make_scan
 
 from fastrnn import _operators
 from fastrnn.reference import CELLS
@@ -43,7 +43,7 @@ def assert_scan_is_reference(scan, wanted=("all",)):
                 assert_same(in_place, found, GRADIENT_NAMES, tolerance=0)
 
 
-@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("H", ODD_SIZES)
 @pytest.mark.parametrize("form", ["time_major", "batch_first", "packed", "lengths_batch_first"])
 def test_kernels_equal_the_reference_at_every_size(name, H, form):
@@ -51,7 +51,7 @@ def test_kernels_equal_the_reference_at_every_size(name, H, form):
         assert_scan_is_reference(make_scan(name, T, B, H, D=D, I=I, bias=B != 2, **FORMS[form]))
 
 
-@pytest.mark.parametrize("name", CELL_NAMES)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("form", ["time_major", "lengths_batch_first", "packed_reset"])
 @pytest.mark.parametrize("wanted", ["first", "y", "h", "c", "all_c"])
 def test_any_combination_of_gradients_may_be_missing(name, form, wanted):
@@ -205,7 +205,7 @@ def inside_a_wider_one(t):
 
 
 @pytest.mark.parametrize("arrange", [column_major, every_other, inside_a_wider_one])
-@pytest.mark.parametrize(("name", "P"), [*((name, None) for name in CELL_NAMES), ("lstm", 5)])
+@pytest.mark.parametrize(("name", "P"), [*((name, None) for name in KINDS), ("lstm", 5)])
 @pytest.mark.parametrize("B", [2, 6])
 def test_strides_of_no_argument_matter(name, P, arrange, B):
     scan = make_scan(name, 4, B, 17, D=2, P=P)

@@ -75,14 +75,14 @@ struct LstmLayerNorm {
   template <class M, int kStage, class V>
   FASTRNN_INLINE static void backward(BackwardUnit<LstmLayerNorm, V>& s) {
     const V i = s.saved[kInput], f = s.saved[kForget], g = s.saved[kCandidate], o = s.saved[kOutput];
-    V* const da = s.dgates + kInfo.gradient_of_input(0);
+    V *const dproduct = s.dgates, *const da = s.dgates + kGates;  // of W_hh h, and of the gates' arguments
     s.sums[0] = s.sums[1] = V{};
     if constexpr (kStage < 2) {
       const V n = (s.after[kC] - s.row[kMeanC]) * s.row[kScaleC], dh = s.dafter[kH];
       const V t = M::tanh(s.u[kGainC] * n + s.u[kShiftC]);
       const V dt = dh * o * (1 - t * t), dn = dt * s.u[kGainC];
       if constexpr (kStage == 0) {
-        for (int e = 0; e < kInfo.gradients(); ++e) s.dgates[e] = V{};
+        for (int gate = 0; gate < kGates; ++gate) dproduct[gate] = da[gate] = V{};
         da[kOutput] = dh * t * o * (1 - o);
         s.du[kGainC] = dt * n;
         s.du[kShiftC] = dt;
@@ -106,7 +106,7 @@ struct LstmLayerNorm {
     } else {
       for (int gate = 0; gate < kGates; ++gate) {
         const V rest = (s.total[1][0] + s.saved[kNorm + gate] * s.total[1][1]) / (4 * s.units);
-        s.dgates[kInfo.gradient_of_recurrent(gate)] = s.row[kScale] * (da[gate] * s.u[kGain + gate] - rest);
+        dproduct[gate] = s.row[kScale] * (da[gate] * s.u[kGain + gate] - rest);
       }
     }
   }
