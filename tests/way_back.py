@@ -217,7 +217,7 @@ def backward(name, layout, dy, dh_n, dc_n, dall_c, saved, all_c, y, h0, c0, w_hh
     """The operator ``fastrnn::scan_backward``: dgates, dh0, dc0, dL/dh_t, dL/dc_t, du ([0]: missing)."""
     cell = CELLS[name]
     D, _, P = h0.shape
-    H = c0.shape[2] if cell.states > 1 else P
+    H = c0.shape[2] // (cell.states - 1) if cell.states > 1 else P
     steps, batch = layout.steps(), layout.order
     back = torch.argsort(batch)
     all_dgates, dh0, dc0, all_dh, all_dc = [], [], [], [], []
