@@ -11,7 +11,7 @@ try:
     from .minimal import QRNN, SRU, MinGRU, MinLSTM
     from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
     from .more import SLSTM, IndRNN
-except (ImportError, AttributeError, RuntimeError) as error:  # the last two: a build older than the sources
+except (ImportError, AttributeError, RuntimeError, ValueError) as error:  # a build older than the sources
     # The doctor explains what is wrong here, so it alone gets past it.
     if sys.argv[:2] != ["-m", "doctor"]:
         raise ImportError(f"{error}; 'python -m fastrnn doctor' says what to do") from error

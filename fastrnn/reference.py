@@ -72,15 +72,20 @@ def rnn_relu_step(x, a, states):
     return (torch.relu(x[0] + a[0]),)
 
 
+def _normed(v: Tensor) -> Tensor:
+    """n(v) of torch.nn.LayerNorm, written out: torch's own third derivative of it is wrong."""
+    v = v - v.mean(-1, keepdim=True)
+    return v / torch.sqrt(v.square().mean(-1, keepdim=True) + 1e-5)
+
+
 def lstm_layer_norm_step(x, a, states, *vectors):
     """Ba et al. (2016), eq. 20-22. x holds gain_ih n(W_ih x) + b_ih; vectors: gain_hh and b_hh of each gate,
     gain_c, shift_c."""
-    _, c = states
-    gain, bias = torch.cat(vectors[:4]), torch.cat(vectors[4:8])
-    a = torch.nn.functional.layer_norm(torch.cat(a, -1), gain.shape, gain, bias).split(c.shape[-1], -1)
-    i, f, o = (torch.sigmoid(x[k] + a[k]) for k in (0, 1, 3))
-    c = f * c + i * torch.tanh(x[2] + a[2])
-    return o * torch.tanh(torch.nn.functional.layer_norm(c, c.shape[-1:], *vectors[8:])), c
+    (_, c), gain, bias, (gain_c, shift_c) = states, vectors[:4], vectors[4:8], vectors[8:]
+    n = _normed(torch.cat(a, -1)).split(c.shape[-1], -1)
+    i, f, g, o = (x[k] + gain[k] * n[k] + bias[k] for k in range(4))
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(gain_c * _normed(c) + shift_c), c
 
 
 def indrnn_tanh_step(x, a, states, u):

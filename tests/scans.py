@@ -75,7 +75,9 @@ class Scan:
     @property
     def slots(self) -> list[Tensor | None]:
         """The weights as the operators take them: one direction after the other."""
-        return [part[d] if part else None for d in range(len(self.h0)) for part in self.weights]
+        return [
+            part[d] if part else None for d in range(len(self.w_ih or self.w_hh)) for part in self.weights
+        ]
 
     def arguments(self, save: int = 1, packed: Tensor | None = None) -> tuple:
         given = _operators.given(self.slots if packed is None else [])

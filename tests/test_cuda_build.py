@@ -15,7 +15,7 @@ KERNEL = re.compile(
 )
 # Spilled bytes that are allowed, by the first of these words in a kernel's name. Without tensor cores a
 # thread also reads other threads' columns, and peepholes and their gradients take registers too.
-MOST_SPILLED = {"Ffma": 32, "TensorCore": 4}  # eight words, one
+MOST_SPILLED = {"Slstm": 216, "Ffma": 32, "TensorCore": 4}  # of four states; eight words; one
 
 
 def kernels():
