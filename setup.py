@@ -69,7 +69,7 @@ def kernels(name: str, flags: list[str]) -> tuple[str, dict]:
     """The kernels of one instruction set: a static library, because these alone have flags of their own."""
     cflags = ["-std=c++20", KERNEL_LEVEL, "-fPIC", "-fno-exceptions", "-Wextra", *COMMON, *flags]
     if SANITIZED and name == "avx512" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
-        # Nothing runs them here: they are compiled to be linked, in a fifth of the time.
+        # Nothing runs them here: they are compiled to be linked alone.
         cflags = ["-O0" if flag == KERNEL_LEVEL else flag for flag in cflags if flag not in SANITIZE]
     return f"fastrnn_{name}", {
         "sources": [f"csrc/cpu/kernels_{name}.cpp"],
