@@ -65,11 +65,16 @@ if platform.machine() in ("x86_64", "AMD64"):
     }
 
 
+def best_here() -> str:
+    """The best instruction set that this processor has."""
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    return "avx512" if "avx512vl" in words else "avx2" if "avx2" in words else "baseline"
+
+
 def kernels(name: str, flags: list[str]) -> tuple[str, dict]:
     """The kernels of one instruction set: a static library, because these alone have flags of their own."""
     cflags = ["-std=c++20", KERNEL_LEVEL, "-fPIC", "-fno-exceptions", "-Wextra", *COMMON, *flags]
-    if SANITIZED and name == "avx512" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
-        # Nothing runs them here: they are compiled to be linked alone.
+    if SANITIZED and name != best_here():  # compiled to be linked alone: one set takes minutes
         cflags = ["-O0" if flag == KERNEL_LEVEL else flag for flag in cflags if flag not in SANITIZE]
     return f"fastrnn_{name}", {
         "sources": [f"csrc/cpu/kernels_{name}.cpp"],
