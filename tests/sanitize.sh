@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer in a folder of its own and runs
-# random configurations and the forms of the operators through it, on the best instruction set of the processor. The package in the tree is not touched.
+# random configurations and the forms of the operators through it, on the best instruction set of the processor.
+# The package in the tree is not touched.
 #   PYTHON=.venv/bin/python tests/sanitize.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
