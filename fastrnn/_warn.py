@@ -18,10 +18,13 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     return warnings.warn(f"fastrnn: {message}", category, stacklevel=level)
 
 
-@torch.compiler.assume_constant_result
 def _warn_at_compile_time(message: str, category: type[Warning]) -> None:
     """Dynamo calls this instead of tracing it: a graph cannot warn."""
     warnings.warn(message, category, stacklevel=2)
+
+
+# What torch.compiler.assume_constant_result does, without loading the compiler at every import.
+_warn_at_compile_time._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_library(module: str) -> bool:
