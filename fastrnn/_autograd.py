@@ -260,8 +260,8 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
     if x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
         products = _operators.weight_gradients_of_torch
     of_weights = any(any(wanted_weights[slot::SLOTS]) for slot in cell.product_slots)
-    inputs = wanted[0] and not cell.takes_gates
-    dx, dweights = products(form.name, dgates, x, y, states, *given, *options, inputs, of_weights)
+    of_x = wanted[0] and not cell.takes_gates
+    dx, dweights = products(form.name, dgates, x, y, states, *given, *options, of_x, of_weights)
     if wanted[0] and cell.takes_gates:
         dx = [_operators.input_gradients(cell, dgates).transpose(0, 1).flatten(1)]  # type: ignore[arg-type]
     dw_hr = [] if hidden is None else [complete[0][d].T @ hidden[d] for d in range(len(hidden))]

@@ -178,11 +178,7 @@ def _joined(cell: reference.Cell, vectors: Sequence[Tensor | None]) -> Tensor | 
     if not vectors:
         return None
     held = [v for v in vectors if v is not None]
-    whole = (
-        held
-        if len(held) == len(vectors)
-        else [torch.zeros_like(held[0]) if v is None else v for v in vectors]
-    )
+    whole = [torch.zeros_like(held[0]) if v is None else v for v in vectors]
     u = torch.cat(whole).view(cell.vectors, -1)
     if not _autograd._is_traced():
         u.joined = held  # type: ignore[attr-defined]
@@ -413,6 +409,17 @@ def _reset(reset: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
     return reset.flatten()
 
 
+def dense_rows(T: int, B: int, batch_first: bool, lengths: Lengths | None, reset: Tensor | None) -> Rows:
+    """The rows of a dense sequence, with what a user gives of lengths and reset."""
+    return Rows(
+        T,
+        B,
+        batch_first,
+        lengths=None if lengths is None else _lengths(lengths, T, B),
+        reset=None if reset is None else _reset(reset, T, B, batch_first),
+    )
+
+
 def _reset_to(reset_to, reset: Tensor | None, hidden: Sequence[Tensor], T: int) -> list[Tensor]:
     """The states of a reset as given, checked: of each state [L*D, B, *] or [T, L*D, B, *]."""
     if reset is None:
@@ -498,13 +505,7 @@ def _recurrent(
         B, T = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        rows = Rows(
-            T,
-            B,
-            batch_first,
-            lengths=None if lengths is None else _lengths(lengths, T, B),
-            reset=None if reset is None else _reset(reset, T, B, batch_first),
-        )
+        rows = dense_rows(T, B, batch_first, lengths, reset)
         flat = x.flatten(0, 1)
     if to is not None:
         to = [_of_every_step(_as(params[1].dtype, t), rows, acts.get("reverse", False)) for t in to]
@@ -808,13 +809,7 @@ def linear_scan(
     for name, t in (("b", b), ("h0", h0)):
         if t.dtype != a.dtype or t.device != a.device:
             raise RuntimeError(f"{name} must be {a.dtype} on {a.device}, as a, got {t.dtype} on {t.device}")
-    rows = Rows(
-        T,
-        B,
-        batch_first,
-        lengths=None if lengths is None else _lengths(lengths, T, B),
-        reset=None if reset is None else _reset(reset, T, B, batch_first),
-    )
+    rows = dense_rows(T, B, batch_first, lengths, reset)
     return rows.dense(scan_linearly(a.flatten(0, 1), b.flatten(0, 1), h0, rows, reverse)[0])
 
 

@@ -159,13 +159,7 @@ class _LinearRecurrent(nn.Module):
         B, T = input.shape[batch_dim], input.shape[1 - batch_dim]
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        rows = Rows(
-            T,
-            B,
-            self.batch_first,
-            lengths=None if lengths is None else functional._lengths(lengths, T, B),
-            reset=None if reset is None else functional._reset(reset, T, B, self.batch_first),
-        )
+        rows = functional.dense_rows(T, B, self.batch_first, lengths, reset)
         y, states = self._layers(*self._checked(input.flatten(0, 1), hx, B), rows, return_states)
         y = rows.dense(y)
         return (y, states) if is_batched else (y.squeeze(batch_dim), states.squeeze(-2))

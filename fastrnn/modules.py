@@ -53,6 +53,13 @@ def _rows_of_first_step(batch_sizes: Tensor, hx) -> int:
     return int(batch_sizes[0]) if hx is None else tree_leaves(hx)[0].shape[1]
 
 
+def block_diagonal(w_hh: Tensor, heads: int) -> Tensor:
+    """W_hh [G*H, H], zero from a unit to those of other heads, from the blocks [G*H, H/heads]."""
+    size = w_hh.shape[1]
+    blocks = w_hh.reshape(-1, heads, size, size)  # [G, head, unit, unit]
+    return torch.diag_embed(blocks.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2).reshape(-1, heads * size)
+
+
 class _Fused(nn.Module):
     """What all six share: prepack() serves them by ``_scan_layers``, and they give up their packs when they
     are trained; in a graph of torch.fx they are leaves, as torch.nn's modules are.
@@ -124,13 +131,9 @@ class _Fused(nn.Module):
         return self._dense(dropout(w_hh, p) if p and self.training else w_hh)
 
     def _dense(self, w_hh: Tensor) -> Tensor:
-        """W_hh [G*H, P], block-diagonal with heads: zero from a unit to those of other heads."""
-        n = self._fused_options.get("heads", 1)
-        if n == 1:
-            return w_hh
-        H, size = self.hidden_size, self.hidden_size // n
-        blocks = w_hh.view(-1, n, size, size)  # [G, head, unit, unit]
-        return torch.diag_embed(blocks.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2).reshape(-1, H)
+        """W_hh [G*H, P], block-diagonal with heads."""
+        heads = self._fused_options.get("heads", 1)
+        return w_hh if heads == 1 else block_diagonal(w_hh, heads)
 
     def _unserved(self, training: bool) -> str | None:
         """Why the calls of a module with its options take torch operations; None: there are kernels."""
@@ -258,6 +261,10 @@ class _Recurrent(_Fused, nn.RNNBase):
             for name, k in vectors.items():
                 self.register_parameter(name + suffix, self._new_vector(getattr(self, names[0]), k))
                 names.append(name + suffix)
+        self._collect_weights()
+
+    def _collect_weights(self) -> None:
+        """``_flat_weights`` from ``_all_weights``, after these have changed."""
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._init_flat_weights()
 

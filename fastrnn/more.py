@@ -8,19 +8,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import Lengths
-from .modules import _Recurrent
+from .modules import _Recurrent, block_diagonal
 
 __all__ = ["SLSTM", "IndRNN"]
 
 _States = tuple[Tensor, Tensor, Tensor, Tensor]  # (h, c, n, m)
-
-
-def _block_diagonal(weight: Tensor, heads: int) -> Tensor:
-    """[G*H, H], in which unit j of a head sees the units of its head, from [G*H, H/heads]."""
-    per_head = weight.shape[1]
-    blocks = weight.reshape(-1, heads, per_head, per_head)  # [G, head, unit, column]
-    wide = torch.diag_embed(blocks.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2)
-    return wide.reshape(-1, heads * per_head)  # [G, head, unit; head, column]
 
 
 class _OwnCell(_Recurrent):
@@ -35,8 +27,7 @@ class _OwnCell(_Recurrent):
             del names[3:]
             kept = of_weight_hh(self.get_parameter(names[1]).detach())
             setattr(self, names[1], nn.Parameter(kept.clone(memory_format=torch.contiguous_format)))
-        self._flat_weights_names = [name for names in self._all_weights for name in names]
-        self._init_flat_weights()
+        self._collect_weights()
 
     def flatten_parameters(self) -> None:
         """Nothing: that is for cuDNN."""
@@ -216,7 +207,7 @@ class SLSTM(_OwnCell):
         weights = super()._weights()
         if self.heads > 1:
             weights, each = list(weights), len(self._all_weights[0])
-            weights[1::each] = [_block_diagonal(w, self.heads) for w in weights[1::each]]
+            weights[1::each] = [block_diagonal(w, self.heads) for w in weights[1::each]]
         return weights
 
     def _check_hidden_dims(self, hx: Any, dims: int) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_options import assert_same_with_gradients, peephole_lstm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
@@ -12,26 +13,14 @@ T, B, I, H = 5, 3, 3, 4
 def loop(rnn, x, h_0=None, lengths=None, reset=None):
     """(y [T, B, D*H], h_n [L*D, B, H], every h [T, L*D, B, H]), zeros in padding."""
     act = torch.tanh if rnn.nonlinearity == "tanh" else torch.relu
-    lengths = [len(x)] * x.shape[1] if lengths is None else lengths.tolist()
-    last, every = [], []
-    for layer in range(rnn.num_layers):
-        outputs = []
-        for way in ["", "_reverse"] if rnn.bidirectional else [""]:
-            p = {n.split("_l")[0]: w for n, w in rnn.named_parameters() if n.endswith(f"_l{layer}{way}")}
-            hs, ends = [[x.new_zeros(H)] * len(lengths) for _ in x], []
-            for b, length in enumerate(lengths):
-                h = x.new_zeros(H) if h_0 is None else h_0[len(last), b]
-                for t in reversed(range(length)) if way else range(length):
-                    if reset is not None and reset[t, b]:
-                        h = torch.zeros_like(h)
-                    a = p["weight_ih"] @ x[t, b] + p["weight_hh"] * h
-                    h = hs[t][b] = act(a + p["bias_ih"] if rnn.bias else a)
-                ends.append(h)
-            last.append(torch.stack(ends))
-            outputs.append(torch.stack([torch.stack(step) for step in hs]))
-            every.append(outputs[-1])
-        x = torch.cat(outputs, -1)
-    return x, torch.stack(last), torch.stack(every, 1)
+
+    def step(x, h, c, p):
+        a = p["weight_ih"] @ x + p["weight_hh"] * h
+        return act(a + p["bias_ih"] if rnn.bias else a), c
+
+    hx = None if h_0 is None else (h_0, torch.zeros_like(h_0))
+    y, h_n, _, every, _ = peephole_lstm(rnn, x, hx, lengths, reset, step)
+    return y, h_n, every
 
 
 STACKS = [{}, {"bias": False, "nonlinearity": "relu"}, {"num_layers": 2, "bidirectional": True}]
@@ -49,16 +38,7 @@ def inputs(rnn):
 
 
 def assert_same(rnn, found, expected, *wanted):
-    torch.testing.assert_close(list(found), list(expected))
-    weights = [torch.randn_like(e) for e in expected]
-    gradients = [
-        torch.autograd.grad(
-            sum((o * w).sum() for o, w in zip(out, weights, strict=True)), (*wanted, *rnn.parameters()),
-            retain_graph=True, materialize_grads=True,
-        )
-        for out in (found, expected)
-    ]  # fmt: skip
-    torch.testing.assert_close(*gradients)
+    assert_same_with_gradients(found, expected, [*wanted, *rnn.parameters()])
 
 
 def test_it_follows_the_paper_in_every_form(rnn):

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from test_options import assert_same_with_gradients
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import logsigmoid
@@ -77,21 +78,6 @@ def make_input():
 
 def flat(result):
     return [result[0], *result[1]]
-
-
-def assert_same_with_gradients(found, expected, wanted):
-    torch.testing.assert_close(list(found), list(expected))
-    weights = [torch.randn_like(e) for e in expected]
-    gradients = [
-        torch.autograd.grad(
-            sum((o * w).sum() for o, w in zip(out, weights, strict=True)),
-            wanted,
-            retain_graph=True,
-            materialize_grads=True,  # a reset may leave an initial state without use
-        )
-        for out in (found, expected)
-    ]
-    torch.testing.assert_close(*gradients)
 
 
 STACKS = [

@@ -1,5 +1,5 @@
 // The scans of a call on a device: which path it takes, and its launches in their order. The device is a
-// class, for there are two: CUDA (operators.cuh), and the CPU that runs the kernels in the tests. It has
+// class, for there are two: CUDA (device.h), and the CPU that runs the kernels in the tests. It has
 //   limits                                   DeviceLimits
 //   tf32                                     whether float32 is rounded to it
 //   launch(kernel, Grid, parameters)
