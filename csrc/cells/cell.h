@@ -135,11 +135,11 @@ constexpr bool is_valid(const CellInfo& cell) {
   const bool carries_states = (cell.reads_before & but_h) == but_h;
   const bool reads_h = cell.before(kH) || cell.after(kH);  // a projected h is not the cell's own
   const bool fits = cell.saved == cell.gradients() && cell.row_numbers == 0;
-  // A row's numbers stand after the saved ones of its units. A state without a matrix is the cell's to
-  // derive.
   const bool staged = cell.stages > 1;
   const bool stages =
       staged == (cell.backward_stages > 1) && staged == (cell.row_numbers > 0) && cell.stages > 0;
+  // Without W_hh the gradient of h passes through the cell alone, too. Stages are made for cells whose gates
+  // all take the products with x and with h apart.
   const bool kinds =
       (cell.dense || (cell.before(kH) && !cell.projects)) && (!cell.takes_gates || staged) &&
       (!staged || (cell.takes_gates && cell.split == cell.gates && !cell.projects && cell.dense));

@@ -8,20 +8,10 @@ namespace fastrnn {
 
 struct LstmLayerNorm {
   enum Gate { kInput, kForget, kCandidate, kOutput, kGates };
-  enum Vector {
-    kGain,
-    kBias = kGates,
-    kGainC = 2 * kGates,
-    kShiftC,
-    kVectors
-  };  // gain_hh and b_hh of each gate
-  enum Row {
-    kMean,
-    kScale,
-    kMeanC,
-    kScaleC,
-    kNumbers
-  };  // of W_hh h and of c; a scale is 1 / standard deviation
+  // gain_hh of each gate, b_hh of each gate, gain_c, shift_c
+  enum Vector { kGain, kBias = kGates, kGainC = 2 * kGates, kShiftC, kVectors };
+  // Mean and 1 / standard deviation of W_hh h, and those of c.
+  enum Row { kMean, kScale, kMeanC, kScaleC, kNumbers };
   static constexpr int kNorm = kGates;  // saved beside the gates: n(W_hh h) of each
   static constexpr CellInfo kInfo{.name = "lstm_layer_norm",
                                   .gates = kGates,

@@ -1,7 +1,6 @@
 // sLSTM (Beck et al. 2024, xLSTM, section 2.2), as its authors' code has it: an LSTM whose input gate is an
-// exponential, with a normalizer n of the sum of its gates and a stabilizer m, by which no exponential
-// exceeds
-// 1. A unit with n = 0 has seen nothing yet, and takes its first input with weight 1.
+// exponential, with a normalizer n, the sum of its gates, and a stabilizer m, with which no exponential is
+// above 1. A unit with n = 0 has seen nothing yet, and takes its first input with weight 1.
 #pragma once
 #include "cells/cell.h"
 

@@ -358,8 +358,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const ForwardDirection<S>& dir = problem.direction[d];
     const int64_t t = this->time(d, s), H = problem.H, position = this->rows_of(team).position(i);
     const int64_t row = sequence.row(t, position), b = sequence.batch(position);
-    const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
-    const bool forget = position < rows_after && sequence.resets(this->time(d, s + 1), position);
+    const bool forget = sequence.resets_if_any(this->time(d, s + 1), position);
     const S *const products = products_buffer(team)[i], *const x_row = problem.x[row] + d * G * H;
     const S *const vectors = panels_[d].u, *const h_row = h_buffer(team, s)[i];
     S* const h_next = h_buffer(team, s + 1)[i];
