@@ -10,7 +10,7 @@ train: build
 	$(BIN)/python -m fastrnn train fit --config shakespeare
 
 test: lint build cuda
-	$(BIN)/python -m pytest tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal tests
 	$(MAKE) avx2
 	$(MAKE) sanitize
 	$(MAKE) mutants

@@ -227,6 +227,7 @@ setup(
                 "csrc/cpu/plan.cpp",
                 "csrc/cpu/scan.cpp",
                 "csrc/cpu/team.cpp",
+                "csrc/direct/calls.cpp",
                 "csrc/linear/cpu.cpp",
             ],
             include_dirs=[INCLUDE],

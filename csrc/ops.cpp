@@ -10,11 +10,19 @@
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cuda/describe.h"
+#include "direct/calls.h"
 #include "linear/linear.h"
 
 extern "C" PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   "_C",
+                                   nullptr,
+                                   -1,
+                                   fastrnn::direct::methods(),
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
   return PyModule_Create(&definition);
 }
 

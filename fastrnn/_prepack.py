@@ -83,6 +83,10 @@ def _make(cell: str, weights: Weights, bfloat16: bool) -> Pack:
     return Pack(packed, "prepacked" + " as bfloat16" * bfloat16, [State.of(t) for t in _tensors(weights)])
 
 
+def has_pack(weights: Weights) -> bool:
+    return _key(weights) in packs
+
+
 def find(weights: Weights, for_gradients: bool) -> Tensor | None:
     """The pack of these weights, or None. A call that needs gradients undoes the pack, and so does a change
     of the weights."""

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from . import _autograd, _options, _prepack, functional, step_options
+from . import _autograd, _direct, _options, _prepack, functional, step_options
 from ._warn import warn
 from .functional import Lengths
 from .reference import CELLS
@@ -238,6 +238,12 @@ class _Recurrent(_Fused, nn.RNNBase):
     def _weights(self) -> list[Tensor]:
         """``_flat_weights``, into which users may write as in torch.nn; after an attribute has changed, the
         attributes, as in torch.nn too. Each is read once, and nothing is flattened for cuDNN."""
+        parameters = self._parameters
+        for name, ref in zip(self._flat_weights_names, self._flat_weight_refs, strict=True):
+            if ref is None or parameters.get(name) is not ref():
+                break
+        else:
+            return self._flat_weights  # type: ignore[return-value]
         weights: list[Any] = []
         for name in self._flat_weights_names:  # Module.__getattr__ takes three times as long as the dict
             parameter = self._parameters.get(name)
@@ -254,6 +260,21 @@ class _Recurrent(_Fused, nn.RNNBase):
 
     def _plain_cell(self) -> str:
         return self.mode.lower()
+
+    def _direct(self, input: Any, hx: Any):
+        """The results of a plain call, or None."""
+        if self._fused_options or self._state_hooks or type(input) is not Tensor:
+            return None
+        if self.num_layers > 1 and self.training and self.dropout:
+            return None
+        many = self._state_count > 1
+        states = () if hx is None else hx if many else (hx,)
+        directions = 2 if self.bidirectional else 1
+        form = self.num_layers, directions, self.batch_first
+        found = None
+        if input.dim() == 3:
+            found = _direct.run(self._plain_cell(), input, states, self._weights(), *form)
+        return found if found is None or not many else (found[0], found[1:])
 
     def _add_vectors(self, vectors: dict[str, int]) -> None:
         for names in self._all_weights:  # of one layer and direction, the first one weight_ih
@@ -323,10 +344,13 @@ class _Recurrent(_Fused, nn.RNNBase):
         Raises ValueError and RuntimeError where torch.nn does, in its words.
         """
         extended = lengths is not None or reset is not None or return_states or reset_to is not None
-        if not isinstance(self, _Recurrent) or (
-            not extended and functional.is_recorded() and self._is_torchs()
-        ):
+        if not isinstance(self, _Recurrent):
             return _torch_forward(self, input, hx)
+        if not extended:
+            if (done := self._direct(input, hx)) is not None:
+                return done
+            if functional.is_recorded() and self._is_torchs():
+                return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
             if extended:
                 raise ValueError(
@@ -666,6 +690,9 @@ class RNN(_Recurrent, nn.RNN):
         )
 
 
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class _RecurrentCell(_Fused, nn.RNNCellBase):
     """forward() of the cells, in the order and the words of torch.nn's."""
 
@@ -690,6 +717,12 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         if not isinstance(self, _RecurrentCell):
             return _torch_forward(self, input, hx)
         many = isinstance(self, nn.LSTMCell)
+        if not self._fused_options and type(input) is Tensor and input.dim() == 2:
+            p, states = self._parameters, () if hx is None else hx if many else (hx,)
+            names = _CELL_WEIGHTS if self.bias else _CELL_WEIGHTS[:2]
+            done = _direct.run(self._plain_cell(), input, states, [p.get(name) for name in names])
+            if done is not None:
+                return done if many else done[0]
         if isinstance(self, nn.RNNCell) and self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         if input.dim() not in (1, 2):

@@ -19,14 +19,14 @@ BUILD = ROOT / "build" / "testing"
 
 def build_internals():
     """The module fastrnn_testing of csrc/testing, built if anything that it includes has changed."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [
-            sys.executable, ROOT / "csrc/testing/setup.py", "-q", "build_clib", "--build-clib", BUILD,
-            "--build-temp", BUILD, "build_ext", "--build-lib", BUILD, "--build-temp", BUILD,
-        ],
-        check=True,
-    )  # fmt: skip
+    with cuda_on_host.building(BUILD):
+        subprocess.run(
+            [
+                sys.executable, ROOT / "csrc/testing/setup.py", "-q", "build_clib", "--build-clib", BUILD,
+                "--build-temp", BUILD, "build_ext", "--build-lib", BUILD, "--build-temp", BUILD,
+            ],
+            check=True,
+        )  # fmt: skip
     newest = max(BUILD.glob("fastrnn_testing.*.so"), key=lambda path: path.stat().st_mtime)
     spec = importlib.util.spec_from_file_location("fastrnn_testing", newest)
     module = importlib.util.module_from_spec(spec)

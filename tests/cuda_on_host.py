@@ -4,6 +4,7 @@ sanitizer, and runs tests with it.
     python tests/cuda_on_host.py {plain,address,thread} PYTEST-ARGUMENTS
 """
 
+import fcntl
 import importlib.util
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,15 @@ def run(command):
         raise RuntimeError(" ".join(map(str, command)) + "\n" + done.stderr)
 
 
+@contextmanager
+def building(folder: Path):
+    """One process at a time builds in a folder, and the others wait: the suite runs in several."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def up_to_date(target: Path) -> bool:
     """Whether the object is newer than everything that it was compiled from."""
     rule = target.with_suffix(".d")
@@ -78,7 +89,6 @@ def build(
         "testing/cuda_scans.cpp",
         *(f"testing/cuda_{cell}.cpp" for cell in cells),
     ]
-    out.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: str, flags: list[str], suffix: str) -> Path:
         target = out / f"{Path(source).stem}{suffix}.o"
@@ -86,14 +96,15 @@ def build(
             run([CXX, *FLAGS, *flags, *includes, "-MMD", "-c", csrc / source, "-o", target])
         return target
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [pool.submit(compiled, s, [o], "") for s, o in RUNTIME.items()]
-        flags = [optimize, *SANITIZERS[sanitizer]]
-        objects += [pool.submit(compiled, s, flags, f"-{sanitizer}{optimize}") for s in kernels]
-    objects = [o.result() for o in objects]
     module = out / f"fastrnn_cuda_on_host-{'-'.join([sanitizer + optimize, *cells])}.so"
-    if not module.exists() or any(o.stat().st_mtime > module.stat().st_mtime for o in objects):
-        run([CXX, "-shared", *objects, *SANITIZERS[sanitizer], *torch, "-o", module])
+    with building(out):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [pool.submit(compiled, s, [o], "") for s, o in RUNTIME.items()]
+            flags = [optimize, *SANITIZERS[sanitizer]]
+            objects += [pool.submit(compiled, s, flags, f"-{sanitizer}{optimize}") for s in kernels]
+        objects = [o.result() for o in objects]
+        if not module.exists() or any(o.stat().st_mtime > module.stat().st_mtime for o in objects):
+            run([CXX, "-shared", *objects, *SANITIZERS[sanitizer], *torch, "-o", module])
     return module
 
 
