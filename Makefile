@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -path csrc/testing -prune -o -type f -print)
 CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test avx2 bench build cuda lint format sanitize mutants wheel clean
+.PHONY: train test avx2 bench build cuda lint format sanitize sanitize-cpu sanitize-cuda mutants wheel clean
 
 train: build
 	$(BIN)/python -m fastrnn train fit --config shakespeare
@@ -37,7 +37,12 @@ format: .venv/ready
 	$(BIN)/clang-format -i $(CPP)
 
 sanitize: build
+	$(MAKE) -j2 sanitize-cpu sanitize-cuda
+
+sanitize-cpu:
 	PYTHON=$(BIN)/python tests/sanitize.sh
+
+sanitize-cuda:
 	PYTHON=$(BIN)/python tests/sanitize_cuda.sh
 
 mutants: build

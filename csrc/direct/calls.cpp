@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <new>
 
 #include "cpu/packs.h"
 #include "cpu/torch_threads.h"
@@ -108,12 +109,14 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-/// Working memory of a call, uninitialised unless it is zeroed.
+/// Working memory of a call, uninitialised unless it is zeroed, and aligned as torch's tensors are: a vector
+/// that lies in two cache lines takes twice as long to load.
 template <class S>
 class Scratch {
  public:
   S* take(int64_t count) {
-    return parts_.emplace_back(std::make_unique_for_overwrite<S[]>(size_t(count))).get();
+    const size_t bytes = size_t(count) * sizeof(S);
+    return parts_.emplace_back(static_cast<S*>(::operator new(bytes, kAlignment))).get();
   }
   S* zeros(int64_t count) {
     S* const part = take(count);
@@ -122,7 +125,11 @@ class Scratch {
   }
 
  private:
-  std::vector<std::unique_ptr<S[]>> parts_;
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(S* part) const { ::operator delete(part, kAlignment); }
+  };
+  std::vector<std::unique_ptr<S, Free>> parts_;
 };
 
 template <class S>
