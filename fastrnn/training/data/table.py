@@ -248,7 +248,7 @@ def records(text: str, form: CsvFormat, name: str) -> Iterator[Record]:
             yield line
 
     reader = csv.reader(counted(), delimiter=sep, skipinitialspace=form.skipinitialspace, strict=True)
-    longest = csv.field_size_limit(len(text) + 1)  # a cell may be as long as the text; 131,072 otherwise
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a cell may be as long as the text
     try:
         for cells in reader:
             yield Record(first, last, cells, blank=first == last and not line.strip() and sep not in line)
@@ -257,8 +257,6 @@ def records(text: str, form: CsvFormat, name: str) -> Iterator[Record]:
         raise InputError(
             f"line {first} of {name} opens a quote that is not closed as it should be: {error}"
         ) from None
-    finally:
-        csv.field_size_limit(longest)
 
 
 def find(columns: list[str] | None, found: list[str], form: CsvFormat, name: str) -> list[int]:
