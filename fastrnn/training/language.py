@@ -154,14 +154,14 @@ class LanguageModel(SequenceTask):
             top_k: only the k likeliest characters can be drawn.
 
         Raises:
-            InputError: the prompt is empty or holds unknown characters, or a setting that ``Sampling``
-                refuses.
+            InputError: the prompt is empty or holds unknown characters, a setting that ``Sampling``
+                refuses, or the model's weights have diverged.
         """
         if self.vocabulary is None:
             raise InputError("this model's symbols are not characters: there is no text to generate")
         how = Sampling(length, temperature, top_k, seed)
         prompt = self.vocabulary.start if prompt is None else prompt
-        if not prompt:
+        if isinstance(prompt, str) and not prompt:
             raise InputError("prompt must hold at least one character")
         x, state, drawn = self.vocabulary.encode(prompt).to(self.device)[:, None], None, []
         generator = torch.Generator(self.device).manual_seed(how.seed)
@@ -205,6 +205,8 @@ def mean_nats(logits: Tensor, y: Tensor) -> Tensor:
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
     """One symbol [B] for each row of logits [B, V]."""
+    if not logits.isfinite().all():
+        raise InputError("the model's outputs are not finite: its training has diverged")
     if temperature == 0:
         return logits.argmax(-1)
     logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature  # 1e-300 overflows float32

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -200,6 +201,18 @@ def test_a_prompt_begins_with_what_the_text_holds(tmp_path: Path, text: TextData
     assert TextData([str(path)], prompts=("GA",)).predict_dataloader() == ["GA"]
 
 
+def test_one_text_or_path_is_no_list_of_its_characters(tmp_path: Path) -> None:
+    (path := tmp_path / "aa.csv").write_text("load\n" + "1\n2\n" * 20)
+    for one in (path, str(path)):
+        assert TextData(one, prompts="load").documents[0].startswith("load\n1\n")
+    assert TextData(path, prompts="load").predict_dataloader() == ["load"]
+    assert len(SeriesData(str(path), "load", window=2, horizon=1).table) == 40
+    with pytest.raises(InputError, match="cannot read aab: No such file"):
+        TextData("aab").documents  # noqa: B018
+    with pytest.raises(InputError, match=r"cannot read .*encoding"):
+        TextData(path, encoding=8).documents  # type: ignore[arg-type]  # noqa: B018
+
+
 def test_a_part_too_short_for_its_rows_is_named(text: TextData) -> None:
     text.rows = 200
     with pytest.raises(InputError, match=r"val has \d+ characters: too short for 200 parallel rows"):
@@ -276,6 +289,8 @@ def arrays(*lengths: int, features: int = 2) -> list[np.ndarray]:
         ),
         ({"val": (arrays(2), [[0, 1]])}, r"label of val\[0\] must be one value, got \[0, 1\]"),
         ({"val": (arrays(2), [torch.eye(2)])}, r"label of val\[0\] must be one value"),
+        ({"val": (arrays(2), torch.zeros(1, device="meta"))}, r"label of val\[0\] cannot be read: .*no data"),
+        ({"val": ([[[10**400, 1]]], ["a"])}, r"val\[0\] must be numbers \[T, I\]: int too large"),
         (
             {"val": ([np.array([[1.0, -np.inf]])], ["a"])},
             r"val\[0\] has -inf, infinite or .* step 0, feature 1",
@@ -333,6 +348,12 @@ def test_one_class_has_one_name_whatever_its_labels_are(labels: object) -> None:
     assert data.batches("val", 0, 1).batch(0, 0).y.tolist() == list(range(count))
     turned = LabelledData((arrays(*range(1, count + 1)), labels), *[(arrays(1), [1])] * 2)
     assert turned.spec["classes"] == ["0", "1", "2", "10"][:count]
+
+
+def test_a_fraction_is_called_by_its_own_digits() -> None:
+    labels = [0.1, np.float32(0.1), torch.tensor(0.1), "0.1", Decimal("2.0"), 2, Fraction(4, 2)]
+    part = (arrays(*[1] * len(labels)), labels)
+    assert LabelledData(part, part, part).spec["classes"] == ["0.1", "2"]
 
 
 @pytest.mark.parametrize(

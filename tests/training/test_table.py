@@ -1,5 +1,6 @@
 """CSV files as spreadsheets and databases write them: read right, or refused with the line."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def parse(text: str, *columns: str, **form: Any) -> tuple[list[float], list[int]
         ('"load","no\nte"\n0.25,"a\nb"\n-3.5,"1 ""x"", 2"\n1234.5,\n7,3\n\n\n', {}),
         ("load\n2.5e-1\n-35E-1\n+1234.5\n7.\n\n \n", {}),
         ("load,note\n0.25\n-3.5\n1234.5\n7", {}),
+        (f'load,note\n0.25\n-3.5,"{"y" * 200_000}"\n1234.5\n7', {}),
     ],
 )
 def test_files_are_read_by_their_format(text: str, form: dict[str, Any]) -> None:
@@ -80,6 +82,11 @@ def test_dates_become_seconds() -> None:
     assert values[::2] == [day, 3 * day]
     assert np.isnan(values[1])
     assert parse("load,at\n1,1970-01-02 12:00\n", "load", "at", parse_dates=["at"])[0] == [1]
+    far = "at,load\n1066-10-14 00:00:30,1\n9999-12-31 00:00:30.25,2\n"  # beyond what nanoseconds hold
+    values, _ = parse(far, "at", parse_dates=["at"], date_format="ISO8601")
+    moments = [datetime(1066, 10, 14, 0, 0, 30), datetime(9999, 12, 31, 0, 0, 30, 250_000)]
+    expected = [(moment - datetime(1970, 1, 1)).total_seconds() for moment in moments]
+    assert values == pytest.approx(expected, rel=1e-15)
     for text, words in (
         ("at,load\n13/01/1970,1\n", "column at of x.csv needs a date_format"),
         ("at,load\n01/02/1970,1\n13/02/1970,1\n", "line 3 of x.csv, column at: '13/02/1970' is not a date"),
@@ -89,6 +96,12 @@ def test_dates_become_seconds() -> None:
             parse(text, "at", parse_dates=["at"])
     with pytest.raises(InputError, match="parse_dates must be among the columns, got at"):
         parse(german, "load", sep=";", parse_dates=["at"])
+
+
+@pytest.mark.parametrize("name", ["lo\u0301ad (kW)", "l\u00f3ad (kW)", "l\u00f3ad\n (kW) "])
+def test_a_column_is_found_however_its_accents_and_blanks_are_written(name: str) -> None:
+    for header in ("lo\u0301ad\n(kW)", " l\u00f3ad  (kW)"):
+        assert parse(f't,"{header}"\n0,1\n1,2\n', name) == ([1, 2], [2, 3] if "\n" not in header else [3, 4])
 
 
 @pytest.mark.parametrize(
@@ -114,6 +127,8 @@ def test_dates_become_seconds() -> None:
         ("load,t\n1,2\n1,2,3\n", {}, "line 3 of x.csv has more cells than the header's 2 columns"),
         ("load,t\n1,2,3\n1,2,3\n", {}, "line 2 of x.csv has more cells than the header's 2 columns"),
         ("load,t\n1,234.5,3\n", {"thousands": ","}, "line 2 of x.csv has more cells"),
+        ("load,t\n1.234,1\n2.5,3\n", {"decimal": "_", "thousands": "."}, r"line 3 .*'2\.5' .*by threes"),
+        ('load,t\n"12,34,567.5",1\n"1,23",3\n', {"thousands": ","}, "line 3 .*'1,23' is not .*by threes"),
         ('load,t\n1,2\n1,"oops\n1,2\n1,2\n', {}, "line 3 of x.csv opens a quote that is not closed"),
         ('load,t\n1,2\n1,"oops\n' + "1,2\n" * 60000, {}, "line 3 of x.csv opens a quote"),
         ('load,t\n1,"oops\n1,2\n1,2\n1,"oops\n1,2\n', {}, "line 2 of x.csv opens a quote"),
@@ -146,6 +161,8 @@ def test_unusable_files_are_named_with_the_line(text: str, form: dict[str, Any],
         ({"decimal": ",", "thousands": ","}, "decimal and thousands must differ, got ',' for both"),
         ({"comment": ","}, "comment and sep must differ"),
         ({"skiprows": -1}, "skiprows must be a whole number of at least 0, got -1"),
+        ({"parse_dates": True}, "parse_dates must be a list of columns, got True"),
+        ({"parse_dates": "load"}, "parse_dates must be a list of columns, got 'load'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(form: dict[str, Any], words: str) -> None:

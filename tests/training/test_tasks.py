@@ -241,14 +241,23 @@ def test_generating_leaves_every_mode_as_it_was(monkeypatch: pytest.MonkeyPatch)
     modes = [module.training for module in model.modules()]
     assert model.generate(length=5)[0] == "a"
     assert [module.training for module in model.modules()] == modes
-    for prompt in ("", "z"):
+    for prompt in ("", "z", b"a", ["a"], 5):
         with pytest.raises(InputError):
-            model.generate(prompt)
+            model.generate(prompt)  # type: ignore[arg-type]
     assert [module.training for module in model.modules()] == modes
     monkeypatch.setattr("fastrnn.training.language.draw", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.generate("a")
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 1}])
+def test_a_model_that_has_diverged_says_so(settings: dict) -> None:
+    model = LanguageModel({"vocabulary": "ab"}, Stack(hidden_size=4))
+    with torch.no_grad():
+        model.head.bias[1] = torch.nan
+    with pytest.raises(InputError, match=r"outputs are not finite: .* diverged"):
+        model.generate("a", **settings)
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-40, 1e-4])

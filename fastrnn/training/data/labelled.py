@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastrnn.training.data import shipped
 from fastrnn.training.data.batches import MOST_SEED, ShuffledBatches
 from fastrnn.training.data.module import SequenceData
-from fastrnn.training.errors import InputError, check_whole, listing
+from fastrnn.training.errors import InputError, check_whole, in_short, listing
 from fastrnn.training.standardise import mean_and_scale
 
 Labelled = tuple[list[Tensor], list[str]]  # sequences [T_i, I] and their class names
@@ -118,7 +119,7 @@ def listed(what: str, values: Any) -> list[Any]:
     try:
         if not isinstance(values, (str, bytes, dict, set)):
             return list(values)
-    except TypeError:
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor without a first dimension
         pass
     raise InputError(f"{what} must be a list or an array, got {type(values).__name__}")
 
@@ -134,7 +135,7 @@ def as_sequence(where: str, values: Any) -> Tensor:
         found = np.asarray(values)
         if found.dtype == object and not any(isinstance(v, (str, bytes)) for v in found.flat):
             found = found.astype(np.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         first = str(error).partition("\n")[0]
         raise InputError(f"{where} must be numbers [T, I]: {first}") from None
     if found.dtype.kind not in "biuf":
@@ -144,13 +145,21 @@ def as_sequence(where: str, values: Any) -> Tensor:
 
 def class_name(where: str, label: Any) -> str:
     """What a label's class is called."""
-    if isinstance(label, (Tensor, np.ndarray, np.generic)) and tuple(label.reshape(-1).shape) == (1,):
-        (label,) = label.reshape(-1).tolist()
+    if isinstance(label, Tensor):
+        try:
+            label = (label.float() if label.dtype is torch.bfloat16 else label).detach().cpu().numpy()
+        except (TypeError, RuntimeError) as error:  # quantised, or without data
+            raise InputError(f"the label of {where} cannot be read: {in_short(error)}") from None
+    if isinstance(label, np.ndarray) and label.size == 1:
+        (label,) = label.reshape(-1)
+        label = None if label is np.ma.masked else label
+    if isinstance(label, np.generic):  # 0.1 in float32 is 0.1, by its own digits
+        label = float(str(label)) if isinstance(label, np.floating) else label.item()
     if isinstance(label, bytes):
         label = label.decode(errors="backslashreplace")
     if isinstance(label, Iterable) and not isinstance(label, str):
         raise InputError(f"the label of {where} must be one value, got {listing([label])}")
-    if isinstance(label, float) and label.is_integer():
+    if isinstance(label, (float, Decimal)) and label % 1 == 0:
         label = int(label)
     name = str(label)
     if pd.isna(label) or not name.strip() or (isinstance(label, float) and math.isinf(label)):

@@ -10,7 +10,7 @@ from fastrnn.training.data import shipped
 from fastrnn.training.data.batches import MOST_SEED, WindowBatches
 from fastrnn.training.data.module import SequenceData
 from fastrnn.training.data.table import CsvFormat, Table, parse_csv
-from fastrnn.training.data.text import read_text
+from fastrnn.training.data.text import read_text, several
 from fastrnn.training.errors import InputError, check_held_out, check_once, check_whole
 from fastrnn.training.standardise import mean_and_scale
 
@@ -22,7 +22,7 @@ class SeriesData(SequenceData):
 
     Args:
         source: ``co2`` or ``sunspots``, or the path of a CSV file with a header.
-        columns: of the CSV file; all are inputs and all are forecast.
+        columns: of the CSV file, or one; all are inputs and all are forecast.
         window: known steps T.
         horizon: steps ahead K.
         season: steps of a season, for the naive forecast; None for none.
@@ -60,6 +60,7 @@ class SeriesData(SequenceData):
             check_whole("season", season, 1, window)
         check_whole("seed", seed, 0, MOST_SEED)
         check_held_out(held_out)
+        columns = several(columns)
         check_once("columns", columns or ())
         self.source, self.columns = source, columns or SHIPPED.get(source)
         self.window, self.horizon, self.season = window, horizon, season

@@ -4,8 +4,9 @@ import csv
 import io
 import re
 import textwrap
+import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -73,6 +74,9 @@ class CsvFormat:
             if getattr(self, one) is not None and getattr(self, one) == getattr(self, other):
                 raise InputError(f"{one} and {other} must differ, got {getattr(self, one)!r} for both")
         check_whole("skiprows", self.skiprows, 0)
+        dates = self.parse_dates
+        if dates is not None and (isinstance(dates, str) or not isinstance(dates, Sequence)):
+            raise InputError(f"parse_dates must be a list of columns, got {dates!r}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Sheet:
         header = next((row for row in rows if not row.blank), Record(1, 1, [], True))
         self.start, self.width = header.first, len(header.cells)
         self.columns = columns or []
-        self.places = find(columns, [cell.strip() for cell in header.cells], form, name)
+        self.places = find(columns, header.cells, form, name)
         self.lines = [row.first for row in rows if self._counts(row)]
         if not self.lines:
             raise InputError(f"{name} has a header but no rows")
@@ -145,6 +149,8 @@ class Sheet:
     def values(self) -> np.ndarray:
         """Values [N, I] of the columns; NaN for what is missing."""
         dates = [c for c in self.columns if c in (self.form.parse_dates or [])]
+        if self.form.thousands:
+            self._check_groups([c for c in self.columns if c not in dates])
         try:
             frame = self._read({c: str if c in dates else float for c in self.columns})
         except ValueError as error:
@@ -183,12 +189,27 @@ class Sheet:
     def _unreadable(self, error: ValueError) -> InputError:
         return InputError(f"{self.name} cannot be read: {' '.join(str(error).split())}")
 
-    def _refuse_text(self, columns: list[str]) -> None:
-        """Names the first cell that is no number."""
+    def _texts(self) -> pd.DataFrame:
         try:
-            frame = self._read(dict.fromkeys(self.columns, str))
+            return self._read(dict.fromkeys(self.columns, str))
         except ValueError as error:
             raise self._unreadable(error) from None
+
+    def _check_groups(self, columns: list[str]) -> None:
+        """Refuse digits that do not stand in groups of three, or two before (1,23,456): pandas takes 2.5 for
+        25 where thousands is a dot."""
+        frame, mark = self._texts(), str(self.form.thousands)
+        of, decimal = re.escape(mark), re.escape(self.form.decimal)
+        number = rf"\s*[-+]?\d{{1,3}}({of}\d{{2,3}})*{of}\d{{3}}({decimal}\d*)?([eE][-+]?\d+)?\s*"
+        for column in columns:
+            cells = frame[column].dropna()
+            cells = cells[cells.str.contains(mark, regex=False)]
+            words = f"a number of which thousands = {mark!r} parts the digits by threes"
+            self._refuse(cells[~cells.str.fullmatch(number)], column, words)
+
+    def _refuse_text(self, columns: list[str]) -> None:
+        """Names the first cell that is no number."""
+        frame = self._texts()
         signs = {ord("."): "?", ord(self.form.decimal): "."}
         signs |= {ord(self.form.thousands): ""} if self.form.thousands else {}
         for column in columns:
@@ -227,6 +248,7 @@ def records(text: str, form: CsvFormat, name: str) -> Iterator[Record]:
             yield line
 
     reader = csv.reader(counted(), delimiter=sep, skipinitialspace=form.skipinitialspace, strict=True)
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a cell may be as long as the text
     try:
         for cells in reader:
             yield Record(first, last, cells, blank=first == last and not line.strip() and sep not in line)
@@ -239,18 +261,25 @@ def records(text: str, form: CsvFormat, name: str) -> Iterator[Record]:
 
 def find(columns: list[str] | None, found: list[str], form: CsvFormat, name: str) -> list[int]:
     """The places of the columns in the header."""
-    there = f"there are {listing(filter(None, found))}"
+    found = [plain(cell) for cell in found]
+    there = f"there are {listing(filter(None, found)) or 'none'}"
     if len(found) == 1:
         there += f" (cells are split by sep = {form.sep!r})"
     if not columns:
         raise InputError(f"name the columns of {name} to use; {there}")
-    if absent := [c for c in columns if c not in found]:
+    wanted = [plain(c) for c in columns]
+    if absent := [c for c, w in zip(columns, wanted, strict=True) if w not in found]:
         raise InputError(f"{name} has no column {listing(absent)}; {there}")
-    if double := [c for c in columns if found.count(c) > 1]:
+    if double := [c for c in wanted if found.count(c) > 1]:
         raise InputError(f"{name} has {found.count(double[0])} columns of the name {listing(double[:1])}")
     if strange := sorted({*(form.parse_dates or [])} - {*columns}):
         raise InputError(f"parse_dates must be among the columns, got {listing(strange)}")
-    return [found.index(c) for c in columns]
+    return [found.index(w) for w in wanted]
+
+
+def plain(name: str) -> str:
+    """A column's name as it is compared: accents composed, every run of blanks and line breaks one blank."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def seconds(cells: pd.Series, date_format: str | None, what: str) -> pd.Series:
@@ -263,4 +292,5 @@ def seconds(cells: pd.Series, date_format: str | None, what: str) -> pd.Series:
             raise InputError(f"{what} needs another date_format: {error}") from None
     if doubts:  # each cell on its own: the order of day and month may change
         raise InputError(f"{what} needs a date_format: {doubts[0].message}")
-    return times.dt.tz_localize(None).map(lambda t: (t - pd.Timestamp(0)).total_seconds())
+    since = times.dt.tz_localize(None).to_numpy() - np.datetime64(0, "s")  # in the dates' own unit
+    return pd.Series(since / np.timedelta64(1, "s"), times.index)

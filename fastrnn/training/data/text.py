@@ -35,8 +35,10 @@ class Vocabulary:
         """int64 [N].
 
         Raises:
-            InputError: a character is not in the vocabulary; the message shows which and where.
+            InputError: no text, or a character is not in the vocabulary; the message shows which and where.
         """
+        if not isinstance(text, str):
+            raise InputError(f"a text must be characters, got {type(text).__name__}")
         unknown = sorted(set(text) - self.number.keys())
         if unknown:
             first = min(text.index(c) for c in unknown)
@@ -55,13 +57,13 @@ class TextData(SequenceData):
     """Documents in parallel streams, cut at the end for validation and test.
 
     Args:
-        paths: text files, each one document; the shipped plays when left out.
+        paths: text files, each one document, or the path of one; the shipped plays when left out.
         rows: parallel streams B, over all processes.
         k1: steps between updates.
         k2: steps that a gradient goes back; k1 when left out.
         held_out: shares of the characters, from the end, for validation and for test.
         limit: characters that are used, from the start; all when left out.
-        prompts: texts that ``predict`` continues; ``Vocabulary.start`` when left out.
+        prompts: texts that ``predict`` continues, or one; ``Vocabulary.start`` when left out.
         encoding: of the files' characters.
 
     Raises:
@@ -88,6 +90,7 @@ class TextData(SequenceData):
         if limit is not None:
             check_whole("limit", limit)
         check_held_out(held_out)
+        paths, prompts = several(paths), several(prompts)
         check_once("paths", map(os.path.realpath, paths or ()))
         if paths is not None and not paths:
             raise InputError("paths must name a file, or be left out for the shipped plays")
@@ -130,6 +133,11 @@ class TextData(SequenceData):
         return list(self.prompts or [Vocabulary(self.spec["vocabulary"]).start])
 
 
+def several(given: Any) -> Any:
+    """What was given as one text or path, as a list of it: a text is no list of its characters."""
+    return [given] if isinstance(given, (str, os.PathLike)) else given
+
+
 def read_text(path: str | Path, encoding: str = "utf-8") -> str:
     """A text file's content, without a byte order mark.
 
@@ -144,7 +152,7 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
         raise InputError(
             f"{path} is not {encoding.upper()} text: byte {error.start} cannot be read; set encoding"
         ) from None
-    except (LookupError, ValueError) as error:  # no such encoding; a NUL in the path
+    except (LookupError, TypeError, ValueError) as error:  # no such encoding; a NUL in the path
         raise InputError(f"cannot read {path}: {error}") from None
     if not text.strip():
         raise InputError(f"{path} is empty")
