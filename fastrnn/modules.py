@@ -235,6 +235,15 @@ class _Recurrent(_Fused, nn.RNNBase):
         """Whether torch.nn's module computes the same."""
         return not _options.beyond_torch(self._fused_options)
 
+    def _records_torchs(self, input) -> bool:
+        """Whether what is recorded of a call is torch.nn's. In ONNX it is a packed sequence's alone."""
+        if not functional.becomes_a_node():
+            return self._is_torchs()
+        packed = isinstance(input, PackedSequence)
+        if packed and torch.compiler.is_compiling():
+            functional.refuse_onnx(functional.PACKED)
+        return packed and self._is_torchs()
+
     def _weights(self) -> list[Tensor]:
         """``_flat_weights``, into which users may write as in torch.nn; after an attribute has changed, the
         attributes, as in torch.nn too. Each is read once, and nothing is flattened for cuDNN."""
@@ -324,7 +333,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         """
         extended = lengths is not None or reset is not None or return_states or reset_to is not None
         if not isinstance(self, _Recurrent) or (
-            not extended and functional.is_recorded() and self._is_torchs()
+            not extended and functional.is_recorded() and self._records_torchs(input)
         ):
             return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
