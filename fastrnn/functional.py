@@ -61,10 +61,19 @@ def no_kernel_reason(weight: Tensor) -> str | None:
     return None
 
 
+def _exports_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# torch.onnx.export traces once more by dynamo what has failed. That takes torch's function for False, and
+# calls one that is marked.
+_exports_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_recorded() -> bool:
     """Whether torch.jit.trace or torch.onnx.export records this call."""
     if torch.compiler.is_compiling():
-        return torch.onnx.is_in_onnx_export()
+        return _exports_onnx()
     return torch._C._is_tracing()  # torch.jit.is_tracing() is two calls more, three times in a forward
 
 
@@ -75,29 +84,45 @@ def unserved_reason(options: Sequence[str]) -> str | None:
     return f"{options[0]} has no kernel yet" if options else None
 
 
+_A_NODE = "torch.onnx.export writes a node of ONNX"
+
+
 def torch_path_reason(weight: Tensor, extended: bool = False, unserved: Sequence[str] = ()) -> str | None:
-    """Why this very call takes torch.nn's own path, or None: as no_kernel_reason, and while it is recorded,
-    unless it has options that torch.nn has not (``extended``): a trace holds fastrnn's operators for them.
-    ``unserved`` are those that no kernel serves."""
-    reason = no_kernel_reason(weight)
-    if reason is None and is_recorded():
+    """Why this very call takes torch.nn's own path, or None: as no_kernel_reason, and while it is recorded.
+    A trace holds fastrnn's operators for options that torch.nn has not (``extended``), and an ONNX file its
+    own. ``unserved`` are those that no kernel serves."""
+    if is_recorded():
+        if _exports_onnx():
+            if unserved:
+                refuse_onnx(" and ".join(unserved))
+            return _A_NODE
         if not extended:
-            return "torch.jit.trace and torch.onnx.export record torch's own operators"
-        if torch.onnx.is_in_onnx_export():
-            raise RuntimeError(
-                "fastrnn: torch.onnx.export takes what torch.nn has, "
-                "not lengths, reset, return_states, cells that it has not (peephole, coupled, layer_norm, "
-                "IndRNN, SLSTM) or what acts on the states between steps"
-            )
-    return reason or unserved_reason(unserved)
+            return no_kernel_reason(weight) or "torch.jit.trace records torch's own operators"
+    return no_kernel_reason(weight) or unserved_reason(unserved)
+
+
+def becomes_a_node() -> bool:
+    """Whether torch.onnx.export records this call."""
+    return is_recorded() and _exports_onnx()
+
+
+def refuse_onnx(what: str) -> None:
+    raise RuntimeError(
+        f"fastrnn: torch.onnx.export does not take {what}, which ONNX's recurrent nodes have not"
+    )
+
+
+PACKED = "a PackedSequence (lengths= it does)"
 
 
 def takes_torch_path(weight: Tensor, extended: bool = False, unserved: Sequence[str] = ()) -> bool:
     """Whether this call takes torch.nn's own path, or one of torch operations where torch.nn has none
-    (``extended``), which is said once, or refused in strict mode."""
+    (``extended``), which is said once, or refused in strict mode; or becomes a node of ONNX."""
     reason = torch_path_reason(weight, extended, unserved)
     if reason is None:
         return False
+    if reason is _A_NODE:
+        return True
     path = "a path of torch operations" if extended else "torch.nn's own path"
     if _strict:
         raise RuntimeError(f"fastrnn: {reason}, and strict mode forbids {path}")
@@ -239,6 +264,10 @@ def layer(
     x = _as(states[0].dtype, x)
     if CELLS[name].takes_gates:
         x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
+    if composed and becomes_a_node():
+        from . import _onnx  # registers operators, which nobody else needs
+
+        return _onnx.layer(name, x, states, weights, rows, keep_history)
     if composed:
         if rows.lengths is not None:  # no transform traces the number of rows that still go on
             happens = rows.happens(x.device)
@@ -495,7 +524,7 @@ def _recurrent(
             "the gradients of the states come from the kernels in ordinary calls: "
             + (reason or "there are none in torch.compile, torch.export and torch.func")
         )
-    if torch_path and not extended:
+    if torch_path and not extended and not becomes_a_node():
         return getattr(torch, name)(*args)
     to: list[Tensor] | None = None
     if reset_to is not None:
@@ -507,7 +536,7 @@ def _recurrent(
         flat = x
     else:
         B, T = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
-        if T == 0:
+        if not torch.jit.is_tracing() and T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         rows = dense_rows(T, B, batch_first, lengths, reset)
         flat = x.flatten(0, 1)
@@ -656,7 +685,7 @@ def _cell(
     unserved = step_options.acting(acts, train, torch.is_grad_enabled()) if acts else []
     extended = name not in _TORCHS or (len(acts) > 0 and w_hh.shape[-1] > 0)
     torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, extended, unserved)
-    if torch_path and not extended:
+    if torch_path and not extended and (w_hh.shape[-1] == 0 or not becomes_a_node()):
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     hidden = tuple(hx) if CELLS[name].states > 1 else (hx,)
     _check_cell(input, hidden, w_ih, w_hh)
@@ -830,5 +859,7 @@ def scan_linearly(a: Tensor, b: Tensor, h0: Tensor, rows: Rows, reverse: bool) -
     if a.is_cpu and a.dtype in SUMMED_IN_FLOAT32:
         h, last = _linear.scan(a.float(), b.float(), h0.float(), rows, reverse)
         return h.to(a.dtype), last.to(a.dtype)
+    if becomes_a_node():
+        refuse_onnx("linear scans")
     function = _linear.composed if takes_torch_path(a, extended=True) else _linear.scan
     return function(a, b, h0, rows, reverse)

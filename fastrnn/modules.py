@@ -235,6 +235,15 @@ class _Recurrent(_Fused, nn.RNNBase):
         """Whether torch.nn's module computes the same."""
         return not _options.beyond_torch(self._fused_options)
 
+    def _records_torchs(self, input) -> bool:
+        """Whether what is recorded of a call is torch.nn's. In ONNX it is a packed sequence's alone."""
+        if not functional.becomes_a_node():
+            return self._is_torchs()
+        packed = isinstance(input, PackedSequence)
+        if packed and torch.compiler.is_compiling():
+            functional.refuse_onnx(functional.PACKED)
+        return packed and self._is_torchs()
+
     def _weights(self) -> list[Tensor]:
         """``_flat_weights``, into which users may write as in torch.nn; after an attribute has changed, the
         attributes, as in torch.nn too. Each is read once, and nothing is flattened for cuDNN."""
@@ -349,7 +358,7 @@ class _Recurrent(_Fused, nn.RNNBase):
         if not extended:
             if (done := self._direct(input, hx)) is not None:
                 return done
-            if functional.is_recorded() and self._is_torchs():
+            if functional.is_recorded() and self._records_torchs(input):
                 return _torch_forward(self, input, hx)
         if isinstance(input, PackedSequence):
             if extended:

@@ -77,8 +77,8 @@ class IndRNN(_OwnCell):
             3-D, or of another dtype than the parameters.
         RuntimeError: input or state of other sizes than above.
 
-    ``convert`` and ``to_torch`` leave it as it is; ``torch.onnx.export`` and ``torch.jit.script`` do not take
-    it.
+    ``convert`` and ``to_torch`` leave it as it is, ``torch.jit.script`` does not take it, and
+    ``torch.onnx.export`` writes an RNN with a diagonal matrix.
 
     Example:
         >>> import fastrnn, torch

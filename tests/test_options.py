@@ -505,13 +505,6 @@ def test_traced_and_exported_modules_compute_the_same(kind, options):
     torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), module(x))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*dynamo", "ignore:.*deprecated")
-def test_onnx_export_refuses_peepholes_in_one_line(tmp_path):
-    lstm = make("LSTM", peephole=True).eval()
-    with pytest.raises(RuntimeError, match=r"fastrnn: torch\.onnx\.export .* not .*peephole"):
-        torch.onnx.export(lstm, (make_input("LSTM"),), str(tmp_path / "m.onnx"), dynamo=False)
-
-
 # ---- Initialisation ------------------------------------------------------------------------------------
 
 

@@ -161,12 +161,10 @@ def test_traced_and_exported_modules_compute_the_same(kind, options):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*dynamo")
-@pytest.mark.parametrize("options", [{"zoneout": 0.5}, {"reverse": True}])
-def test_onnx_export_refuses_in_one_line(tmp_path, options):
-    with pytest.raises(RuntimeError, match=r"fastrnn: torch\.onnx\.export .* not .*between steps"):
-        torch.onnx.export(
-            make("GRU", **options).eval(), (make_input("GRU"),), str(tmp_path / "m"), dynamo=False
-        )
+def test_onnx_export_refuses_in_one_line(tmp_path):
+    module, x = make("GRU", zoneout=0.5).eval(), make_input("GRU")
+    with pytest.raises(RuntimeError, match=r"fastrnn: torch\.onnx\.export does not take zoneout"):
+        torch.onnx.export(module, (x,), str(tmp_path / "m"), dynamo=False)
 
 
 # ---- Which kernel runs -----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def fastrnns(caught):
     return [w for w in caught if str(w.message).startswith("fastrnn:")]
 
 
-# ---- torch.jit.trace and torch.onnx --------------------------------------------------------------------
+# ---- torch.jit.trace -----------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -125,23 +125,6 @@ def test_a_trace_says_that_it_holds_torchs_operators_and_strict_mode_refuses_it(
     fastrnn.set_strict(True)
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace.*strict"):
         torch.jit.trace(ours, x)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamo", [False, True])
-def test_onnx_exporters_take_what_they_take_of_torch_nn(dynamo, tmp_path):
-    pytest.importorskip("onnxruntime")
-    if dynamo:
-        pytest.importorskip("onnxscript")
-    import onnxruntime
-
-    _, ours = make_pair("LSTM", 3, 4, 2, bidirectional=True)
-    file = str(tmp_path / "m.onnx")
-    x = torch.randn(5, 2, 3)
-    torch.onnx.export(ours.eval(), (x,), file, dynamo=dynamo, **({"verbose": False} if dynamo else {}))
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got[0]), ours(x)[0].detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
