@@ -50,9 +50,9 @@ cuda: build
 	  FASTRNN_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace; \
 	else echo "There is no nvcc: the CUDA kernels are not compiled."; fi
 
-# The documentation as a site, build/site/index.html; a warning is an error.
+# The documentation as a site, build/site/index.html; a warning is an error (not with --quiet).
 docs: .venv/ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 wheel: .venv/ready
 	$(BIN)/python -m build --no-isolation
