@@ -4,12 +4,12 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -path csrc/testing -prune -o -type f -print)
 CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test avx2 bench build cuda lint format sanitize sanitize-cpu sanitize-cuda mutants wheel clean
+.PHONY: train test avx2 bench build cuda docs lint format sanitize sanitize-cpu sanitize-cuda mutants wheel clean
 
 train: build
 	$(BIN)/python -m fastrnn train fit --config shakespeare
 
-test: lint build cuda
+test: lint build cuda docs
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal tests
 	$(MAKE) avx2
 	$(MAKE) sanitize
@@ -54,6 +54,10 @@ cuda: build
 	@if [ -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ] || command -v nvcc >/dev/null; then \
 	  FASTRNN_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace; \
 	else echo "There is no nvcc: the CUDA kernels are not compiled."; fi
+
+# The documentation as a site, build/site/index.html; a warning is an error (not with --quiet).
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 wheel: .venv/ready
 	$(BIN)/python -m build --no-isolation

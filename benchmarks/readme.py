@@ -1,4 +1,5 @@
-"""Puts the tables of measured speed into README.md: ``python benchmarks/readme.py FILE.json ...``.
+"""Puts the tables of measured speed into docs/performance.md, and those of the classes that matter into
+README.md: ``python benchmarks/readme.py FILE.json ...``.
 
 A row is a class of shapes and a number of threads, with the geometric mean of torch.nn's time divided by
 fastrnn's and the best and the worst shape; then the mean and the worst against other peers that were timed.
@@ -6,12 +7,19 @@ Nothing is left out, losses least of all.
 """
 
 import argparse
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
 from fastrnn.bench.results import RIVAL, Record, Results, geometric_mean
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+# README.md has these classes of ordinary runs.
+MATTER = [
+    "LSTM training", "LSTM inference", "GRU training", "GRU inference", "RNN training",
+    "LSTM packed training", "LSTM one step", "GRU one step", "LSTM bf16 training", "LSTM bf16 inference",
+    "GRU bf16 training", "GRU bf16 inference", "LSTM tf32 training", "LSTM f32 training",
+]  # fmt: skip
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 
@@ -64,17 +72,27 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def insert(readme: str, content: str) -> str:
+def shortened(results: Results) -> Results:
+    """The classes that matter, beside torch.nn alone."""
+    records = [record for record in results.records if record.group in MATTER]
+    alone = [replace(record, ratios={RIVAL: record.ratios[RIVAL]}) for record in records]
+    return Results(results.environment, alone)
+
+
+def insert(page: str, content: str) -> str:
     """The text with ``content`` between the two markers."""
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md must hold {BEGIN} and then {END}")
+        raise ValueError(f"a page with the tables must hold {BEGIN} and then {END}")
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+")
-    tables = [table(Results.load(path)) for path in parser.parse_args().results]
-    README.write_text(insert(README.read_text(), "\n\n".join(tables)))
+    runs = [Results.load(path) for path in parser.parse_args().results]
+    ordinary = [shortened(run) for run in runs if not run.environment.get("prepacked")]
+    for name, shown in (("docs/performance.md", runs), ("README.md", ordinary)):
+        page = ROOT / name
+        page.write_text(insert(page.read_text(), "\n\n".join(map(table, shown))))

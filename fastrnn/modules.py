@@ -428,7 +428,7 @@ class LSTM(_Recurrent, nn.LSTM):
         proj_size: P, the width of h with a projection; 0: P = H, without one.
         device, dtype: those of the parameters.
 
-    Options, keyword-only:
+    Keyword Args:
         peephole: the gates see the cell's state, i and f the one before the step and o the one after it
             (Gers and Schmidhuber 2000): ``weight_ci * c_prev``, ``weight_cf * c_prev`` and ``weight_co * c``
             are added inside the three sigmoids. Parameters ``weight_ci_l{k}``, ``weight_cf_l{k}`` and
@@ -563,7 +563,7 @@ class GRU(_Recurrent, nn.GRU):
         bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
         device, dtype: those of the parameters.
 
-    Options, keyword-only:
+    Keyword Args:
         weight_dropout, variational_dropout: as for ``LSTM``.
         zoneout: p in [0, 1) (Krueger et al. 2017): with probability p a unit keeps h of the step before,
             drawn anew at every step, ``d * h_prev + (1 - d) * h``; in evaluation d is p.
@@ -643,7 +643,7 @@ class RNN(_Recurrent, nn.RNN):
         bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
         device, dtype: those of the parameters.
 
-    Options, keyword-only:
+    Keyword Args:
         weight_dropout, variational_dropout: as for ``LSTM``.
         zoneout: p, as for ``GRU``.
         state_gradient_clip, heads, reverse: as for ``LSTM``; with heads ``weight_hh_l{k}`` is [H, H/n].

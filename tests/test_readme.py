@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,17 @@ def test_table_of_speed_replaces_what_is_between_the_markers_and_nothing_else(to
     assert re.sub("begin -->.*<!-- speed", "", changed, flags=re.DOTALL) == re.sub(
         "begin -->.*<!-- speed", "", README, flags=re.DOTALL
     )
+
+
+def test_readme_has_the_classes_that_matter_as_the_documentation_has_them(tool):
+    def means(page: str) -> set[tuple[str, ...]]:  # class, threads, shapes, mean, best, worst, losses
+        rows = [line.split(" | ") for line in page.splitlines() if "**" in line and line.startswith("| ")]
+        return {tuple(cell.strip("| ") for cell in row[:7]) for row in rows}
+
+    assert len(means(README)) == len(tool["MATTER"])
+    assert means(README) - means((ROOT / "docs/performance.md").read_text()) == set()
+    other = replace(record("b", 1.0), group="stacks training")
+    assert tool["shortened"](Results({}, [record("a", 2.0), other])).records == [record("a", 2.0)]
 
 
 def test_readme_without_markers_is_refused(tool):
