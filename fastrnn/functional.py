@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _autograd, _cuda, _linear, reference, step_options
+from . import _autograd, _cuda, _linear, _recompute, reference, step_options
 from ._warn import warn
 from .reference import CELLS, SLOTS, W_HH, U
 from .rows import Rows
@@ -234,7 +234,8 @@ def layer(
     has no kernel: ``options`` among them."""
     x = _as(states[0].dtype, x)
     if CELLS[name].takes_gates:
-        x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
+        with _autograd._without_autocast(x):
+            x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
     if composed:
         if rows.lengths is not None:  # no transform traces the number of rows that still go on
             happens = rows.happens(x.device)
@@ -355,7 +356,10 @@ def _stack(
             step = step_options.draw(options, train, rows, x.shape[0], states)
         if reset_to is not None:
             step = step._replace(reset_to=tuple(t[:, index * D : (index + 1) * D] for t in reset_to))
-        x, last, history = layer(name, x, states, weights, rows, return_states, composed, listener, step)
+        scan = partial(layer, name)
+        if "memory" in options:
+            scan = partial(_recompute.layer, scan, options["memory"])
+        x, last, history = scan(x, states, weights, rows, return_states, composed, listener, step)
         if return_states:
             every = (x.unflatten(1, (D, -1)), *(t.transpose(0, 1) for t in history))
             last = [given.states(given.reversed(t) if reverse else t) for t in every]
