@@ -81,6 +81,13 @@ def _reverse(name: str, value: Any, module: nn.Module) -> bool:
     return value
 
 
+def _memory(name: str, value: Any, module: nn.Module) -> str | int:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if (is_number and value > 0) or (isinstance(value, str) and value in ("store", "recompute")):
+        return value
+    raise ValueError(f"{name} should be 'store', 'recompute' or a number of steps above 0, got {value!r}")
+
+
 def _bias(name: str, value: Any, module: nn.Module) -> float | None:
     if value is None:
         return None
@@ -102,7 +109,10 @@ OPTIONS = {
         False,
         _flag,
         cell="_layer_norm",
-        vectors={"lstm": {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "shift_c": 1}},
+        vectors={
+            "lstm": {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "shift_c": 1},
+            "gru": {"gain_ih": 3, "gain_hh": 3},
+        },
         initialise=lambda module, _: init.norm_(module),
     ),
     "coupled": Option(False, _flag, cell="_coupled"),
@@ -114,6 +124,7 @@ OPTIONS = {
     "state_gradient_clip": Option(None, _clip, inside="updated"),
     "heads": Option(1, _heads),
     "reverse": Option(False, _reverse),
+    "memory": Option("store", _memory),
     "forget_bias": Option(None, _bias, initialise=init.forget_bias_, only_initialises=True),
 }
 

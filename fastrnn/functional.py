@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _autograd, _cuda, _linear, reference, step_options
+from . import _autograd, _cuda, _linear, _recompute, reference, step_options
 from ._warn import warn
 from .reference import CELLS, SLOTS, W_HH, U
 from .rows import Rows
 from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = [
-    "StateGradients", "gru", "gru_cell", "linear_scan", "lstm", "lstm_cell", "lstm_coupled",
-    "lstm_coupled_cell", "lstm_layer_norm", "lstm_layer_norm_cell", "lstm_peephole", "lstm_peephole_cell",
-    "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict", "slstm",
+    "StateGradients", "gru", "gru_cell", "gru_layer_norm", "gru_layer_norm_cell", "linear_scan", "lstm",
+    "lstm_cell", "lstm_coupled", "lstm_coupled_cell", "lstm_layer_norm", "lstm_layer_norm_cell",
+    "lstm_peephole", "lstm_peephole_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
+    "set_strict", "slstm",
 ]  # fmt: skip
 
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------
@@ -188,6 +189,8 @@ def slots(
     cell = CELLS[name]
     if not cell.dense:  # its weight_hh is a vector
         return w_ih, None, b_ih, None, None, _joined(cell, [w_hh])
+    if cell.takes_gates and cell.biases == 1:  # x and h are normalised together
+        return w_ih, w_hh, b_ih, None, None, _joined(cell, others)
     if cell.takes_gates:
         gain_ih, gain_hh, *rest = others
         u = _joined(cell, [gain_hh, b_hh, *rest])
@@ -218,17 +221,19 @@ def scan_weights(name: str, weights: _autograd.Weights) -> _autograd.Weights:
 
 
 def _normed_gates(x: Tensor, weights: _autograd.Weights, rows: Rows) -> Tensor:
-    """gain_ih n(W_ih x) + b_ih [N, D*G*H] of all steps at once."""
+    """gain_ih n(W_ih x) + b_ih [N, D*G*H] of all steps at once; W_ih x + b_ih without a gain."""
     x, gates = rows.without_padding(x), []
     for d in range(0, len(weights), SLOTS):
         w_ih, _, b_ih, _, gain, _ = weights[d : d + SLOTS]
-        a = torch.nn.functional.linear(x, w_ih)  # type: ignore[arg-type]
-        if _autograd._is_dual():  # torch's derivative of its own tangent is wrong
+        a = torch.nn.functional.linear(x, w_ih, b_ih if gain is None else None)  # type: ignore[arg-type]
+        if gain is None:
+            gates.append(a)
+        elif _autograd._is_dual():  # torch's derivative of its own tangent is wrong
             a = gain * reference._normed(a)
             gates.append(a if b_ih is None else a + b_ih)
         else:
-            gates.append(torch.nn.functional.layer_norm(a, gain.shape, gain, b_ih))  # type: ignore[union-attr]
-    return torch.cat(gates, -1)
+            gates.append(torch.nn.functional.layer_norm(a, gain.shape, gain, b_ih))
+    return torch.cat(gates, -1) if len(gates) > 1 else gates[0]
 
 
 def stack_weights(
@@ -263,7 +268,8 @@ def layer(
     has no kernel: ``options`` among them."""
     x = _as(states[0].dtype, x)
     if CELLS[name].takes_gates:
-        x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
+        with _autograd._without_autocast(x):
+            x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
     if composed and becomes_a_node():
         from . import _onnx  # registers operators, which nobody else needs
 
@@ -388,7 +394,10 @@ def _stack(
             step = step_options.draw(options, train, rows, x.shape[0], states)
         if reset_to is not None:
             step = step._replace(reset_to=tuple(t[:, index * D : (index + 1) * D] for t in reset_to))
-        x, last, history = layer(name, x, states, weights, rows, return_states, composed, listener, step)
+        scan = partial(layer, name)
+        if "memory" in options:
+            scan = partial(_recompute.layer, scan, options["memory"])
+        x, last, history = scan(x, states, weights, rows, return_states, composed, listener, step)
         if return_states:
             every = (x.unflatten(1, (D, -1)), *(t.transpose(0, 1) for t in history))
             last = [given.states(given.reversed(t) if reverse else t) for t in every]
@@ -655,6 +664,14 @@ rnn_tanh = _single_state("rnn_tanh")
 rnn_relu = _single_state("rnn_relu")
 
 
+def gru_layer_norm(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor]:
+    """``gru`` with layer normalisation of both products: after the parameters of a direction that
+    ``torch.gru`` takes come its gain_ih and gain_hh [3*H]."""
+    return _recurrent("gru_layer_norm", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+
+
 # ---- One step ----------------------------------------------------------------------------------------
 
 
@@ -783,6 +800,20 @@ def _single_state_cell(name: str) -> _SingleStateCell:
 gru_cell = _single_state_cell("gru")
 rnn_tanh_cell = _single_state_cell("rnn_tanh")
 rnn_relu_cell = _single_state_cell("rnn_relu")
+
+
+def gru_layer_norm_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    gain_ih: Tensor,
+    gain_hh: Tensor,
+) -> Tensor:
+    """``gru_cell`` with layer normalisation: gain_ih and gain_hh [3*H]."""
+    return _cell("gru_layer_norm", input, hx, w_ih, w_hh, b_ih, b_hh, gain_ih, gain_hh)
 
 
 # ---- The linear scan ---------------------------------------------------------------------------------

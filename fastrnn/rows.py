@@ -5,7 +5,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "put", "take"]
+
+Where = slice | Tensor  # which rows
+
+
+def take(rows: Tensor, where: Where) -> Tensor:
+    return rows[where] if isinstance(where, slice) else rows.index_select(0, where)
+
+
+def put(rows: Tensor, where: Where, values: Tensor) -> None:
+    if isinstance(where, slice):
+        rows[where] = values
+    else:
+        rows.index_copy_(0, where, values)
 
 
 class Rows(NamedTuple):
@@ -127,6 +140,27 @@ class Rows(NamedTuple):
         else:
             index = b * self.T + t if self.batch_first else t * self.B + b
         return rows.index_select(0, index.to(rows.device))
+
+    def segments(self, k: int, direction: int, device: torch.device) -> list[tuple["Rows", Where]]:
+        """Every k steps of a direction from its own start, as time-major rows of one that runs forwards, and
+        where these lie in [N, *]."""
+        numbers = None
+        if direction == 1 or self.batch_first:
+            numbers = torch.arange(self.N, device=device)
+            numbers = self.reversed(numbers) if direction == 1 else numbers
+            numbers = self.dense(numbers).T.flatten() if self.batch_first else numbers
+        sizes, found, a = self.batch_sizes, [], 0
+        for begin in range(0, self.T, k):
+            T = min(k, self.T - begin)
+            own = None if sizes is None else sizes[begin : begin + T]
+            B = self.B if own is None else int(own[0])
+            b = a + (T * B if own is None else int(own.sum()))
+            where: Where = slice(a, b) if numbers is None else numbers[a:b]
+            lengths = None if self.lengths is None else (self.lengths - begin).clamp(0, T)
+            reset = None if self.reset is None else take(self.reset, where)
+            found.append((Rows(T, B, False, own, lengths, reset), where))
+            a = b
+        return found
 
     def previous(self, y: Tensor, h0: Tensor, direction: int) -> Tensor:
         """h_{t-1} of every row: y [N, P] one step later, h0 [B, P] where a row begins, zero after a reset."""

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import Rows
+from .rows import Rows, Where, take
 
 __all__ = ["NAMES", "NO_OPTIONS", "StepOptions", "acting", "draw", "masked_input"]
 
 NAMES = (
     "zoneout", "recurrent_dropout", "variational_dropout", "cell_clip", "state_gradient_clip", "reverse",
+    "memory",
 )  # fmt: skip
 
 
@@ -57,6 +58,16 @@ class StepOptions(NamedTuple):
             reset_to=self.reset_to and tuple(to[t, direction][batch] for to in self.reset_to),
             happens=None if self.happens is None else self.happens[rows].unsqueeze(1),
         )
+
+    def segment(self, direction: int, where: Where, B: int) -> "StepOptions":
+        """Of some steps of one direction: their rows, the first of which are B. Without reset_to."""
+
+        def of(masks: Any):
+            return take(masks[direction], where).unsqueeze(0) if isinstance(masks, Tensor) else masks
+
+        recurrent = None if self.recurrent is None else self.recurrent[direction : direction + 1, :B]
+        zoneout, candidate = tuple(map(of, self.zoneout)), of(self.candidate)
+        return self._replace(zoneout=zoneout, candidate=candidate, recurrent=recurrent, reset_to=None)
 
     # ---- Of one step
 

@@ -27,6 +27,7 @@ class Case:
     dropout: float = 0.0
     fill: float = 1.0
     dtype: torch.dtype = torch.float32
+    memory: str = "store"  # fastrnn's option
     modes: tuple[str, ...] = (TRAIN, INFER)
 
     @property
@@ -46,6 +47,7 @@ class Case:
             f"packed{self.fill}": self.fill < 1,
             "fp64": self.dtype == torch.float64,
             "short": self.group == "short",
+            "recompute": self.memory == "recompute",
         }
         shape = f"{self.cell.lower()}-{self.T}x{self.B}x{width}"
         return "-".join([shape, *(word for word, present in options.items() if present)])
@@ -63,6 +65,7 @@ class Case:
             "fp64": f"fp64 {activity}",
             "loop": f"{self.cell} loop {activity}",
             "linear": f"linear scan {activity}",
+            "memory": f"{self.cell} memory={self.memory} {activity}",
         }[self.group]
 
     def lengths(self) -> torch.Tensor:
@@ -131,6 +134,10 @@ CASES = (
     Case("LSTMCell", 100, 1, 256, 256, group="loop"),
     Case("GRUCell", 100, 32, 128, 128, group="loop"),
     Case("GRUCell", 100, 1, 256, 256, group="loop"),
+    *(
+        Case("LSTM", 200, 32, 128, 128, group="memory", memory=memory, modes=(TRAIN,))
+        for memory in ("store", "recompute")
+    ),
     Case("MinGRU", 1000, 32, 128, 128, group="linear"),
     *(case for H in (4, 128, 320) for B in (1, 8) for case in _short(B, H)),
 )

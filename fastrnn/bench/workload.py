@@ -93,7 +93,9 @@ def make_module(case: Case, library: ModuleType) -> nn.Module:
     make = LOOPS[case.cell] if library is nn and case.cell in LOOPS else getattr(library, case.cell)
     if case.is_loop:
         return make(case.I, case.H, dtype=case.dtype)
-    projection = {"proj_size": case.proj_size} if case.proj_size else {}
+    more: dict = {"proj_size": case.proj_size} if case.proj_size else {}
+    if library is not nn and case.memory != "store":
+        more["memory"] = case.memory
     return make(
         case.I,
         case.H,
@@ -101,7 +103,7 @@ def make_module(case: Case, library: ModuleType) -> nn.Module:
         dropout=case.dropout,
         bidirectional=case.bidirectional,
         dtype=case.dtype,
-        **projection,
+        **more,
     )
 
 
