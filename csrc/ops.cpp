@@ -29,11 +29,11 @@ extern "C" PyMODINIT_FUNC PyInit__C() {
 namespace fastrnn {
 namespace {
 
-// {G, E, U, states, S, reuses_saved, dense, takes_gates, R} of a cell, as CellInfo has them.
+// {G, E, U, states, S, reuses_saved, dense, takes_gates, R, reads_after} of a cell, as CellInfo has them.
 std::vector<int64_t> cell_info(std::string name) {
   const CellInfo& info = cell_named(name);
-  return {info.gates,        info.gradients(), info.vectors,     info.states,     info.saved,
-          info.reuses_saved, info.dense,       info.takes_gates, info.row_numbers};
+  return {info.gates,        info.gradients(), info.vectors,     info.states,      info.saved,
+          info.reuses_saved, info.dense,       info.takes_gates, info.row_numbers, int64_t(info.reads_after)};
 }
 
 std::string cpu_isa() { return instruction_set().name; }

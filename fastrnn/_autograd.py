@@ -4,14 +4,15 @@ Scan is one layer, and ScanGrad its gradients as a function of their own. The ke
 derived further (second derivatives, forward mode) follows from the formulas in reference.py alone.
 
 Functions of torch.autograd take tensors one by one. They come here in this order: batch_sizes, lengths,
-reset (the rows), then what a scan has kept (y, the history of the states beside h, the saved numbers),
-gradients, and the inputs: x, the initial states, and the slots of the weights of every direction.
+reset (the rows), with them the masks of options, then what a scan has kept (y, the history of the states
+beside h, the saved numbers, states before their zoneout), gradients, and the inputs: x, the initial states,
+the slots of the weights of every direction, and with options the states of a reset.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from . import _operators, _prepack, _vmap, reference
 from ._operators import Keep, Maybe
 from .reference import CELLS, SLOTS, W_HR, U
 from .rows import Rows
+from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = ["Weights", "scan"]
 
@@ -33,6 +35,7 @@ class Form(NamedTuple):
 
     name: str
     batch_first: bool
+    numbers: tuple[float, ...] | None = None  # StepOptions.numbers
 
     @property
     def cell(self) -> reference.Cell:
@@ -40,11 +43,25 @@ class Form(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """How many tensors a scan keeps for its way back: y, the history of the other states, and saved."""
-        return self.cell.states + (self.cell.saved > 0)
+        """How many tensors a scan keeps for its way back: y, the history of the other states, saved, and
+        states before their zoneout."""
+        cell = self.cell
+        return cell.states + (cell.saved > 0) + len(_operators.zoned_after(cell, self.numbers))
+
+    @property
+    def rows(self) -> int:
+        return ROWS if self.numbers is None else ROWS + MASKS
+
+    def split(self, inputs: Sequence) -> tuple:
+        """x, the states, the weights and reset_to, of a scan's inputs."""
+        S = self.cell.states
+        end = len(inputs) if self.numbers is None else len(inputs) - S
+        return inputs[0], inputs[1 : 1 + S], inputs[1 + S : end], inputs[end:]
 
 
 ROWS = 3  # batch_sizes, lengths, reset
+MASKS = 4  # StepOptions.masks
+FORM = 3  # the fields of Form, before the tensors
 
 
 def _one_by_one_in_legacy_vmap(rule):
@@ -87,21 +104,22 @@ class Scan(torch.autograd.Function):
     kernels, is missing where a cell saves nothing, and has no derivative."""
 
     @staticmethod
-    def forward(name, batch_first, *tensors):
-        *rows, x = tensors[: ROWS + 1]
-        states, weights = _split(CELLS[name], tensors[ROWS + 1 :])
+    def forward(name, batch_first, numbers, *tensors):
+        form = Form(name, batch_first, numbers)
+        rows, (x, states, weights, reset_to) = tensors[:ROWS], form.split(tensors[form.rows :])
         y, last, history, saved = _operators.scan(
-            name, x, states, *_operators.given(weights), None, *rows, batch_first, Keep.FOR_BACKWARD
-        )
+            name, x, states, *_operators.given(weights), None, *rows, batch_first, Keep.FOR_BACKWARD,
+            *_operators.with_options(numbers, tensors[ROWS : form.rows], reset_to),
+        )  # fmt: skip
         return y, *last, *history, *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         cell = CELLS[inputs[0]]
-        ctx.form, ctx.may_write, ctx.watched, ctx.listener = inputs[:2], False, (), None
+        ctx.form, ctx.may_write, ctx.watched, ctx.listener = inputs[:FORM], False, (), None
         ctx.mark_non_differentiable(*output[2 * cell.states :])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*_kept(cell, output), *inputs[2:])
+        ctx.save_for_backward(*_kept(cell, output), *inputs[FORM:])
 
     @staticmethod
     @_one_by_one_in_legacy_vmap
@@ -110,8 +128,8 @@ class Scan(torch.autograd.Function):
         cell, tensors = form.cell, ctx.saved_tensors
         gradients = gradients[: 2 * cell.states]
         kept, rest = tensors[: form.kept], tensors[form.kept :]
-        rows, inputs = rest[:ROWS], rest[ROWS:]
-        wanted = tuple(ctx.needs_input_grad[2 + ROWS :])
+        rows, inputs = rest[: form.rows], rest[form.rows :]
+        wanted = tuple(ctx.needs_input_grad[FORM + form.rows :])
         if any(version != output._version for output, version in ctx.watched):
             # An output was changed in place since. Scanning once more costs time in this rare case alone;
             # a copy of y would cost memory in every call.
@@ -122,14 +140,15 @@ class Scan(torch.autograd.Function):
                 arguments = (*rows, *kept, *gradients, *inputs)
                 found = _grad_function().apply(*form, wanted, ctx.listener, *arguments)
             else:
-                over = ctx.may_write and _is_last_use(kept[-1])
+                over = ctx.may_write and _is_last_use(kept[cell.states])
                 found = _gradients(form, wanted, ctx.listener, over, rows, kept, gradients, inputs)
         remaining = iter(found)
-        return (None,) * (2 + ROWS) + tuple(next(remaining) if want else None for want in wanted)
+        return (None,) * (FORM + form.rows) + tuple(next(remaining) if want else None for want in wanted)
 
     @staticmethod
-    def vmap(info, in_dims, name, batch_first, *tensors):
-        return _vmap.scan(_scan_function(), info.batch_size, Form(name, batch_first), tensors, in_dims[2:])
+    def vmap(info, in_dims, name, batch_first, numbers, *tensors):
+        form = Form(name, batch_first, numbers)
+        return _vmap.scan(_scan_function(), info.batch_size, form, tensors, in_dims[FORM:])
 
 
 class EagerScan(Scan):
@@ -139,15 +158,14 @@ class EagerScan(Scan):
     setup_context = torch.autograd.Function.setup_context
 
     @staticmethod
-    def forward(ctx, name, batch_first, *tensors):  # type: ignore[override]
-        output = Scan.forward(name, batch_first, *tensors)
+    def forward(ctx, name, batch_first, numbers, *tensors):  # type: ignore[override]
+        output = Scan.forward(name, batch_first, numbers, *tensors)
         cell = CELLS[name]
-        ctx.form, ctx.listener = (name, batch_first), None
+        ctx.form, ctx.listener = (name, batch_first, numbers), None
         ctx.set_materialize_grads(False)
-        if cell.saved:
-            ctx.mark_non_differentiable(output[-1])
         outputs = (output[0], *output[1 + cell.states : 2 * cell.states])
         saved = output[2 * cell.states :]
+        ctx.mark_non_differentiable(*saved)
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
             # torch.nn's outputs may be changed in place before backward. So aliases with version counters of
             # their own are saved, which torch does not check, and the outputs' counters are watched.
@@ -166,35 +184,36 @@ class ScanGrad(torch.autograd.Function):
     derivative of this function is that of the reference."""
 
     @staticmethod
-    def forward(name, batch_first, wanted, listener, *tensors):
-        form = Form(name, batch_first)
+    def forward(name, batch_first, numbers, wanted, listener, *tensors):
+        form = Form(name, batch_first, numbers)
         return tuple(_gradients(form, wanted, listener, False, *_grouped(form, tensors)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.form, ctx.wanted, tensors = inputs[:2], inputs[2], inputs[4:]
+        ctx.form, ctx.wanted, tensors = inputs[:FORM], inputs[FORM], inputs[FORM + 2 :]
+        form = Form(*ctx.form)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:ROWS], *tensors[ROWS + Form(*ctx.form).kept :])
+        ctx.save_for_backward(*tensors[: form.rows], *tensors[form.rows + form.kept :])
 
     @staticmethod
     @_one_by_one_in_legacy_vmap
     def backward(ctx: Any, *gradients: Maybe):  # type: ignore[override]
         form = Form(*ctx.form)
-        rows, tensors = ctx.saved_tensors[:ROWS], ctx.saved_tensors[ROWS:]
+        rows, tensors = ctx.saved_tensors[: form.rows], ctx.saved_tensors[form.rows :]
         present = _present(tensors)
         with _without_autocast(tensors[2 * form.cell.states]):
             function = reference_gradients(form, rows, ctx.wanted, tensors, present)
             outputs, pull = torch.func.vjp(function, *(tensors[i] for i in present))  # type: ignore[misc]
             found = pull(_or_zeros(gradients, outputs))
-        nothing = (None,) * (4 + ROWS + form.kept)
+        nothing = (None,) * (FORM + 2 + form.rows + form.kept)
         return nothing + tuple(_replaced([None] * len(tensors), present, found))
 
     @staticmethod
-    def vmap(info, in_dims, name, batch_first, wanted, listener, *tensors):
-        form, V, dims = Form(name, batch_first), info.batch_size, in_dims[4:]
+    def vmap(info, in_dims, name, batch_first, numbers, wanted, listener, *tensors):
+        form, V, dims = Form(name, batch_first, numbers), info.batch_size, in_dims[FORM + 2 :]
         grouped, grouped_dims = _grouped(form, tensors), _grouped(form, dims)
         (_, _, *derivable), (rows_dims, kept_dims, _, inputs_dims) = grouped, grouped_dims
-        flat, flat_dims = [t for part in derivable for t in part], dims[ROWS + form.kept :]
+        flat, flat_dims = [t for part in derivable for t in part], dims[form.rows + form.kept :]
         derived_further = _is_traced() or _needs_function(tuple(flat))
         dense, shared_weights = (
             grouped[0][0] is None,
@@ -206,6 +225,7 @@ class ScanGrad(torch.autograd.Function):
             and kept_dims[0] is not None
             and not derived_further
             and not form.cell.vectors
+            and numbers is None
         ):
             found = _vmap.gradients(form, V, wanted, grouped, grouped_dims)
         elif derived_further and not any(d is not None for d in rows_dims):
@@ -214,14 +234,9 @@ class ScanGrad(torch.autograd.Function):
             mapped = torch.func.vmap(function, in_dims=tuple(flat_dims[i] for i in present))
             found = mapped(*(flat[i] for i in present))
         else:
-            options = (name, batch_first, wanted, listener)
+            options = (*form, wanted, listener)
             return _vmap.one_by_one(_grad_function(), V, options, tensors, dims)
         return found, (0,) * len(found)
-
-
-def _split(cell: reference.Cell, tensors: Sequence) -> tuple:
-    """The states and the weights of (*states, *weights)."""
-    return tensors[: cell.states], tensors[cell.states :]
 
 
 def _kept(cell: reference.Cell, output: Sequence) -> tuple:
@@ -231,29 +246,34 @@ def _kept(cell: reference.Cell, output: Sequence) -> tuple:
 
 def _grouped(form: Form, tensors: Sequence) -> tuple:
     """Rows, what was kept, gradients, and inputs, of ScanGrad's tensors."""
-    kept, gradients = ROWS + form.kept, ROWS + form.kept + 2 * form.cell.states
-    return tensors[:ROWS], tensors[ROWS:kept], tensors[kept:gradients], tensors[gradients:]
+    rows, kept = form.rows, form.rows + form.kept
+    gradients = kept + 2 * form.cell.states
+    return tensors[:rows], tensors[rows:kept], tensors[kept:gradients], tensors[gradients:]
 
 
 def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs) -> list[Tensor]:
     """The wanted gradients of x, the states and the weights, from the kernels. ``over`` lets these write over
     what was saved."""
-    cell, S, x = form.cell, form.cell.states, inputs[0]
-    states, weights = _split(cell, inputs[1:])
+    cell, S, numbers = form.cell, form.cell.states, form.numbers
+    x, states, weights, reset_to = form.split(inputs)
     y, history, saved = kept[0], kept[1:S], kept[S] if cell.saved else None
-    options = (*rows, form.batch_first)
-    wanted_weights, given = wanted[1 + S :], _operators.given(weights)
+    options, masks = (*rows[:ROWS], form.batch_first), rows[ROWS:]
+    fresh: list[Maybe] = [None, None]
+    for k, t in zip(_operators.zoned_after(cell, numbers), kept[S + (cell.saved > 0) :], strict=True):
+        fresh[k] = t
+    wanted_weights, given = wanted[1 + S : 1 + S + len(weights)], _operators.given(weights)
     hidden = None
     if any(wanted_weights[W_HR::SLOTS]) and cell.hidden is not None:
-        hidden = cell.hidden(saved, *history)  # before saved is written over
+        hidden = cell.hidden(saved, *history if fresh[1] is None else fresh[1:])  # before it is written over
     arguments = (gradients[0], gradients[1 : 1 + S], gradients[1 + S :], y, history, saved, states, *given)
     keep = listener is not None
+    more = _operators.with_options(numbers, masks, reset_to, fresh)
     if over:
-        dstates, complete, du = _operators.scan_backward_over(form.name, *arguments, *options, keep)
+        dstates, complete, du = _operators.scan_backward_over(form.name, *arguments, *options, keep, *more)
         torch.autograd.graph.increment_version(saved)  # type: ignore[arg-type]
         dgates = saved
     else:
-        dgates, dstates, complete, du = _operators.scan_backward(form.name, *arguments, *options, keep)
+        dgates, dstates, complete, du = _operators.scan_backward(form.name, *arguments, *options, keep, *more)
     if listener is not None:
         listener(complete)
     products: Callable = _operators.weight_gradients
@@ -261,33 +281,46 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
         products = _operators.weight_gradients_of_torch
     of_weights = any(any(wanted_weights[slot::SLOTS]) for slot in cell.product_slots)
     of_x = wanted[0] and not cell.takes_gates
-    dx, dweights = products(form.name, dgates, x, y, states, *given, *options, of_x, of_weights)
+    more = _operators.with_options(numbers, masks, reset_to)
+    dx, dweights = products(form.name, dgates, x, y, states, *given, *options, of_x, of_weights, *more)
     if wanted[0] and cell.takes_gates:
         dx = [_operators.input_gradients(cell, dgates).transpose(0, 1).flatten(1)]  # type: ignore[arg-type]
-    dw_hr = [] if hidden is None else [complete[0][d].T @ hidden[d] for d in range(len(hidden))]
-    return chosen(cell, wanted, dx, dstates, dweights, dw_hr, du)
+    dw_hr = []
+    if hidden is not None:
+        dh = complete[0]
+        if numbers is not None and numbers[0] > 0:  # the part of it that zoneout lets through
+            dh = (1 - numbers[0]) * dh if masks[0] is None else dh.masked_fill(masks[0], 0)
+        dw_hr = [dh[d].T @ hidden[d] for d in range(len(hidden))]
+    dresets = [] if numbers is None else dstates[S:] or [None] * S
+    return chosen(cell, wanted, dx, dstates[:S], dweights, dw_hr, du, dresets)
 
 
-def chosen(cell: reference.Cell, wanted: Sequence[bool], dx, dstates, dweights, dw_hr, du) -> list[Tensor]:
+def chosen(
+    cell: reference.Cell, wanted: Sequence[bool], dx, dstates, dweights, dw_hr, du, dresets=()
+) -> list[Tensor]:
     """Of all gradients, lists that are empty where none of theirs is wanted, those that are wanted."""
     found: list = [*dx] if dx else [None]
     found += dstates
     products = iter(dweights)
-    for d in range((len(wanted) - len(found)) // SLOTS):
+    for d in range((len(wanted) - len(found) - len(dresets)) // SLOTS):
         of_direction = [None] * SLOTS
         for slot in cell.product_slots if dweights else ():
             of_direction[slot] = next(products)
         of_direction[W_HR] = dw_hr[d] if dw_hr else None
         of_direction[U] = du[d] if du else None
         found += of_direction
+    found += dresets
     return [gradient for gradient, want in zip(found, wanted, strict=True) if want]
 
 
 def _reference_outputs(form: Form, rows, inputs) -> tuple[Tensor, ...]:
     """(y, the last states, the history of those beside h) of the reference."""
-    x, (states, weights) = inputs[0], _split(form.cell, inputs[1:])
-    layout = Rows.of(x.shape[0], states[0].shape[1], form.batch_first, *rows)
-    y, last, history = reference.forward(form.cell, layout, x, states, weights)
+    x, states, weights, reset_to = form.split(inputs)
+    layout = Rows.of(x.shape[0], states[0].shape[1], form.batch_first, *rows[:ROWS])
+    options = NO_OPTIONS
+    if form.numbers is not None:
+        options = StepOptions.of(form.numbers, rows[ROWS:], reset_to)
+    y, last, history = reference.forward(form.cell, layout, x, states, weights, options)
     return y, *last, *history
 
 
@@ -355,22 +388,23 @@ class DualScan(Scan):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         Scan.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[2:])
+        ctx.save_for_forward(*inputs[FORM:])
 
     @staticmethod
     @_one_by_one_in_legacy_vmap
     @_forward_mode_on
     def jvp(ctx: Any, *tangents):
         form = Form(*ctx.form)
-        rows, tensors = _primals(ctx.saved_tensors[:ROWS]), _primals(ctx.saved_tensors[ROWS:])
-        tangents = tangents[2 + ROWS :]
+        saved = _primals(ctx.saved_tensors)
+        rows, tensors = saved[: form.rows], saved[form.rows :]
+        tangents = tangents[FORM + form.rows :]
         moving = _present(tangents)
 
         def function(*given):
             return _reference_outputs(form, rows, _replaced(tensors, moving, given))
 
         pushed = _push_forward(function, [tensors[i] for i in moving], [tangents[i] for i in moving])
-        return (*pushed, None) if form.cell.saved else tuple(pushed)
+        return (*pushed, *[None] * (form.kept - form.cell.states))
 
 
 class DualScanGrad(ScanGrad):
@@ -379,16 +413,17 @@ class DualScanGrad(ScanGrad):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ScanGrad.setup_context(ctx, inputs, output)
-        tensors = inputs[4:]
-        ctx.save_for_forward(*tensors[:ROWS], *tensors[ROWS + Form(*ctx.form).kept :])
+        form, tensors = Form(*ctx.form), inputs[FORM + 2 :]
+        ctx.save_for_forward(*tensors[: form.rows], *tensors[form.rows + form.kept :])
 
     @staticmethod
     @_one_by_one_in_legacy_vmap
     @_forward_mode_on
     def jvp(ctx: Any, *tangents):
         form = Form(*ctx.form)
-        rows, tensors = _primals(ctx.saved_tensors[:ROWS]), _primals(ctx.saved_tensors[ROWS:])
-        tangents = tangents[4 + ROWS + form.kept :]
+        saved = _primals(ctx.saved_tensors)
+        rows, tensors = saved[: form.rows], saved[form.rows :]
+        tangents = tangents[FORM + 2 + form.rows + form.kept :]
         moving = _present(tangents)
         function = reference_gradients(form, rows, ctx.wanted, tensors, moving)
         return _push_forward(function, [tensors[i] for i in moving], [tangents[i] for i in moving])
@@ -417,6 +452,7 @@ def scan(
     rows: Rows,
     keep_history: bool = False,
     listener: Listener | None = None,
+    options: StepOptions = NO_OPTIONS,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """One layer: (y [N, D*P], h_n [D, B, P] and the other last states [D, B, H], and where these are kept the
     history of those beside h [D, N, H]).
@@ -426,19 +462,26 @@ def scan(
     """
     if len(states) > 1 and (states[1] is states[0] or len(states) > 2):
         states = (states[0], *(t.view_as(t) for t in states[1:]))  # torch.compile takes no tensor twice
-    options = (rows.batch_sizes, rows.lengths, rows.reset)
+    places: tuple[Maybe, ...] = (rows.batch_sizes, rows.lengths, rows.reset)
     tensors = (x, *states, *weights)
+    numbers, masks, reset_to = None, cast(tuple[Maybe, ...], ()), cast(tuple[Maybe, ...], ())
+    if options is not NO_OPTIONS and (numbers := options.numbers) is not None:
+        masks, reset_to = options.masks, options.reset_to or (None,) * len(states)
+        tensors += reset_to
     needed = _is_dual() or _needs_function(tensors)
     packed = _prepack.find(weights, needed) if _prepack.packs and not _is_traced() else None
     S = len(states)
     if needed:
-        y, *results = _scan_function().apply(name, rows.batch_first, *options, *tensors)
+        y, *results = _scan_function().apply(name, rows.batch_first, numbers, *places, *masks, *tensors)
         if listener is not None and y.grad_fn is not None:
             y.grad_fn.listener = listener  # the ctx of Scan.backward
         return y, results[:S], results[S : 2 * S - 1]
     keep = Keep.HISTORY if keep_history else Keep.NOTHING
     given = _operators.given(weights if packed is None else ())
-    y, last, history, _ = _operators.scan(name, x, states, *given, packed, *options, rows.batch_first, keep)
+    more = _operators.with_options(numbers, masks, reset_to)
+    y, last, history, _ = _operators.scan(
+        name, x, states, *given, packed, *places, rows.batch_first, keep, *more
+    )
     return y, last, history
 
 

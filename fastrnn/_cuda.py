@@ -1,5 +1,6 @@
 """The CUDA kernels: whether they are here, why not, and which path a scan takes on a device."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -54,10 +55,16 @@ def _tf32_is_allowed() -> bool:
     return torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32"
 
 
-def plan(weight: Tensor, cell: Any, forward: bool, T: int, B: int, H: int, D: int, projected: bool) -> str:
-    """The path of one scan on the device of the weight, in words."""
+def plan(
+    weight: Tensor, cell: Any, forward: bool, T: int, B: int, H: int, D: int, projected: bool,
+    options: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """The path of one scan on the device of the weight, in words. options: those that act between its steps,
+    by name."""
     if not cell.dense:
         return "one kernel for all steps: no unit waits for another"
+    if options:
+        return f"a matrix product and a kernel each step: {' and '.join(options)} act between the steps"
     if cell.row_numbers:
         return "a matrix product and a kernel each step: the cell has sums over its units"
     numbers = _NUMBERS[weight.dtype]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _cuda, _options, _prepack, functional, minimal, modules
+from . import _cuda, _options, _prepack, functional, minimal, modules, step_options
 from .reference import CELLS
 
 
@@ -81,7 +81,7 @@ def _explain_module(
     module: nn.Module,
     input: Tensor | PackedSequence,
     training: bool = True,
-    acts: Sequence[str] = (),  # what the call is given that no kernel serves
+    acts: Sequence[str] = (),  # arguments of the call that act between its steps
 ) -> Explanations:
     if isinstance(module, minimal._LinearRecurrent):
         return _explain_linear(name, module)
@@ -98,13 +98,16 @@ def _explain_module(
     assert isinstance(weight, Tensor)
     (weight,) = functional.lowered((weight,))
     reason = functional.no_kernel_reason(weight) if H > 0 else "there are no units (H = 0) to compute"
-    if reason is None and (unserved := module._unserved(training) or functional.unserved_reason(acts)):
-        reason = f"{unserved}: torch operations"
     if reason is not None:
         return Explanations(Explanation(name, layer, None, reason, reason, options) for layer in range(L))
     numbers = CELLS[cell]
     if weight.is_cuda:
-        forward, backward = (_cuda.plan(weight, numbers, way, T, B, H, D, H != P) for way in (True, False))
+        acting = [
+            [*step_options.acting(module._fused_options, training, way), *acts] for way in (False, True)
+        ]
+        forward, backward = (
+            _cuda.plan(weight, numbers, not way, T, B, H, D, H != P, acting[way]) for way in (False, True)
+        )
     else:
         forward = _shared_out(T, B, H, P, numbers.gates, D, weight.element_size())
         backward = _shared_out(T, B, P, H, numbers.gates, D, weight.element_size())

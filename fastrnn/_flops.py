@@ -36,5 +36,5 @@ def _weight_gradients(
     name: str, dgates: Shape, x: Shape, y: Shape, states: list[Shape], *arguments: Any, **_: Any
 ) -> int:
     D, w_ih, w_hh, _w_hr = _weights(name, states, x[1])
-    inputs, of_weights = arguments[-2:]
+    inputs, of_weights = arguments[6:8]
     return 2 * D * x[0] * (w_ih * (inputs + of_weights) + w_hh * of_weights)

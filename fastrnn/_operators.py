@@ -23,45 +23,87 @@ class Keep:
     HISTORY = 2
 
 
+# ---- Options that act on the states between the steps ---------------------------------------------------
+
+RECURRENT, FRESH, RESET_TO = 3, 4, 6  # slots of their tensors
+
+
+def with_options(numbers, masks: Sequence[Maybe], reset_to: Sequence[Maybe], fresh=(None, None)) -> tuple:
+    """The last arguments of an operator: none where no option acts (StepOptions.numbers). fresh: h and c
+    before their zoneout, on the way back."""
+    if numbers is None:
+        return ()
+    tensors = (*masks, *fresh, *reset_to)
+    slots = sum(1 << slot for slot, t in enumerate(tensors) if t is not None)
+    return [t for t in tensors if t is not None], slots, numbers
+
+
+def option(options: Sequence[Tensor] | None, slots: int, slot: int) -> Maybe:
+    """The tensor in a slot."""
+    if options is None or not slots >> slot & 1:
+        return None
+    return options[(slots & ((1 << slot) - 1)).bit_count()]
+
+
+def zoned_after(cell: Cell, numbers: Sequence[float] | None) -> list[int]:
+    """The states of which a scan also keeps what they are before their zoneout: the way back reads that."""
+    if numbers is None:
+        return []
+    return [k for k in range(min(2, cell.states)) if numbers[k] > 0 and cell.reads_after >> k & 1]
+
+
 # ---- Fake kernels: the shapes of the results ---------------------------------------------------------
 
 
 @torch.library.register_fake("fastrnn::scan")
-def _(cell, x, states, weights, slots, packed, batch_sizes, lengths, reset, batch_first, keep):
-    numbers, like = CELLS[cell], states[0]
+def _(
+    cell, x, states, weights, slots, packed, batch_sizes, lengths, reset, batch_first, keep, options=None,
+    option_slots=0, numbers=None,
+):  # fmt: skip
+    info, like = CELLS[cell], states[0]
     (D, _, P), N, H = like.shape, x.shape[0], states[-1].shape[2]
     if packed is None:
-        H = weights[0].shape[0] // numbers.gates
+        H = weights[0].shape[0] // info.gates
+    saved = []
+    if keep == Keep.FOR_BACKWARD:
+        widths = [info.saved * H + info.row_numbers] if info.saved else []
+        widths += [(P, H)[k] for k in zoned_after(info, numbers)]
+        saved = [like.new_empty(D, N, width) for width in widths]
     return (
         like.new_empty(N, D * P),
         [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states],
         [like.new_empty(D, N, H) for _ in states[1:] if keep != Keep.NOTHING],
-        [like.new_empty(D, N, numbers.saved * H + numbers.row_numbers)]
-        if keep == Keep.FOR_BACKWARD and numbers.saved
-        else [],
+        saved,
     )
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
-def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, slots, *rows_and_keep):
+def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, slots, *others):
     dgates_width = CELLS[cell].gradients * weights[0].shape[0] // CELLS[cell].gates
     dgates = y.new_empty(states[0].shape[0], y.shape[0], dgates_width)
-    return dgates, *_scanned_back(cell, y, states, weights, slots, rows_and_keep[-1])
+    return dgates, *_scanned_back(cell, y, states, weights, slots, *others[4:])
 
 
 @torch.library.register_fake("fastrnn::scan_backward.over")
-def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, slots, *rows_and_keep):
-    return _scanned_back(cell, y, states, weights, slots, rows_and_keep[-1])
+def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, slots, *others):
+    return _scanned_back(cell, y, states, weights, slots, *others[4:])
 
 
-def _scanned_back(cell: str, y, states, weights, slots: int, keep: bool) -> tuple[list[Tensor], ...]:
+def _scanned_back(
+    cell: str, y, states, weights, slots: int, keep: bool, options=None, option_slots=0, numbers=None
+) -> tuple[list[Tensor], ...]:
     (D, _, _), H, projected = (
         states[0].shape,
         weights[0].shape[0] // CELLS[cell].gates,
         bool(slots >> W_HR & 1),
     )
+    resets = [option(options, option_slots, RESET_TO + k) for k in range(len(states))]
     return (
-        [torch.empty_like(state, memory_format=torch.contiguous_format) for state in states],
+        [
+            torch.empty_like(state, memory_format=torch.contiguous_format)
+            for state in (*states, *resets)
+            if state is not None
+        ],
         [
             y.new_empty(D, y.shape[0], state.shape[2])
             for k, state in enumerate(states)
@@ -72,9 +114,8 @@ def _scanned_back(cell: str, y, states, weights, slots: int, keep: bool) -> tupl
 
 
 @torch.library.register_fake("fastrnn::weight_gradients")
-def _(
-    cell, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights
-):
+def _(cell, dgates, x, y, states, weights, slots, *others):
+    *_, inputs, of_weights = others[:6]
     (D, _, P), GH = states[0].shape, weights[0].shape[0]
     dx = [torch.empty_like(x, memory_format=torch.contiguous_format)] if inputs else []
     shapes = {W_IH: (GH, x.shape[1]), W_HH: (GH, P)}
@@ -112,8 +153,9 @@ def recurrent_gradients(cell: Cell, dgates: Tensor) -> Tensor:
 
 
 def composed_weight_gradients(
-    name, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights
-):
+    name, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights,
+    options=None, option_slots=0, numbers=None,
+):  # fmt: skip
     """The operator ``fastrnn::weight_gradients``, for vmap and for the tests."""
     cell, h0 = CELLS[name], states[0]
     D, B, P = h0.shape
@@ -125,15 +167,25 @@ def composed_weight_gradients(
     dga = recurrent_gradients(cell, dgates)
     x, dweights = rows.without_padding(x), []
     for d in range(D):
-        before = rows.previous(y[:, d * P : (d + 1) * P], h0[d], d)
+        before = _operand(rows, y[:, d * P : (d + 1) * P], h0[d], d, options, option_slots)
         found = (dgx[d].T @ x, dga[d].T @ before, dgx[d].sum(0), dga[d].sum(0))
         dweights += [found[slot] for slot in cell.product_slots]
     return dx, dweights
 
 
+def _operand(rows: Rows, y: Tensor, h0: Tensor, d: int, options, option_slots: int) -> Tensor:
+    """What W_hh has multiplied in each row [N, P]."""
+    mask, to = (option(options, option_slots, slot) for slot in (RECURRENT, RESET_TO))
+    before = rows.previous(y, h0, d, None if to is None else to[..., d, :, :])
+    if to is not None:  # which may hold anything where no step has a row
+        before = rows.without_padding(before)
+    return before if mask is None else before * rows.of_batch(mask[d])
+
+
 def weight_gradients_of_torch(
-    name, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights
-):
+    name, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights,
+    options=None, option_slots=0, numbers=None,
+):  # fmt: skip
     """The operator ``fastrnn::weight_gradients`` on CUDA, where torch's own products are the fastest. Like
     ``composed_weight_gradients``, without its copies of what is as large as the sequence."""
     cell, h0, w_ih = CELLS[name], states[0], weights[:: slots.bit_count()]
@@ -153,8 +205,10 @@ def weight_gradients_of_torch(
         if not cell.dense:
             dweights += [dgx[d].T @ x, input_gradients(cell, sums[d]).clone()]
             continue
-        if batch_first or batch_sizes is not None or reset is not None or (d == 1 and lengths is not None):
-            torch.mm(dga.T, rows.previous(h, h0[d], d), out=dw_hh)
+        masked = option_slots >> RECURRENT & 1
+        moved = batch_first or batch_sizes is not None or (d == 1 and lengths is not None)
+        if moved or reset is not None or masked:
+            torch.mm(dga.T, _operand(rows, h, h0[d], d, options, option_slots), out=dw_hh)
         else:  # the state before a row lies B rows before it, or is the initial one
             N = len(h)
             begin, rest, before = (

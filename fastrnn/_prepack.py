@@ -128,8 +128,6 @@ def _recurrent_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _check(name: str, module: nn.Module, weights: torch.dtype | None) -> None:
     if module.training:
         raise RuntimeError(f"prepack is for inference: {name} is in training mode, call eval() first")
-    if reason := module._unserved(training=False):  # type: ignore[operator]
-        raise ValueError(f"prepack serves kernels: {name} takes torch operations, {reason}")
     own = {id(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
     for _, layer in module._scan_layers():  # type: ignore[operator]
         for t in _tensors(layer):

@@ -36,7 +36,8 @@ def layer(
     options: StepOptions,
 ) -> Result:
     """``run``, functional.layer of one cell, on the arguments after ``memory``, which is k or "recompute"."""
-    to = [rows.of_states(t) for t in options.reset_to or ()]  # [N, D, *]
+    every = [t if t.dim() == 4 else t.expand(rows.T, *t.shape) for t in options.reset_to or ()]
+    to = [rows.of_states(t) for t in every]  # [N, D, *]
     keeps = _autograd._needs_function((x, *states, *weights, *to))
     k = rows.T
     if keeps and not (_autograd._is_traced() or _autograd._is_dual()):

@@ -15,10 +15,10 @@ from .reference import SLOTS, W_HR
 
 def scan(function, V: int, form, tensors: tuple, dims: tuple):
     """``function`` (a Scan) of V scans: (outputs, their dimensions)."""
-    batch_sizes, lengths, reset, x, *rest = tensors
     S = form.cell.states
-    if batch_sizes is not None or any(d is not None for d in dims[4 + S :]):
+    if form.numbers is not None or tensors[0] is not None or any(d is not None for d in dims[4 + S :]):
         return one_by_one(function, V, form, tensors, dims)
+    _, lengths, reset, x, *rest = tensors
     lengths, reset, x = (_front(t, d, V) for t, d in zip((lengths, reset, x), dims[1:4], strict=True))
     states = [_front(t, d, V) for t, d in zip(rest[:S], dims[4 : 4 + S], strict=True)]
     B, batch_first = states[0].shape[2], form.batch_first
@@ -75,7 +75,7 @@ def gradients(form, V: int, wanted: tuple, grouped: tuple, dims: tuple) -> tuple
 
 
 def one_by_one(function, V: int, options: tuple, args: tuple, dims: tuple):
-    """Mapped weights and packed sequences: one call each."""
+    """Mapped weights, packed sequences and options: one call each."""
     results = [
         function.apply(
             *options, *(a if d is None else a.select(d, v) for a, d in zip(args, dims, strict=True))

@@ -78,28 +78,19 @@ def is_recorded() -> bool:
     return torch._C._is_tracing()  # torch.jit.is_tracing() is two calls more, three times in a forward
 
 
-def unserved_reason(options: Sequence[str]) -> str | None:
-    """Why a call with these options takes torch operations, or None if there are none."""
-    if len(options) > 1:
-        return f"{', '.join(options[:-1])} and {options[-1]} have no kernel yet"
-    return f"{options[0]} has no kernel yet" if options else None
-
-
 _A_NODE = "torch.onnx.export writes a node of ONNX"
 
 
-def torch_path_reason(weight: Tensor, extended: bool = False, unserved: Sequence[str] = ()) -> str | None:
+def torch_path_reason(weight: Tensor, extended: bool = False) -> str | None:
     """Why this very call takes torch.nn's own path, or None: as no_kernel_reason, and while it is recorded.
     A trace holds fastrnn's operators for options that torch.nn has not (``extended``), and an ONNX file its
-    own. ``unserved`` are those that no kernel serves."""
+    own."""
     if is_recorded():
         if _exports_onnx():
-            if unserved:
-                refuse_onnx(" and ".join(unserved))
             return _A_NODE
         if not extended:
             return no_kernel_reason(weight) or "torch.jit.trace records torch's own operators"
-    return no_kernel_reason(weight) or unserved_reason(unserved)
+    return no_kernel_reason(weight)
 
 
 def becomes_a_node() -> bool:
@@ -113,13 +104,19 @@ def refuse_onnx(what: str) -> None:
     )
 
 
+def _refuse_onnx_between_steps(acts: Mapping[str, Any], train: bool, reset_to: Any = None) -> None:
+    acting = step_options.acting(acts, train, torch.is_grad_enabled())
+    if acting := acting + ["reset_to"] * (reset_to is not None):
+        refuse_onnx(" and ".join(acting))
+
+
 PACKED = "a PackedSequence (lengths= it does)"
 
 
-def takes_torch_path(weight: Tensor, extended: bool = False, unserved: Sequence[str] = ()) -> bool:
+def takes_torch_path(weight: Tensor, extended: bool = False) -> bool:
     """Whether this call takes torch.nn's own path, or one of torch operations where torch.nn has none
     (``extended``), which is said once, or refused in strict mode; or becomes a node of ONNX."""
-    reason = torch_path_reason(weight, extended, unserved)
+    reason = torch_path_reason(weight, extended)
     if reason is None:
         return False
     if reason is _A_NODE:
@@ -171,7 +168,7 @@ class StateGradients:
 
     layer: int  # from 0
     rows: Rows
-    dh: Tensor  # [D, N, P], zero in rows beyond the lengths
+    dh: Tensor  # [D, N, P], zero in rows beyond the lengths; dh and dc after state_gradient_clip
     dc: Tensor | None  # [D, N, H] of an LSTM
 
 
@@ -265,7 +262,7 @@ def layer(
     options: StepOptions = NO_OPTIONS,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """Scans one cell over time, as ``_autograd.scan``. ``composed`` makes it from torch operations, for what
-    has no kernel: ``options`` among them."""
+    has no kernel."""
     x = _as(states[0].dtype, x)
     if CELLS[name].takes_gates:
         with _autograd._without_autocast(x):
@@ -282,7 +279,7 @@ def layer(
             rows = rows._replace(lengths=None, reset=reset)
         with _autograd._without_autocast(x):
             return reference.forward(CELLS[name], rows, x, states, weights, options)
-    return _autograd.scan(name, x, states, weights, rows, keep_history, listener)
+    return _autograd.scan(name, x, states, weights, rows, keep_history, listener, options)
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
@@ -373,8 +370,8 @@ def _stack(
     options: Mapping[str, Any],
 ) -> tuple[Tensor, ...]:
     """Layers one after the other, dropout between them: y [N, D*P] and h_n [L*D, B, P], c_n [L*D, B, H], or
-    all states, h [T, L*D, B, P] and c [T, L*D, B, H]. reset_to: for each state [T, L*D, B, *]; options: those
-    of ``step_options``, by name. All layers of a reversed stack run on reversed rows."""
+    all states, h [T, L*D, B, P] and c [T, L*D, B, H]. reset_to: for each state [L*D, B, *] or [T, L*D, B, *];
+    options: those of ``step_options``, by name. All layers of a reversed stack run on reversed rows."""
     D = 2 if bidirectional else 1
     dtype = params[1].dtype
     hx = [_as(dtype, h) for h in hx]
@@ -390,10 +387,10 @@ def _stack(
         listener = None if state_hook is None else partial(_tell, state_hook, index, given, reverse)
         if p_x > 0:
             x = step_options.masked_input(x, p_x, rows)
-        if composed and options:
+        if options:
             step = step_options.draw(options, train, rows, x.shape[0], states)
         if reset_to is not None:
-            step = step._replace(reset_to=tuple(t[:, index * D : (index + 1) * D] for t in reset_to))
+            step = step._replace(reset_to=tuple(t[..., index * D : (index + 1) * D, :, :] for t in reset_to))
         scan = partial(layer, name)
         if "memory" in options:
             scan = partial(_recompute.layer, scan, options["memory"])
@@ -486,11 +483,13 @@ def _reset_to(reset_to, reset: Tensor | None, hidden: Sequence[Tensor], T: int) 
     return states
 
 
-def _of_every_step(state: Tensor, rows: Rows, reverse: bool) -> Tensor:
-    """A state of a reset as [T, L*D, B, *], in the order in which a layer goes through the steps."""
-    if state.dim() == 3:
-        return state.expand(rows.T, *state.shape)
-    return rows.states(rows.reversed(rows.of_states(state))) if reverse else state
+def _in_order(state: Tensor, rows: Rows, reverse: bool) -> Tensor:
+    """A state of a reset of each step in the order in which a layer goes through the steps. One for all steps
+    is repeated where its gradient would be summed in 16 bits."""
+    if state.dim() == 3 or not reverse:
+        repeated = state.dim() == 3 and state.dtype in SUMMED_IN_FLOAT32
+        return state.expand(rows.T, *state.shape) if repeated else state
+    return rows.states(rows.reversed(rows.of_states(state)))
 
 
 def _recurrent(
@@ -520,20 +519,17 @@ def _recurrent(
         x, hx, params, *options, batch_first = args
     cell = CELLS[name]
     hidden = tuple(hx) if cell.states > 1 else (hx,)
-    unserved: list[str] = []
-    if acts:
-        unserved = step_options.acting(acts, options[3], torch.is_grad_enabled())
-    if reset_to is not None:
-        unserved.append("reset_to")
     extended = extended or name not in _TORCHS or len(acts) > 0
-    torch_path = takes_torch_path(params[0], extended, unserved)
+    torch_path = takes_torch_path(params[0], extended)
     if state_hook is not None and (torch_path or _autograd._is_traced()):
-        reason = torch_path_reason(params[0], extended, unserved)
+        reason = torch_path_reason(params[0], extended)
         raise RuntimeError(
             "the gradients of the states come from the kernels in ordinary calls: "
             + (reason or "there are none in torch.compile, torch.export and torch.func")
         )
-    if torch_path and not extended and not becomes_a_node():
+    if torch_path and becomes_a_node():
+        _refuse_onnx_between_steps(acts, options[3], reset_to)
+    elif torch_path and not extended:
         return getattr(torch, name)(*args)
     to: list[Tensor] | None = None
     if reset_to is not None:
@@ -550,7 +546,7 @@ def _recurrent(
         rows = dense_rows(T, B, batch_first, lengths, reset)
         flat = x.flatten(0, 1)
     if to is not None:
-        to = [_of_every_step(_as(params[1].dtype, t), rows, acts.get("reverse", False)) for t in to]
+        to = [_in_order(_as(params[1].dtype, t), rows, acts.get("reverse", False)) for t in to]
     projected = len(hidden) == 2 and hidden[0].shape[2] != hidden[1].shape[2]
     dtypes = _autocast_dtypes(name, x, hidden, params[0], projected, dense=not packed)
     y, h, *c = _stack(
@@ -699,9 +695,10 @@ def _cell(
 ):  # fmt: skip
     """``torch.<name>_cell``, and what torch has not: other cells, and the options of ``step_options``.
     Without units (H = 0) there is nothing to compute, and no kernel for it."""
-    unserved = step_options.acting(acts, train, torch.is_grad_enabled()) if acts else []
     extended = name not in _TORCHS or (len(acts) > 0 and w_hh.shape[-1] > 0)
-    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, extended, unserved)
+    torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, extended)
+    if torch_path and becomes_a_node():
+        _refuse_onnx_between_steps(acts, train)
     if torch_path and not extended and (w_hh.shape[-1] == 0 or not becomes_a_node()):
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     hidden = tuple(hx) if CELLS[name].states > 1 else (hx,)
@@ -717,7 +714,7 @@ def _cell(
     states = [h.unsqueeze(0) for h in hidden]
     rows = Rows(1, input.shape[0])
     step = NO_OPTIONS
-    if torch_path and acts:
+    if acts:
         step = step_options.draw(acts, train, rows, rows.B, states)
     of_layer = slots(name, *weights)  # type: ignore[arg-type]
     h, (_, *others), _ = layer(name, input, states, of_layer, rows, composed=torch_path, options=step)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from . import _autograd, _direct, _options, _prepack, functional, step_options
+from . import _autograd, _direct, _options, _prepack, functional
 from ._warn import warn
 from .functional import Lengths
 from .reference import CELLS
@@ -134,11 +134,6 @@ class _Fused(nn.Module):
         """W_hh [G*H, P], block-diagonal with heads."""
         heads = self._fused_options.get("heads", 1)
         return w_hh if heads == 1 else block_diagonal(w_hh, heads)
-
-    def _unserved(self, training: bool) -> str | None:
-        """Why the calls of a module with its options take torch operations; None: there are kernels."""
-        acting = step_options.acting(self._fused_options, training, gradients=True)
-        return functional.unserved_reason(acting)
 
     def train(self, mode: bool = True):
         if mode:

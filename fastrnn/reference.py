@@ -161,14 +161,15 @@ class Cell:
     dense: bool  # h meets the matrix W_hh; else only what the step makes of it, and its ``a`` is None
     takes_gates: bool  # x holds the input's part of the gates [N, D*G*H]: there is no W_ih
     row_numbers: int  # R: numbers of a row that the kernels save after those of its units
+    reads_after: int  # bit k: the way back reads state k of the step
     biases: int = 2  # of a module with biases: b_ih, b_hh
 
     @classmethod
     def of(cls, name: str, step: Callable, hidden: Callable | None = None, biases: int = 2) -> "Cell":
-        *counts, reuses_saved, dense, takes_gates, numbers = torch.ops.fastrnn.cell_info(name)
+        *counts, reuses_saved, dense, takes_gates, numbers, after = torch.ops.fastrnn.cell_info(name)
         gates, gradients, vectors, states, saved = counts
         flags = bool(reuses_saved), bool(dense), bool(takes_gates)
-        return cls(step, hidden, gates, gradients, vectors, states, saved, *flags, numbers, biases)
+        return cls(step, hidden, gates, gradients, vectors, states, saved, *flags, numbers, after, biases)
 
     @property
     def product_slots(self) -> tuple[int, ...]:

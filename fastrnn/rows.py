@@ -162,8 +162,15 @@ class Rows(NamedTuple):
             a = b
         return found
 
-    def previous(self, y: Tensor, h0: Tensor, direction: int) -> Tensor:
-        """h_{t-1} of every row: y [N, P] one step later, h0 [B, P] where a row begins, zero after a reset."""
+    def of_batch(self, t: Tensor) -> Tensor:
+        """[B, *] -> [N, *], the same in every step."""
+        if self.batch_sizes is not None:
+            return t[self.places()[1].to(t.device)]
+        return t.repeat_interleave(self.T, 0) if self.batch_first else t.repeat(self.T, *[1] * (t.dim() - 1))
+
+    def previous(self, y: Tensor, h0: Tensor, direction: int, to: Tensor | None = None) -> Tensor:
+        """h_{t-1} of every row: y [N, P] one step later, h0 [B, P] where a row begins, after a reset zero or
+        ``to``, [T, B, P] or [B, P]."""
         if self.B == 0:
             return y
         if self.batch_sizes is not None:
@@ -183,7 +190,11 @@ class Rows(NamedTuple):
             before = shifted.flatten(0, 1)
         if self.reset is None:
             return before
-        return torch.where(self.reset.unsqueeze(1), torch.zeros_like(before), before)
+        if to is None:
+            to = torch.zeros_like(before)
+        else:
+            to = self.of_batch(to) if to.dim() == 2 else self.of_states(to.unsqueeze(1)).squeeze(1)
+        return torch.where(self.reset.unsqueeze(1), to, before)
 
     def _previous_index(self, direction: int) -> Tensor:
         """For each packed row, where its previous one lies in (h0, y)."""

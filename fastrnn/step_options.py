@@ -1,7 +1,7 @@
 """What acts on the states between the steps of a scan: masks, clips, and the states of a reset.
 
-Masks are drawn by torch, once a layer and call, before the scan. ``StepOptions`` has the formulas; no kernel
-has them yet, so a call with one of them runs reference.py. ``B`` batch, ``D`` directions, ``H`` hidden size,
+Masks are drawn by torch, once a layer and call, before the scan. ``StepOptions`` has the formulas; the
+operators take what it holds (csrc/common/operators.h). ``B`` batch, ``D`` directions, ``H`` hidden size,
 ``N`` rows, ``P`` width of h, ``T`` time.
 """
 
@@ -33,7 +33,9 @@ class StepOptions(NamedTuple):
     5. The states after 4 are those of the step: the next one starts from them, y and h_n, c_n are made of
        them, and in back-propagation their complete gradients are clipped to [-v, v]; those of the initial
        states are not. An LSTM's h_t depends on c_t, and dL/dc_t has that part; where zoneout acts on c, h_t
-       depends on the c after 3 alone, and dL/dc_t has no such part.
+       depends on the c after 3 alone, and dL/dc_t has no such part. Where gradients are differentiated
+       again, what reaches the states through the gradients and what reaches them through the outputs is
+       clipped apart.
     """
 
     # Of h and c: in training bool [D, N, *], true where a unit keeps its state; in evaluation p; None: off.
@@ -42,7 +44,7 @@ class StepOptions(NamedTuple):
     recurrent: Tensor | None = None  # [D, B, P], 0 or 1 / (1 - p)
     cell_clip: float | None = None
     state_gradient_clip: float | None = None
-    reset_to: tuple[Tensor, ...] | None = None  # for each state [T, D, B, *]
+    reset_to: tuple[Tensor, ...] | None = None  # for each state [T, D, B, *], or the same at every step
     happens: Tensor | None = None  # bool [N]: the rows that are no padding, in place of lengths
 
     def at(self, direction: int, t: int, rows: Tensor, batch: Tensor) -> "StepOptions":
@@ -55,7 +57,8 @@ class StepOptions(NamedTuple):
             zoneout=tuple(of(keep, rows) for keep in self.zoneout),
             candidate=of(self.candidate, rows),
             recurrent=of(self.recurrent, batch),
-            reset_to=self.reset_to and tuple(to[t, direction][batch] for to in self.reset_to),
+            reset_to=self.reset_to
+            and tuple((to[t] if to.dim() == 4 else to)[direction][batch] for to in self.reset_to),
             happens=None if self.happens is None else self.happens[rows].unsqueeze(1),
         )
 
@@ -68,6 +71,31 @@ class StepOptions(NamedTuple):
         recurrent = None if self.recurrent is None else self.recurrent[direction : direction + 1, :B]
         zoneout, candidate = tuple(map(of, self.zoneout)), of(self.candidate)
         return self._replace(zoneout=zoneout, candidate=candidate, recurrent=recurrent, reset_to=None)
+
+    # ---- As the operators take them
+
+    @property
+    def masks(self) -> tuple[Tensor | None, ...]:
+        """Those of zoneout, of the candidate and of h, if there are any."""
+        keeps = (keep if isinstance(keep, Tensor) else None for keep in self.zoneout)
+        return (*keeps, self.candidate, self.recurrent)
+
+    @property
+    def numbers(self) -> tuple[float, ...] | None:
+        """Zoneout of h and of c, 1 with masks, and the clips; 0: off. None: no option acts."""
+        zoneout = (1.0 if isinstance(keep, Tensor) else keep or 0.0 for keep in self.zoneout)
+        numbers = (*zoneout, self.cell_clip or 0.0, self.state_gradient_clip or 0.0)
+        others = self.candidate, self.recurrent, self.reset_to
+        return numbers if any(numbers) or any(t is not None for t in others) else None
+
+    @classmethod
+    def of(cls, numbers: Sequence[float], masks: Sequence[Tensor | None], reset_to) -> "StepOptions":
+        """From numbers and masks, and reset_to or Nones."""
+        *keeps, candidate, recurrent = masks
+        *shares, cell_clip, gradient_clip = numbers
+        zoneout = tuple(p or None if keep is None else keep for keep, p in zip(keeps, shares, strict=True))
+        to = None if reset_to[0] is None else tuple(reset_to)
+        return cls(zoneout, candidate, recurrent, cell_clip or None, gradient_clip or None, to)
 
     # ---- Of one step
 

@@ -69,6 +69,7 @@ ORDERS = kernels("lstm", "lstm and (schedule or bf16)")  # of the threads
 SPILLED = kernels("lstm", "shared_memory")
 RACES = kernels("lstm", "lstm and bf16 and (one_block or many_blocks)", "thread")
 BOUNDS = kernels("lstm", "lstm and (form or reference)", "address")
+OPTIONS = Tests(("tests/test_step_cuda.py", "-k", "each_option and GRU"), cells=("gru",))
 LINEAR = Tests(("tests/test_linear_scan.py", "-k", "cuda"), cells=("gru",))
 
 KERNELS = [
@@ -133,8 +134,12 @@ KERNELS = [
     Mutant("driver-shares-not-cleared", PEEPHOLE, "kInfo.vectors > 0", "false"),
     Mutant("c0-in-another-order", LSTM, "steps.batch(b)", "place.first_row + b"),
     Mutant("single-steps-rows-begin-a-step-late", LSTM, "<= b", "< b"),
-    Mutant("single-steps-reset-does-not-reach-the-product", LSTM, "zero ? Acc<S>{} : ", ""),
+    Mutant("single-steps-reset-does-not-reach-the-product", LSTM, "resets ? Acc<S>{} : ", ""),
     Mutant("single-steps-rows-yet-to-begin-not-reset", LSTM, "(B * H)", "(n * H)"),
+    Mutant("zoneout-the-wrong-way-round", OPTIONS, "before : fresh", "fresh : before"),
+    Mutant("h-without-its-mask", OPTIONS),
+    Mutant("dh-without-its-mask", OPTIONS),
+    Mutant("nothing-carried-past-the-product", OPTIONS),
     Mutant("one-direction-for-both", LSTM, "d == 0 ? host.T - 1 - step : step", "host.T - 1 - step"),
     Mutant("alone-one-direction-for-both", ALONE, "p.reverse ? step : ", ""),
     Mutant("sums-of-a-row-without-barrier", ROWS),

@@ -83,6 +83,23 @@ class Scan:
         given = _operators.given(self.slots if packed is None else [])
         return (self.name, self.x, self.states, *given, packed, *self.rows, save)
 
+    def options(self, stepwise: bool = False, seed: int = 3) -> tuple:
+        """Masks and states of a reset, [T, D, B, *] or the same at every step: all that the cell takes. None
+        for reset_to where nothing is reset."""
+        g, (D, B, P), N = torch.Generator().manual_seed(seed), self.h0.shape, self.x.shape[0]
+        H = self.states[-1].shape[2]
+        keeps = [torch.rand(D, N, width, generator=g) < 0.3 for width in (P, H)[: len(self.states)]]
+        factors = [2.0 * (torch.rand(*shape, generator=g) < 0.5) for shape in ((D, N, H), (D, B, P))]
+        candidate, recurrent = (t.to(self.x.dtype) for t in factors)
+        masks = (
+            *(*keeps, None)[:2],
+            candidate if "candidate" in (CELLS[self.name].step.__kwdefaults__ or {}) else None,
+            recurrent if CELLS[self.name].dense else None,
+        )
+        T = [self.layout.T] if stepwise else []
+        to = [torch.randn(*T, *state.shape, generator=g, dtype=state.dtype) for state in self.states]
+        return masks, [None] * len(to) if self.reset is None else to
+
     # The results of the operators in one row: y, h_n, c_n, saved, every c; [0] in the place of those that are
     # missing. The states beside h stand side by side.
 

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import _autograd
+from fastrnn import _autograd, _operators
 from fastrnn.reference import CELLS
 
 CASES = [(name, None, "time_major") for name in CELL_NAMES]
@@ -101,6 +101,25 @@ def test_opcheck_accepts_the_operators_of_a_scan(name, P, form, dtype):
             for overload in ("default", "over") if CELLS[name].reuses_saved else ("default",):
                 operator = getattr(torch.ops.fastrnn.scan_backward, overload)
                 torch.library.opcheck(operator, arguments, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("form", ["reset", "packed"])
+def test_opcheck_accepts_the_operators_with_options(name, form):
+    scan = make_scan(name, 4, 3, 5, D=2, **FORMS[form])
+    cell, (masks, to) = CELLS[name], scan.options(stepwise=True)
+    numbers = (1.0, float(cell.states > 1), 0.0, 0.0)
+    arguments = (*scan.arguments(), *_operators.with_options(numbers, masks, to))
+    torch.library.opcheck(torch.ops.fastrnn.scan.default, arguments, test_utils=OPCHECKS)
+    _, _, _, saved = torch.ops.fastrnn.scan(*arguments)
+    outputs, fresh = scan.kernel(), [None, None]
+    zoned = _operators.zoned_after(cell, numbers)
+    assert len(saved) == (cell.saved > 0) + len(zoned)
+    for k, t in zip(zoned, saved[cell.saved > 0 :], strict=True):
+        fresh[k] = t
+    more = _operators.with_options(numbers, masks, to, fresh)
+    arguments = (*scan.backward_arguments(outputs, scan.gradients(outputs)), *more)
+    torch.library.opcheck(torch.ops.fastrnn.scan_backward.default, arguments, test_utils=OPCHECKS)
 
 
 # ---- Modules -----------------------------------------------------------------------------------------

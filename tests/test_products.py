@@ -55,6 +55,22 @@ def test_threads_share_the_products_of_wide_layers(name, T, B, threads):
     assert_operator_is_composed(arguments(name, "time_major", T, B, 301), 1e-10)
 
 
+@pytest.mark.parametrize("form", ["reset", "lengths_batch_first", "packed", "batch_first"])
+@pytest.mark.parametrize("stepwise", [False, True])
+@pytest.mark.parametrize(("T", "B", "H"), [(2, 2, 3), (5, 3, 7), (9, 65, 33)])
+def test_the_mask_of_h_and_the_states_of_a_reset_are_in_the_products(form, stepwise, T, B, H):
+    scan = make_scan("gru", T, B, H, D=2, **FORMS[form])
+    (*_, mask), to = scan.options(stepwise)
+    given = arguments("gru", form, T, B, H)
+    plain = torch.ops.fastrnn.weight_gradients(*given, True, True)[1]
+    more = _operators.with_options((0.0,) * 4, (None, None, None, mask), to)
+    dx, expected = _operators.composed_weight_gradients(*given, True, True, *more)
+    assert not any(torch.allclose(a, b) for a, b in zip(plain[1::4], expected[1::4], strict=True))  # dw_hh
+    for products in (torch.ops.fastrnn.weight_gradients, _operators.weight_gradients_of_torch):
+        found = products(*given, True, True, *more)
+        torch.testing.assert_close(found, (dx, expected), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", CELL_NAMES)
 @pytest.mark.parametrize(("inputs", "weights"), [(True, True), (True, False), (False, True)])
 def test_opcheck_accepts_the_operator(name, inputs, weights):

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from scans import make_scan
 from step_loop import (
     CELLS,
     EVERYTHING,
@@ -29,7 +30,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastrnn
 from fastrnn import functional
 
-pytestmark = pytest.mark.filterwarnings("ignore:fastrnn.*no kernel yet")
+pytestmark = pytest.mark.filterwarnings("error:fastrnn")
 
 # ---- Heads: parameters -----------------------------------------------------------------------------------
 
@@ -112,13 +113,10 @@ def test_to_torch_leaves_them_and_says_so(kind, option):
     assert f"{option}={SINGLE[option]}" in repr(module)
 
 
-def test_prepack_refuses_what_has_no_kernel_and_heads_and_serves_the_others():
-    for option in ("zoneout", "cell_clip", "state_gradient_clip"):
-        with pytest.raises(ValueError, match=f"LSTM takes torch operations, {option} has no kernel yet"):
-            fastrnn.prepack(make("LSTM", **{option: SINGLE[option]}).eval())
+def test_prepack_refuses_heads_and_serves_the_others():
     with pytest.raises(ValueError, match=r"a weight of GRU is computed at each call .*heads"):
         fastrnn.prepack(make("GRU", heads=2).eval())
-    for option in ("reverse", "recurrent_dropout", "variational_dropout"):
+    for option in SINGLE.keys() - {"heads"}:
         module, x = make("LSTM", **{option: SINGLE[option]}).eval(), make_input("LSTM")
         expected = module(x)
         fastrnn.prepack(module)
@@ -227,6 +225,33 @@ def test_reset_to_takes_no_packed_sequences():
     packed = pack_padded_sequence(randn(T, B, I), [T] * B)
     with pytest.raises(ValueError, match="reset_to and return_states take dense sequences"):
         make("GRU")(packed, reset_to=randn(1, B, H))
+
+
+MASK = torch.ones(1, T * B, H, dtype=torch.bool)
+OPERATOR = [
+    ("gru", (2.0, 0, 0, 0), {}, "zoneout must be at most 1, got 2"),
+    ("gru", (0, 0, -1.0, 0), {}, "numbers of options must not be negative, got -1"),
+    ("gru", (0, 0, 0), {}, "expected 4 numbers of options, got 3"),
+    ("gru", (0, 0.5, 0, 0), {}, "gru has no c for zoneout"),
+    ("gru", (0, 0, 0.5, 0), {}, "gru takes no cell_clip"),
+    ("slstm", (0, 0, 0, 0.5), {}, "slstm takes no state_gradient_clip"),
+    ("gru", (1.0, 0, 0, 0), {0: MASK.double()}, "the masks of zoneout must be bool"),
+    ("gru", (1.0, 0, 0, 0), {0: MASK[:, 1:]}, r"keep must be \[D, N, \*\] = \[1, 15, 4\], got \[1, 14, 4\]"),
+    ("rnn_tanh", (0, 0, 0, 0), {2: MASK.double()}, "rnn_tanh takes no factor of the candidate"),
+    ("gru", (0, 0, 0, 0), {2: MASK}, "candidate must have the dtype of h0"),
+    ("indrnn_tanh", (0, 0, 0, 0), {3: randn(1, B, H)}, "indrnn_tanh has no product for a factor of h"),
+    ("gru", (0, 0, 0, 0), {3: randn(1, B, H + 1)}, r"recurrent must be \[D, B, P\] = \[1, 3, 4\], got"),
+    ("gru", (0, 0, 0, 0), {6: randn(1, B, H)}, "reset_to needs reset"),
+    ("gru", (0, 0, 0, 0), {7: randn(1, B, H)}, "options must be those of their slots"),
+]
+
+
+@pytest.mark.parametrize(("name", "numbers", "tensors", "message"), OPERATOR)
+def test_the_operator_refuses_what_a_cell_does_not_take_and_other_sizes(name, numbers, tensors, message):
+    scan = make_scan(name, T, B, H)
+    options = list(tensors.values()), sum(1 << slot for slot in tensors), [float(n) for n in numbers]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastrnn.scan(*scan.arguments(), *options)
 
 
 def test_cells_without_units_have_nothing_to_act_on():

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastrnn
 
-pytestmark = pytest.mark.filterwarnings("ignore:fastrnn.*no kernel yet")
+pytestmark = pytest.mark.filterwarnings("error:fastrnn")  # on the kernels
 
 # ---- Every option, alone and in pairs ------------------------------------------------------------------
 
@@ -181,9 +180,7 @@ def test_a_reversed_layer_is_the_second_direction_of_torchs():
         module.load_state_dict(
             {n.removesuffix("_reverse"): w for n, w in torchs.state_dict().items() if n.endswith("_reverse")}
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # on the kernels
-            y, hidden = module(x, lengths=lengths)
+        y, hidden = module(x, lengths=lengths)
         packed, expected = torchs(pack_padded_sequence(x, lengths, enforce_sorted=False))
         torch.testing.assert_close(y, pad_packed_sequence(packed)[0][..., H:])
         torch.testing.assert_close(flat((y, hidden))[1:], [h[1:] for h in flat((y, expected))[1:]])
@@ -263,3 +260,45 @@ def test_vmap_draws_masks_as_it_is_told():
         torch.testing.assert_close(same[0], same[1])
         different = vmap(lambda x, module=module: module(x)[0], randomness="different")(x)
         assert not torch.equal(different[0], different[1])
+
+
+# ---- Beside the specification ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", ["LSTM", "LSTM-proj", "LSTM-layer_norm", "LSTM-coupled", "GRU", "RNN", "SLSTM"]
+)
+@pytest.mark.parametrize("form", ["dense", "batch_first", "packed"])
+def test_rows_and_units_that_threads_share(monkeypatch, kind, form, threads):
+    """More rows and units than one thread takes, against reference.py."""
+    kind, _, way = kind.partition("-")
+    T, B, I, H = 7, 37, 20, 72
+    options = options_of(kind) if kind in LAYERS else {}
+    options = {name: value for name, value in options.items() if name not in ("heads", "reverse")}
+    if way == "layer_norm":
+        options = {name: options[name] for name in ("zoneout", "variational_dropout")}
+    options |= {"proj_size": 40} if way == "proj" else {way: True} if way else {}
+    module = getattr(fastrnn, kind)(I, H, bidirectional=True, dtype=torch.float64, **options)
+    x, lengths, reset = randn(T, B, I), torch.arange(B) % (T + 1), torch.rand(T, B) < 0.3
+    keywords: dict = {"lengths": lengths, "reset": reset}
+    if form == "packed":
+        x, keywords = pack_padded_sequence(x, lengths.clamp(1), enforce_sorted=False), {}
+    else:
+        x = x.requires_grad_()
+        hx = module._zeros(x, B)
+        to = [randn(*h.shape) for h in (hx if isinstance(hx, tuple) else [hx])]
+        to = [t.requires_grad_() for t in (to if way else [t.expand(T, *t.shape).clone() for t in to])]
+        keywords["reset_to"] = as_hx(to)
+    if form == "batch_first":
+        module.batch_first = True
+        x, keywords["reset"] = x.transpose(0, 1), reset.T
+    results = []
+    for reason in (None, "for this test"):
+        monkeypatch.setattr(fastrnn.functional, "no_kernel_reason", lambda weight, reason=reason: reason)
+        monkeypatch.setattr(fastrnn.functional, "warn", lambda *_: None)
+        y, *states = flat(seeded(module, x, **keywords))
+        found = [getattr(y, "data", y) if form == "packed" else y, *states]
+        wanted = [*module.parameters(), *([] if form == "packed" else [x, *to])]
+        loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in found)
+        results.append((found, torch.autograd.grad(loss, wanted)))
+    torch.testing.assert_close(*results)

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import step_loop
 import torch
 from step_loop import EVERYTHING, LAYERS, B, H, I, T, flat, loop, make, make_input, options_of, randn, seeded
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
@@ -10,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 import fastrnn
 from fastrnn import functional
 
-pytestmark = pytest.mark.filterwarnings("ignore:fastrnn.*no kernel yet", "ignore:.*deprecated")
+pytestmark = pytest.mark.filterwarnings("error:fastrnn", "ignore:.*deprecated")
 
 
 def first(result):
@@ -45,10 +46,10 @@ def test_derivatives_of_first_and_second_order_and_forward_mode(kind, options):
 @pytest.mark.parametrize(("kind", "zoneout"), [("LSTM", 0.0), ("LSTM", 0.3), ("GRU", 0.0)])
 def test_back_propagation_through_a_clipped_gradient_is_that_of_the_loop(kind, zoneout):
     module = make(kind, state_gradient_clip=0.05, zoneout=zoneout)
-    x, found = randn(T, B, I).requires_grad_(), []
+    x, found, w = randn(T, B, I).requires_grad_(), [], randn(T, B, H)
     for run in (module, lambda x: loop(module, x)):
         y = seeded(run, x)[0]
-        gradients = torch.autograd.grad(y.square().sum(), [x, *module.parameters()], create_graph=True)
+        gradients = torch.autograd.grad((y * w).sum(), [x, *module.parameters()], create_graph=True)
         penalty = sum(g.square().sum() for g in gradients)
         found.append((*gradients, *torch.autograd.grad(penalty, [x, *module.parameters()])))
     torch.testing.assert_close(*found)
@@ -137,14 +138,13 @@ def test_compiled_whole_with_gradients(kind):
         torch.testing.assert_close(compiled(x, **keywords), module(x, **keywords))
 
 
-@pytest.mark.filterwarnings("error:fastrnn")
-def test_a_compiled_call_warns_too_without_a_break_of_its_graph(monkeypatch):
+def test_a_compiled_call_without_a_kernel_warns_too_without_a_break_of_its_graph(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(functional, "_warned", set())
-    module, x = make("GRUCell", zoneout=0.3).eval(), make_input("GRUCell")
+    module, x = make("GRUCell", torch.bfloat16, zoneout=0.3).eval(), make_input("GRUCell").bfloat16()
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(allow_rnn=True):
-        with pytest.warns(functional.FallbackWarning, match="zoneout has no kernel yet"):
+        with pytest.warns(functional.FallbackWarning, match=r"no CPU kernels for torch\.bfloat16; a path of"):
             found = compiled(x)
         torch.testing.assert_close(compiled(x), found)
         torch.testing.assert_close(module(x), found)
@@ -170,62 +170,27 @@ def test_onnx_export_refuses_in_one_line(tmp_path):
 # ---- Which kernel runs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "training", "evaluating"),
-    [
-        ({"zoneout": 0.1}, "zoneout has no kernel yet", "zoneout has no kernel yet"),
-        ({"cell_clip": 1.0}, "cell_clip has no kernel yet", "cell_clip has no kernel yet"),
-        ({"recurrent_dropout": 0.1}, "recurrent_dropout has no kernel yet", None),
-        ({"variational_dropout": 0.1}, "variational_dropout has no kernel yet", None),
-        ({"variational_dropout": (0.1, 0.0)}, None, None),
-        ({"heads": 2}, None, None),
-        ({"reverse": True}, None, None),
-        ({"zoneout": 0.1, "cell_clip": 1.0}, *["zoneout and cell_clip have no kernel yet"] * 2),
-    ],
-)
-def test_explain_warnings_and_strict_mode_name_options_without_kernels(
-    monkeypatch, options, training, evaluating
-):
-    monkeypatch.setattr(functional, "_warned", set())
-    module, x = make("LSTM", **options), make_input("LSTM")
-    for reason in (training, evaluating):
-        (found,) = fastrnn.explain(module, x)
-        assert found.operator == (None if reason else "fastrnn::lstm")
-        if reason:
-            assert found.forward == found.backward == f"{reason}: torch operations"
-        fastrnn.set_strict(True)
-        try:
-            if reason:
-                with pytest.raises(RuntimeError, match=f"{reason}, and strict mode forbids"):
-                    module(x)
-            else:
-                module(x)
-        finally:
-            fastrnn.set_strict(False)
-        module.eval()
+@pytest.mark.parametrize(("kind", "options"), EVERYTHING, ids=str)
+def test_all_of_them_run_on_the_kernels_and_strict_mode_lets_them(kind, options):
+    module, x = make(kind, **options), make_input(kind)
+    before = fastrnn.set_strict(True)
+    try:
+        for _ in range(2):
+            module(x)
+            (found,) = fastrnn.explain(module, x)
+            assert found.operator == f"fastrnn::{module._cell_name()}"
+            assert all(f"{name}={value}" in found.options for name, value in options.items())
+            module.eval()
+    finally:
+        fastrnn.set_strict(before)
 
 
-@pytest.mark.filterwarnings("error:fastrnn")
-def test_a_call_without_kernels_warns_once(monkeypatch):
-    monkeypatch.setattr(functional, "_warned", set())
-    module, x = make("GRU", zoneout=0.1), make_input("GRU")
-    with pytest.warns(functional.FallbackWarning, match="zoneout has no kernel yet; a path of torch"):
-        module(x)
-    module(x)
-    with pytest.warns(functional.FallbackWarning, match="reset_to has no kernel yet"):
-        make("GRU")(x, reset=torch.zeros(T, B, dtype=torch.bool), reset_to=randn(1, B, H))
-
-
-@pytest.mark.filterwarnings("error:fastrnn")
-def test_without_gradients_clipping_them_takes_the_kernels(monkeypatch):
-    monkeypatch.setattr(functional, "_warned", set())
-    module, x = make("GRU", state_gradient_clip=0.1), make_input("GRU")
-    twin = make("GRU")
+def test_without_gradients_clipping_them_changes_nothing():
+    module, twin, x = make("GRU", state_gradient_clip=0.1), make("GRU"), make_input("GRU")
     twin.load_state_dict(module.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(module(x), twin(x), atol=0, rtol=0)
-    with pytest.warns(functional.FallbackWarning, match="state_gradient_clip has no kernel yet"):
-        torch.testing.assert_close(module(x), twin(x))
+    torch.testing.assert_close(module(x), twin(x), atol=0, rtol=0)
 
 
 def test_a_hook_of_state_gradients_gets_rows_as_they_lie_or_says_why_not():
@@ -242,10 +207,27 @@ def test_a_hook_of_state_gradients_gets_rows_as_they_lie_or_says_why_not():
     twin(x, lengths=lengths)[0][..., H:].square().sum().backward()
     torch.testing.assert_close(seen[0].dh[0], others[0].dh[1])
     assert seen[0].rows.lengths is not None
-    zoned = make("GRU", zoneout=0.1)
-    zoned.register_state_gradient_hook(seen.append)
-    with pytest.raises(RuntimeError, match="in ordinary calls: zoneout has no kernel yet"):
-        zoned(x)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("off", ["reverse", "zoneout", "state_gradient_clip"])
+def test_a_hook_of_state_gradients_sees_the_complete_ones_after_their_clip(monkeypatch, kind, off):
+    options = {name: value for name, value in options_of(kind).items() if name not in ("reverse", off)}
+    module, x, seen, states = make(kind, **options), make_input(kind).requires_grad_(), [], []
+    module.register_state_gradient_hook(seen.append)
+    seeded(module, x)[0].square().sum().backward()
+    clipped = step_loop.clipped_gradient
+
+    def recorded(v, state):
+        states.append(clipped(v, state))
+        states[-1].retain_grad()
+        return states[-1]
+
+    monkeypatch.setattr(step_loop, "clipped_gradient", recorded)
+    seeded(loop, module, x)[0].square().sum().backward()
+    expected = torch.stack([state.grad for state in states]).view(B, T, -1, H)  # c of an LSTM before h
+    found = [seen[0].dh] if seen[0].dc is None else [seen[0].dc, seen[0].dh]
+    torch.testing.assert_close(torch.stack([t.view(T, B, H) for t in found], 2).transpose(0, 1), expected)
 
 
 @pytest.mark.filterwarnings("ignore:fastrnn")

@@ -9,6 +9,9 @@
 //     template <class M, class V> FASTRNN_INLINE static void backward(BackwardUnit<Cell, V>& s);
 //   };
 //
+// A cell whose candidate takes a factor, or whose c can be clipped, takes units with any Options, and asks
+// s.options at these places (Untouched, Touched).
+//
 // A cell with sums over the units of a row, such as layer normalisation, is written in stages: every unit of
 // the row goes through one before the first goes through the next, and what a stage leaves in s.sums is added
 // up in between. See LstmLayerNorm.
@@ -18,6 +21,7 @@
 //     template <class M, int kStage, class V> FASTRNN_INLINE static void backward(BackwardUnit<Cell, V>& s);
 #pragma once
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "common/inline.h"
@@ -45,6 +49,8 @@ struct CellInfo {
   bool reuses_saved = false;  // backward may write the gate gradients over the saved numbers
   bool projects = false;  // takes a W_hr, which projects h
   bool dense = true;  // h meets the matrix W_hh; else only what the cell's own vectors make of it
+  bool candidate = false;  // its candidate takes a factor (options of a step)
+  bool clips = false;  // its c can be clipped, and the complete gradient of c
   bool takes_gates = false;  // x holds W_ih x + b_ih of each direction, made by the caller: no W_ih
   int stages = 1;  // of the forward step; its last one gives the states
   int saves_in = 0;  // the stage that gives the saved numbers
@@ -74,8 +80,60 @@ constexpr int kMaxSums = 2;
 /// The length of an array of `count` numbers, since C++ has none of length 0.
 FASTRNN_INLINE constexpr int array_length(int count) { return count > 0 ? count : 1; }
 
+/// What the options of a call do inside a step: nothing, here.
+struct Untouched {
+  template <class V>
+  FASTRNN_INLINE V candidate(V g) const {
+    return g;
+  }
+  template <class V>
+  FASTRNN_INLINE V updated(V c) const {
+    return c;
+  }
+  template <class V>
+  FASTRNN_INLINE V updated_again(V, V c) const {
+    return c;
+  }
+  template <class V>
+  FASTRNN_INLINE V complete(V dc) const {
+    return dc;
+  }
+  template <class V>
+  FASTRNN_INLINE V before_clip(V, V dc) const {
+    return dc;
+  }
+};
+
+/// v between -bound and bound; a NaN stays one.
+template <class V>
+FASTRNN_INLINE V clipped(V v, V bound) {
+  const V above = v > bound ? bound : v;
+  return above < -bound ? -bound : above;
+}
+
+/// And here what is on; what is off is 1 or infinite.
+template <class V>
+struct Touched {
+  V mask;  // of the candidate
+  V clip, gradient_clip;  // of c and of dL/dc
+
+  /// What takes the place of the candidate g.
+  FASTRNN_INLINE V candidate(V g) const { return mask * g; }
+  /// c as the rest of the step sees it.
+  FASTRNN_INLINE V updated(V c) const { return clipped(c, clip); }
+  /// The same in the backward step, from c before the clip; without options it reads c itself.
+  FASTRNN_INLINE V updated_again(V unclipped, V) const { return updated(unclipped); }
+  /// dL/dc with all that depends on c, as it goes on.
+  FASTRNN_INLINE V complete(V dc) const { return clipped(dc, gradient_clip); }
+  /// dL/d(c before the clip).
+  FASTRNN_INLINE V before_clip(V unclipped, V dc) const {
+    const V zero{};
+    return unclipped > clip ? zero : unclipped < -clip ? zero : dc;
+  }
+};
+
 /// The forward step of one unit of one row.
-template <class Cell, class V>
+template <class Cell, class V, class Options = Untouched>
 struct ForwardUnit {
   static constexpr CellInfo kInfo = Cell::kInfo;
   // W_ih x + b_ih + W_hh h + b_hh in torch's gate order; of a split gate W_hh h + b_hh alone
@@ -88,6 +146,7 @@ struct ForwardUnit {
   // In stages only, where a stage also finds what those before it have left in after, but for h:
   V row[array_length(kInfo.row_numbers)];  // the row's numbers so far
   V sums[kMaxSums];  // out: this unit's share of the stage's sums
+  Options options;
 
   /// of_x: W_ih x + b_ih; of_h: W_hh h + b_hh.
   FASTRNN_INLINE void set_gate(int gate, V of_x, V of_h) {
@@ -98,7 +157,7 @@ struct ForwardUnit {
 };
 
 /// The backward step of one unit of one row.
-template <class Cell, class V>
+template <class Cell, class V, class Options = Untouched>
 struct BackwardUnit {
   static constexpr CellInfo kInfo = Cell::kInfo;
   V saved[array_length(kInfo.saved)];
@@ -115,7 +174,12 @@ struct BackwardUnit {
   V sums[kMaxSums];  // out: this unit's share of the stage's sums
   V total[array_length(kInfo.backward_stages - 1)][kMaxSums];  // the sums of the stages before
   V units;  // H
+  Options options;
 };
+
+/// The units of a cell in a call with options: cells that no option touches inside have one form.
+template <class Cell, class V>
+using OptionsInside = std::conditional_t<Cell::kInfo.candidate || Cell::kInfo.clips, Touched<V>, Untouched>;
 
 /// f.operator()<stage>() for each of kCount stages.
 template <int kCount, class F>

@@ -18,10 +18,12 @@ struct LstmCell {
                                   .vectors = kPeephole ? 3 : 0,
                                   .saved = 4,
                                   .reuses_saved = true,
-                                  .projects = true};
+                                  .projects = true,
+                                  .candidate = true,
+                                  .clips = true};
 
-  template <class M, class V>
-  FASTRNN_INLINE static void forward(ForwardUnit<LstmCell, V>& s) {
+  template <class M, class V, class Options>
+  FASTRNN_INLINE static void forward(ForwardUnit<LstmCell, V, Options>& s) {
     const V c_prev = s.before[kC];
     V a_i = s.a[kInput], a_f = s.a[kForget], a_o = s.a[kOutput];
     if constexpr (kPeephole) {
@@ -29,7 +31,7 @@ struct LstmCell {
       a_f += s.u[kPeepForget] * c_prev;
     }
     const V i = M::sigmoid(a_i), f = M::sigmoid(a_f), g = M::tanh(s.a[kCandidate]);
-    const V c = f * c_prev + i * g;
+    const V c = s.options.updated(f * c_prev + i * s.options.candidate(g));
     if constexpr (kPeephole) a_o += s.u[kPeepOutput] * c;
     const V o = M::sigmoid(a_o);
     s.after[kC] = c;
@@ -40,19 +42,21 @@ struct LstmCell {
     s.saved[kOutput] = o;
   }
 
-  template <class M, class V>
-  FASTRNN_INLINE static void backward(BackwardUnit<LstmCell, V>& s) {
+  template <class M, class V, class Options>
+  FASTRNN_INLINE static void backward(BackwardUnit<LstmCell, V, Options>& s) {
     const V i = s.saved[kInput], f = s.saved[kForget], g = s.saved[kCandidate], o = s.saved[kOutput];
-    const V c = s.after[kC], c_prev = s.before[kC], tanh_c = M::tanh(c), dh = s.dafter[kH];
+    const V c_prev = s.before[kC], candidate = s.options.candidate(g), unclipped = f * c_prev + i * candidate;
+    const V c = s.options.updated_again(unclipped, s.after[kC]), tanh_c = M::tanh(c), dh = s.dafter[kH];
     const V d_o = dh * tanh_c * o * (1 - o);
     V dc = s.dafter[kC] + dh * o * (1 - tanh_c * tanh_c);
     if constexpr (kPeephole) dc += d_o * s.u[kPeepOutput];
-    const V d_i = dc * g * i * (1 - i), d_f = dc * c_prev * f * (1 - f);
+    s.dafter[kC] = dc = s.options.complete(dc);
+    dc = s.options.before_clip(unclipped, dc);
+    const V d_i = dc * candidate * i * (1 - i), d_f = dc * c_prev * f * (1 - f);
     s.dgates[kInput] = d_i;
     s.dgates[kForget] = d_f;
-    s.dgates[kCandidate] = dc * i * (1 - g * g);
+    s.dgates[kCandidate] = s.options.candidate(dc * i * (1 - g * g));
     s.dgates[kOutput] = d_o;
-    s.dafter[kC] = dc;
     s.dbefore[kC] = dc * f;
     if constexpr (kPeephole) {
       s.dbefore[kC] += d_i * s.u[kPeepInput] + d_f * s.u[kPeepForget];

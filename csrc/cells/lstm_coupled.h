@@ -14,13 +14,15 @@ struct LstmCoupled {
                                   .reads_after = only(kC),
                                   .saved = 3,
                                   .reuses_saved = true,
-                                  .projects = true};
+                                  .projects = true,
+                                  .candidate = true,
+                                  .clips = true};
 
-  template <class M, class V>
-  FASTRNN_INLINE static void forward(ForwardUnit<LstmCoupled, V>& s) {
+  template <class M, class V, class Options>
+  FASTRNN_INLINE static void forward(ForwardUnit<LstmCoupled, V, Options>& s) {
     const V c_prev = s.before[kC];
     const V f = M::sigmoid(s.a[kForget]), g = M::tanh(s.a[kCandidate]), o = M::sigmoid(s.a[kOutput]);
-    const V c = f * c_prev + (1 - f) * g;
+    const V c = s.options.updated(f * c_prev + (1 - f) * s.options.candidate(g));
     s.after[kC] = c;
     s.after[kH] = o * M::tanh(c);
     s.saved[kForget] = f;
@@ -28,15 +30,18 @@ struct LstmCoupled {
     s.saved[kOutput] = o;
   }
 
-  template <class M, class V>
-  FASTRNN_INLINE static void backward(BackwardUnit<LstmCoupled, V>& s) {
+  template <class M, class V, class Options>
+  FASTRNN_INLINE static void backward(BackwardUnit<LstmCoupled, V, Options>& s) {
     const V f = s.saved[kForget], g = s.saved[kCandidate], o = s.saved[kOutput];
-    const V tanh_c = M::tanh(s.after[kC]), dh = s.dafter[kH];
-    const V dc = s.dafter[kC] + dh * o * (1 - tanh_c * tanh_c);
-    s.dgates[kForget] = dc * (s.before[kC] - g) * f * (1 - f);
-    s.dgates[kCandidate] = dc * (1 - f) * (1 - g * g);
+    const V c_prev = s.before[kC], candidate = s.options.candidate(g);
+    const V unclipped = f * c_prev + (1 - f) * candidate;
+    const V tanh_c = M::tanh(s.options.updated_again(unclipped, s.after[kC])), dh = s.dafter[kH];
+    V dc = s.dafter[kC] + dh * o * (1 - tanh_c * tanh_c);
+    s.dafter[kC] = dc = s.options.complete(dc);
+    dc = s.options.before_clip(unclipped, dc);
+    s.dgates[kForget] = dc * (c_prev - candidate) * f * (1 - f);
+    s.dgates[kCandidate] = s.options.candidate(dc * (1 - f) * (1 - g * g));
     s.dgates[kOutput] = dh * tanh_c * o * (1 - o);
-    s.dafter[kC] = dc;
     s.dbefore[kC] = dc * f;
   }
 };

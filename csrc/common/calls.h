@@ -1,6 +1,7 @@
 // A call of an operator: its tensors checked, its results allocated, and the problem that a kernel is told.
 // The same for every device.
 #pragma once
+#include <algorithm>
 #include <tuple>
 
 #include "cells/registry.h"
@@ -113,10 +114,146 @@ inline int64_t rows_in(const Tensor& x, const char* name, const char* letters) {
   return x.size(0);
 }
 
+/// The options that act on the states between the steps, as every operator takes them: tensors, those that
+/// there are of the slots below; numbers, one for each below, 0 where it is off.
+struct OptionArguments {
+  enum Slot { kKeep, kCandidate = kKeep + kZoned, kRecurrent, kFresh, kResetTo = kFresh + kZoned };
+  enum Number { kShare, kCellClip = kShare + kZoned, kGradientClip, kNumbers };
+  const std::optional<Tensors>& tensors;
+  int64_t slots;
+  const std::optional<std::vector<double>>& numbers;
+};
+
+/// The same of one call, checked.
+class CallOptions {
+ public:
+  using Given = OptionArguments;
+
+  CallOptions(const CellInfo& cell, const Sizes& sizes, int64_t N, int64_t T, bool has_reset,
+              const Tensor& like, const Given& given) {
+    if (!given.numbers) return;
+    const auto [D, B, I, H, P] = sizes;
+    STD_TORCH_CHECK(given.numbers->size() == Given::kNumbers, "expected ", int(Given::kNumbers),
+                    " numbers of options, got ", given.numbers->size());
+    numbers_ = *given.numbers;
+    for (const double number : numbers_)
+      STD_TORCH_CHECK(number >= 0, "numbers of options must not be negative, got ", number);
+    tensors_.resize(size_t(Given::kResetTo + cell.states));
+    size_t next = 0;
+    const size_t count = given.tensors ? given.tensors->size() : 0;
+    for (size_t slot = 0; slot < tensors_.size(); ++slot)
+      if (given.slots >> slot & 1 && next < count) tensors_[slot] = (*given.tensors)[next++];
+    STD_TORCH_CHECK(next == count && given.slots >> tensors_.size() == 0,
+                    "the tensors of options must be those of their slots");
+    for (int k = 0; k < kZoned; ++k) {
+      const auto width = k == kH ? P : H;
+      STD_TORCH_CHECK(numbers_[size_t(k)] <= 1, "zoneout must be at most 1, got ", numbers_[size_t(k)]);
+      STD_TORCH_CHECK(k < cell.states || numbers_[size_t(k)] == 0, cell.name, " has no c for zoneout");
+      if (MaybeTensor& keep = tensors_[size_t(Given::kKeep + k)]) {
+        STD_TORCH_CHECK(keep->scalar_type() == torch::headeronly::ScalarType::Bool && numbers_[size_t(k)] > 0,
+                        "the masks of zoneout must be bool, with a number above 0");
+        Arguments(like).check_device(*keep, "keep");
+        check_sizes(*keep, "keep", "[D, N, *]", {D, N, width});
+        keep = as_contiguous(*keep);
+      }
+      if (MaybeTensor& fresh = tensors_[size_t(Given::kFresh + k)]) {
+        Arguments(like).check(*fresh, "fresh", "[D, N, *]", {D, N, width});
+        fresh = as_contiguous(*fresh);
+      }
+    }
+    if (MaybeTensor& mask = tensors_[Given::kCandidate]) {
+      STD_TORCH_CHECK(cell.candidate, cell.name, " takes no factor of the candidate");
+      Arguments(like).check(*mask, "candidate", "[D, N, H]", {D, N, H});
+      mask = as_contiguous(*mask);
+    }
+    if (MaybeTensor& mask = tensors_[Given::kRecurrent]) {
+      STD_TORCH_CHECK(cell.dense, cell.name, " has no product for a factor of h");
+      Arguments(like).check(*mask, "recurrent", "[D, B, P]", {D, B, P});
+      mask = as_contiguous(*mask);
+    }
+    for (int k = 0; k < cell.states; ++k) {
+      MaybeTensor& to = tensors_[size_t(Given::kResetTo + k)];
+      if (!to) continue;
+      STD_TORCH_CHECK(has_reset, "reset_to needs reset");
+      std::vector<int64_t> shape{D, B, k == kH ? P : H};
+      if (to->dim() == 4) shape.insert(shape.begin(), T);
+      Arguments(like).check(*to, "reset_to", "[D, B, *] or [T, D, B, *]", shape);
+      to = with_rows(*to);
+      resets_to = true;
+    }
+    STD_TORCH_CHECK(numbers_[Given::kCellClip] == 0 || cell.clips, cell.name, " takes no cell_clip");
+    STD_TORCH_CHECK(numbers_[Given::kGradientClip] == 0 || cell.clips || cell.states == 1, cell.name,
+                    " takes no state_gradient_clip");
+  }
+
+  bool resets_to = false;
+
+  /// Whether anything acts in a forward scan, or on the way back.
+  bool on(bool backward) const {
+    const auto there = [](const auto& tensor) { return tensor.has_value(); };
+    return numbers_.size() > 0 &&
+           (numbers_[Given::kShare + kH] > 0 || numbers_[Given::kShare + kC] > 0 ||
+            numbers_[Given::kCellClip] > 0 || (backward && numbers_[Given::kGradientClip] > 0) ||
+            std::any_of(tensors_.begin(), tensors_.end(), there));
+  }
+  bool zones(int state) const { return numbers_.size() > 0 && numbers_[size_t(state)] > 0; }
+  const MaybeTensor& fresh(int state) const {
+    static const MaybeTensor kNone;
+    return tensors_.empty() ? kNone : tensors_[size_t(Given::kFresh + state)];
+  }
+  const Tensor& reset_to(int state) const { return *tensors_[size_t(Given::kResetTo + state)]; }
+  bool resets_to_state(int state) const {
+    return resets_to && tensors_[size_t(Given::kResetTo + state)].has_value();
+  }
+
+  template <class S>
+  StepOptions<S> of(int64_t d, bool backward) const {
+    StepOptions<S> options{};
+    options.on = on(backward);
+    if (!options.on) return options;
+    const auto masks = [&]<class M>(int slot, M) {
+      const MaybeTensor& tensor = tensors_[size_t(slot)];
+      return tensor ? direction_rows<const M>(*tensor, d) : Rows<const M>{};
+    };
+    for (int k = 0; k < kZoned; ++k) {
+      options.keep[k] = masks(Given::kKeep + k, bool{});
+      options.share[k] = numbers_[size_t(Given::kShare + k)];
+    }
+    options.candidate = masks(Given::kCandidate, S{}), options.recurrent = masks(Given::kRecurrent, S{});
+    options.cell_clip = numbers_[Given::kCellClip];
+    options.gradient_clip = backward ? numbers_[Given::kGradientClip] : 0;
+    for (int k = 0; k < static_cast<int>(tensors_.size()) - Given::kResetTo; ++k) {
+      if (!resets_to_state(k)) continue;
+      options.reset_to[k] = steps_of<const S>(reset_to(k), d);
+      options.reset_stride[k] = step_stride(reset_to(k));
+    }
+    return options;
+  }
+
+  /// [T, D, B, *] or [D, B, *] of one direction, at its first step.
+  template <class S>
+  static Rows<S> steps_of(const Tensor& tensor, int64_t d) {
+    return {static_cast<S*>(tensor.data_ptr()) + d * tensor.stride(tensor.dim() - 3),
+            tensor.stride(tensor.dim() - 2)};
+  }
+  static int64_t step_stride(const Tensor& tensor) { return tensor.dim() == 4 ? tensor.stride(0) : 0; }
+
+ private:
+  static void check_sizes(const Tensor& tensor, const char* name, const char* letters,
+                          const std::vector<int64_t>& expected) {
+    STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must be ", letters, " = ", to_string(expected),
+                    ", got ", to_string(sizes_of(tensor)));
+  }
+
+  std::vector<double> numbers_;
+  MaybeTensors tensors_;  // by their slots
+};
+
 /// How the rows of a sequence lie, as every operator takes it.
 struct RowArguments {
   const MaybeTensor &batch_sizes, &lengths, &reset;
   bool batch_first;
+  OptionArguments options;
 
   SequenceLayout layout(const Tensor& like, int64_t N, int64_t B) const {
     if (reset) Arguments(like).check_device(*reset, "reset");
@@ -135,6 +272,7 @@ struct ScanCall {
   Sizes sizes;
   int64_t N;
   SequenceLayout layout;
+  CallOptions options;
 
   ScanCall(const CellInfo& cell_, const LayerWeights& weights_, const Tensors& states_, const Tensor& rows,
            const char* name, const char* letters, const RowArguments& given)
@@ -143,7 +281,8 @@ struct ScanCall {
         states(check_states(cell_, weights_, states_)),
         sizes{weights_.D, states[kH].size(1), weights_.I, weights_.H, weights_.P},
         N(rows_in(rows, name, letters)),
-        layout(given.layout(rows, N, sizes.B)) {}
+        layout(given.layout(rows, N, sizes.B)),
+        options(cell, sizes, N, layout.get().T, given.reset.has_value(), states[kH], given.options) {}
 
   const Tensor& like() const { return states[kH]; }
   int64_t width(int state) const { return state == kH ? sizes.P : sizes.H; }
@@ -166,7 +305,8 @@ struct ScanCall {
 /// fastrnn::scan
 struct ForwardCall : ScanCall {
   Tensor x, y;
-  Tensors last, history, saved;  // results beside y
+  Tensors last, history;  // results beside y
+  Tensors saved;  // the same; at its end states before their zoneout, those that backward reads
 
   ForwardCall(const CellInfo& cell_, const LayerWeights& weights_, const Tensor& x_, const Tensors& states_,
               const RowArguments& given, int64_t keep)
@@ -180,7 +320,10 @@ struct ForwardCall : ScanCall {
       last.push_back(torch::stable::clone(states[size_t(k)]));
       if (keep != kNothing) history.push_back(empty({D, N, H}, like()));
     }
-    if (keep == kForBackward && cell.saved > 0) saved.push_back(empty({D, N, cell.saved_width(H)}, like()));
+    if (keep != kForBackward) return;
+    if (cell.saved > 0) saved.push_back(empty({D, N, cell.saved_width(H)}, like()));
+    for (int k = 0; k < kZoned; ++k)
+      if (options.zones(k) && cell.after(k)) saved.push_back(empty({D, N, width(k)}, like()));
   }
 
   template <class S>
@@ -195,7 +338,11 @@ struct ForwardCall : ScanCall {
       direction.history[kH] = columns<S>(y, d);
       for (size_t k = 0; k < last.size(); ++k) direction.last[k] = direction_rows<S>(last[k], d);
       for (size_t k = 0; k < history.size(); ++k) direction.history[k + 1] = direction_rows<S>(history[k], d);
-      if (!saved.empty()) direction.saved = direction_rows<S>(saved[0], d);
+      if (!saved.empty() && cell.saved > 0) direction.saved = direction_rows<S>(saved[0], d);
+      direction.options = options.of<S>(d, false);
+      size_t next = cell.saved > 0;
+      for (int k = 0; k < kZoned && next < saved.size(); ++k)
+        if (options.zones(k) && cell.after(k)) direction.fresh[k] = direction_rows<S>(saved[next++], d);
     }
     return problem;
   }
@@ -211,7 +358,8 @@ struct BackwardCall : ScanCall {
   MaybeTensors doutput;  // of every state
   bool over;
   Tensor dgates;  // results
-  Tensors dstates, complete, du;
+  Tensors dstates;  // a result; at its end the gradients of reset_to
+  Tensors complete, du;
 
   BackwardCall(const CellInfo& cell_, const LayerWeights& weights_, const MaybeTensor& dy,
                const MaybeTensors& dlast, const MaybeTensors& dhistory, const Tensor& y_,
@@ -253,6 +401,13 @@ struct BackwardCall : ScanCall {
     dgates = over ? *saved : empty({D, N, cell.gradients() * H}, like());
     for (int64_t d = 0; d < D && cell.vectors > 0; ++d)
       du.push_back(torch::stable::new_zeros(like(), {cell.vectors, H}));
+    for (int k = 0; k < kZoned; ++k)
+      STD_TORCH_CHECK(options.fresh(k).has_value() == (options.zones(k) && cell.after(k)), cell.name,
+                      " wants the states before their zoneout that it reads, and no others");
+    for (int k = 0; k < cell.states && options.resets_to; ++k) {
+      STD_TORCH_CHECK(options.resets_to_state(k), "reset_to must have all states");
+      dstates.push_back(torch::stable::new_zeros(like(), sizes_of(options.reset_to(k))));
+    }
   }
 
   template <class S>
@@ -272,6 +427,13 @@ struct BackwardCall : ScanCall {
       }
       if (saved) direction.saved = direction_rows<const S>(*saved, d);
       direction.dgates = direction_rows<S>(dgates, d);
+      direction.options = options.of<S>(d, true);
+      for (int k = 0; k < kZoned; ++k)
+        if (options.fresh(k)) direction.fresh[k] = direction_rows<const S>(*options.fresh(k), d);
+      for (size_t k = states.size(); k < dstates.size(); ++k) {
+        direction.dreset[k - states.size()] = CallOptions::steps_of<S>(dstates[k], d);
+        direction.dreset_stride[k - states.size()] = CallOptions::step_stride(dstates[k]);
+      }
       if (!du.empty()) direction.du = {static_cast<S*>(du[size_t(d)].mutable_data_ptr()), sizes.H};
     }
     return problem;
@@ -319,6 +481,7 @@ struct ProductsCall : ScanCall {
       direction.dgates = direction_rows<const S>(dgates, d);
       direction.y = columns<const S>(y, d);
       direction.h0 = direction_rows<const S>(states[kH], d);
+      direction.options = options.of<S>(d, true);
       if (dweights.empty()) continue;
       size_t next = size_t(d) * (dweights.size() / size_t(sizes.D));
       const auto take = [&] { return static_cast<S*>(dweights[next++].mutable_data_ptr()); };

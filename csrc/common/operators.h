@@ -15,6 +15,13 @@
 
 namespace fastrnn {
 
+// What acts on the states between the steps, of every operator: options, those that there are of keep_h [D,
+// N, P] and keep_c [D, N, H] (bool, zoneout), candidate [D, N, H], recurrent [D, B, P], fresh_h and fresh_c
+// (on the way back, from the end of saved), and reset_to of each state ([D, B, *] or [T, D, B, *]);
+// option_slots: bit k is set where the k-th of these is there; numbers: zoneout of h and of c (1 with a
+// mask), cell_clip and state_gradient_clip, 0: off. fastrnn/step_options.py says what they mean.
+#define FASTRNN_OPTIONS "Tensor[]? options=None, int option_slots=0, float[]? numbers=None"
+
 // cell: a name of cells/registry.h. states: h0 [D, B, P] and the others [D, B, H]. weights: for each
 // direction those that there are of w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H] and u
 // [U, H] (vectors of parameters); slots: bit k is set where the k-th of these six is there. packed: what pack
@@ -22,23 +29,25 @@ namespace fastrnn {
 // reset bool [N], each or none. keep: 0 nothing, 1 what backward wants, 2 every state.
 // -> y [N, D*P]; last: h_n [D, B, P] and the others [D, B, H]; history: every state beside h [D, N, H], or
 // none;
-//    saved: [D, N, S*H + R], or none
+//    saved: [D, N, S*H + R], or none; then the states before their zoneout [D, N, *], those that backward
+//    reads
 constexpr const char* kScan =
     "scan(str cell, Tensor x, Tensor[] states, Tensor[] weights, int slots, Tensor? packed, Tensor? "
     "batch_sizes, "
-    "Tensor? lengths, Tensor? reset, bool batch_first, int keep) "
-    "-> (Tensor y, Tensor[] last, Tensor[] history, Tensor[] saved)";
+    "Tensor? lengths, Tensor? reset, bool batch_first, int keep, " FASTRNN_OPTIONS
+    ") -> (Tensor y, Tensor[] last, Tensor[] history, Tensor[] saved)";
 
 // dlast, dhistory: gradients of last and history, each or none
-// -> dgates [D, N, E*H]; dstates: those of the states before the first step; complete: dL/dh_t [D, N, P] with
-// all
+// -> dgates [D, N, E*H]; dstates: those of the states before the first step, then those of reset_to;
+// complete: dL/dh_t [D, N, P] with all
 //    that later steps add (with a projection or keep) and that of the other states [D, N, H] (with keep); du:
 //    for each direction [U, H], or none
 constexpr const char* kScanBackward =
     "scan_backward(str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] history, "
     "Tensor? saved, Tensor[] states, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor? lengths, "
     "Tensor? reset, "
-    "bool batch_first, bool keep) -> (Tensor dgates, Tensor[] dstates, Tensor[] complete, Tensor[] du)";
+    "bool batch_first, bool keep, " FASTRNN_OPTIONS
+    ") -> (Tensor dgates, Tensor[] dstates, Tensor[] complete, Tensor[] du)";
 
 // The same for a cell that reuses_saved: dgates is written over saved. Rows of saved beyond the lengths must
 // be zero, as scan leaves them.
@@ -48,7 +57,7 @@ constexpr const char* kScanBackwardOver =
     "Tensor(a!) saved, Tensor[] states, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor? lengths, "
     "Tensor? "
     "reset, "
-    "bool batch_first, bool keep) -> (Tensor[] dstates, Tensor[] complete, Tensor[] du)";
+    "bool batch_first, bool keep, " FASTRNN_OPTIONS ") -> (Tensor[] dstates, Tensor[] complete, Tensor[] du)";
 
 // -> dx [N, I] (if inputs); dweights: for each direction those that the cell takes of dw_ih, dw_hh, db_ih,
 // db_hh
@@ -56,8 +65,8 @@ constexpr const char* kScanBackwardOver =
 constexpr const char* kWeightGradients =
     "weight_gradients(str cell, Tensor dgates, Tensor x, Tensor y, Tensor[] states, Tensor[] weights, int "
     "slots, "
-    "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool inputs, bool of_weights) "
-    "-> (Tensor[] dx, Tensor[] dweights)";
+    "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool inputs, bool "
+    "of_weights, " FASTRNN_OPTIONS ") -> (Tensor[] dx, Tensor[] dweights)";
 
 // -> uint8 [bytes]: valid in this process alone. With bfloat16 the weights (not the biases) are rounded to
 // it.
@@ -85,12 +94,16 @@ template <class Backend>
 std::tuple<Tensor, Tensors, Tensors, Tensors> scan(std::string cell, const Tensor& x, Tensors states,
                                                    Tensors given, int64_t slots, const MaybeTensor& packed,
                                                    const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
-                                                   const MaybeTensor& reset, bool batch_first, int64_t keep) {
+                                                   const MaybeTensor& reset, bool batch_first, int64_t keep,
+                                                   const std::optional<Tensors>& options,
+                                                   int64_t option_slots,
+                                                   const std::optional<std::vector<double>>& numbers) {
   const CellInfo& info = cell_named(cell);
   const Tensor& like = first_state(states);
   const LayerWeights weights =
       packed ? Backend::unpack(info, like, *packed) : LayerWeights(info, like, given, slots);
-  const ForwardCall call(info, weights, x, states, {batch_sizes, lengths, reset, batch_first}, keep);
+  const ForwardCall call(info, weights, x, states,
+                         {batch_sizes, lengths, reset, batch_first, {options, option_slots, numbers}}, keep);
   Backend::forward(call);
   return call.results();
 }
@@ -100,27 +113,29 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> scan_backward(
     std::string cell, const MaybeTensor& dy, MaybeTensors dlast, MaybeTensors dhistory, const Tensor& y,
     Tensors history, const MaybeTensor& saved, Tensors states, Tensors given, int64_t slots,
     const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first,
-    bool keep) {
+    bool keep, const std::optional<Tensors>& options, int64_t option_slots,
+    const std::optional<std::vector<double>>& numbers) {
   const CellInfo& info = cell_named(cell);
   const LayerWeights weights(info, first_state(states), given, slots);
   const BackwardCall call(info, weights, dy, dlast, dhistory, y, history, saved, states,
-                          {batch_sizes, lengths, reset, batch_first}, keep, false);
+                          {batch_sizes, lengths, reset, batch_first, {options, option_slots, numbers}}, keep,
+                          false);
   Backend::backward(call);
   return {call.dgates, call.dstates, call.complete, call.du};
 }
 
 template <class Backend>
-std::tuple<Tensors, Tensors, Tensors> scan_backward_over(std::string cell, const MaybeTensor& dy,
-                                                         MaybeTensors dlast, MaybeTensors dhistory,
-                                                         const Tensor& y, Tensors history,
-                                                         const Tensor& saved, Tensors states, Tensors given,
-                                                         int64_t slots, const MaybeTensor& batch_sizes,
-                                                         const MaybeTensor& lengths, const MaybeTensor& reset,
-                                                         bool batch_first, bool keep) {
+std::tuple<Tensors, Tensors, Tensors> scan_backward_over(
+    std::string cell, const MaybeTensor& dy, MaybeTensors dlast, MaybeTensors dhistory, const Tensor& y,
+    Tensors history, const Tensor& saved, Tensors states, Tensors given, int64_t slots,
+    const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first,
+    bool keep, const std::optional<Tensors>& options, int64_t option_slots,
+    const std::optional<std::vector<double>>& numbers) {
   const CellInfo& info = cell_named(cell);
   const LayerWeights weights(info, first_state(states), given, slots);
   const BackwardCall call(info, weights, dy, dlast, dhistory, y, history, saved, states,
-                          {batch_sizes, lengths, reset, batch_first}, keep, true);
+                          {batch_sizes, lengths, reset, batch_first, {options, option_slots, numbers}}, keep,
+                          true);
   Backend::backward(call);
   return {call.dstates, call.complete, call.du};
 }
@@ -130,10 +145,13 @@ std::tuple<Tensors, Tensors> weight_gradients(std::string cell, const Tensor& dg
                                               const Tensor& y, Tensors states, Tensors given, int64_t slots,
                                               const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
                                               const MaybeTensor& reset, bool batch_first, bool inputs,
-                                              bool of_weights) {
+                                              bool of_weights, const std::optional<Tensors>& options,
+                                              int64_t option_slots,
+                                              const std::optional<std::vector<double>>& numbers) {
   const CellInfo& info = cell_named(cell);
   const LayerWeights weights(info, first_state(states), given, slots);
-  const ProductsCall call(info, weights, dgates, x, y, states, {batch_sizes, lengths, reset, batch_first},
+  const ProductsCall call(info, weights, dgates, x, y, states,
+                          {batch_sizes, lengths, reset, batch_first, {options, option_slots, numbers}},
                           inputs, of_weights);
   Backend::products(call);
   return {call.dx, call.dweights};

@@ -55,34 +55,68 @@ struct Weights {
   Rows<const S> u;  // [U, H] vectors of parameters, or null
 };
 
+/// h and c have zoneout.
+constexpr int kZoned = 2;
+
+/// The options of one direction that act on the states between the steps (fastrnn/step_options.py has their
+/// formulas); null or 0 where they are off.
+template <class S>
+struct StepOptions {
+  bool on;  // any of them, in this scan
+  Rows<const bool> keep[kZoned];  // [N, *] zoneout in training: true where a unit keeps its state
+  double share[kZoned];  // zoneout in evaluation: how much of its state a unit keeps; above 0 with keep, too
+  Rows<const S> candidate;  // [N, H] a factor of the candidate
+  Rows<const S> recurrent;  // [B, P] a factor of h before its product with W_hh
+  double cell_clip, gradient_clip;  // of c, and of the complete gradients of h and c
+  Rows<const S> reset_to[kMaxStates];  // [B, *] at t = 0: the states of a reset
+  int64_t reset_stride[kMaxStates];  // from one step to the next, in elements; 0: the same at every step
+
+  FASTRNN_INLINE bool zones(int state) const { return state < kZoned && share[state] > 0; }
+  /// The state of a reset before row b of step t, or null: zero.
+  FASTRNN_INLINE const S* reset_state(int state, int64_t t, int64_t b) const {
+    return reset_to[state] ? reset_to[state][b] + t * reset_stride[state] : nullptr;
+  }
+};
+
 template <class S>
 struct ForwardDirection {
   Weights<S> weights;
+  StepOptions<S> options;
   Rows<const S> h0;  // [B, P]
   Rows<S> last[kMaxStates];  // [B, *] out: each state at its row's end; in, but for h: the initial one
   Rows<S> history[kMaxStates];  // [N, *] each state of every step: h, the direction's columns of y; others or
                                 // null
   Rows<S> saved;  // [N, S*H] what backward reads besides, one vector of units after the other; null without
                   // gradients
+  Rows<S> fresh[kZoned];  // [N, *] states before their zoneout, where backward reads them; or null
 };
 
 template <class S>
 struct BackwardDirection {
   Weights<S> weights;
+  StepOptions<S> options;
   Rows<const S> initial[kMaxStates];  // [B, *] each state before the first step
   Rows<const S> history[kMaxStates];  // [N, *] each state of every step; of h the direction's columns of y
   Rows<const S> doutput[kMaxStates];  // [N, *] dL/d(history) where that is an output, or null
   Rows<const S> saved;  // [N, S*H]
+  Rows<const S> fresh[kZoned];  // [N, *] states before their zoneout; or null
   Rows<S> dgates;  // [N, E*H] out
   Rows<S> du;  // [U, H] out; null without vectors of parameters
   Rows<S> dstate[kMaxStates];  // [B, *] in: dL/d(last); out: dL/d(initial)
   Rows<S> complete[kMaxStates];  // [N, *] out: dL/d(state of every step) with all later steps; or null
+  Rows<S> dreset[kMaxStates];  // [B, *] at t = 0: to it the gradient of options.reset_to is added; or null
+  int64_t dreset_stride[kMaxStates];
+
+  FASTRNN_INLINE S* reset_gradient(int state, int64_t t, int64_t b) const {
+    return dreset[state] ? dreset[state][b] + t * dreset_stride[state] : nullptr;
+  }
 };
 
 /// The products over all steps at once that follow the backward scan.
 template <class S>
 struct ProductsDirection {
   Weights<S> weights;
+  StepOptions<S> options;
   Rows<const S> dgates;  // [N, E*H]
   Rows<const S> y;  // [N, P]
   Rows<const S> h0;  // [B, P]

@@ -81,6 +81,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
 
  private:
   bool projected() const { return static_cast<bool>(problem.direction[0].weights.w_hr); }
+  bool options_on() const { return problem.direction[0].options.on; }
   bool few() const { return this->most_rows() <= kFewRows && sequence.T < kStepsWorthPacking; }
 
   void lay_out(Memory& s) {
@@ -90,6 +91,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     dgates_stride_ = padded<S>(G * problem.H, kBlock<S>);
     dh_ = s.take<S>(this->teams() * most * dh_stride_);
     dh_complete_ = s.take<S>(projected() ? this->teams() * most * dh_stride_ : 0);
+    carry_ = s.take<S>(options_on() ? this->teams() * most * dh_stride_ : 0);
     dgates_ = s.take<S>(this->teams() * 2 * most * dgates_stride_);
     du_ = s.take<S>(this->teams() * shares() * kInfo.vectors * problem.H);
     for (int d = 0; d < problem.directions; ++d) {
@@ -105,6 +107,10 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   /// The recurrent part of dL/dh of the team's rows, updated in place from step to step.
   FASTRNN_INLINE Rows<S> dh_buffer(int team) const {
     return {dh_ + team * this->most_rows() * dh_stride_, dh_stride_};
+  }
+  /// With options: the part of dL/dh_{t-1} that does not come through W_hh.
+  FASTRNN_INLINE Rows<S> carry_buffer(int team) const {
+    return {carry_ + team * this->most_rows() * dh_stride_, dh_stride_};
   }
   /// With projection: the complete dL/dh_t, from which dL/dm_t = dL/dh_t W_hr.
   FASTRNN_INLINE Rows<S> complete_buffer(int team) const {
@@ -131,12 +137,20 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const int64_t t = this->time(d, s), n = this->rows_at(team, s);
     const Rows<S> dh = dh_buffer(team), complete = complete_buffer(team);
     const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
+    const Rows<S> carry = carry_buffer(team);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = sequence.row(t, rows.position(i));
+      const int64_t row = sequence.row(t, rows.position(i)), b = sequence.batch(rows.position(i));
+      const RowOptions<S> options{dir.options, row, b};
       each_vector<S>(first, end - first, [&](auto io, int64_t u, int64_t) {
         V<S> v = io.load(dh[i] + u);
         if (dir.doutput[kH]) v += io.load(dir.doutput[kH][row] + u);
-        io.store(complete[i] + u, v);
+        if (dir.options.on) {
+          v = options.gradient_clipped(v);
+          io.store(carry[i] + u, options.kept(io, kH, u, v));
+          io.store(complete[i] + u, options.passed(io, kH, u, v));
+        } else {
+          io.store(complete[i] + u, v);
+        }
         io.store(dir.complete[kH][row] + u, v);
       });
     }
@@ -147,9 +161,10 @@ class Backward : public Scan<S, BackwardProblem<S>> {
   void cell_gradient(int team, int64_t s, Range blocks) {
     const int64_t n = this->rows_at(team, s), first = blocks.begin * kBlock<S>;
     if (!projected()) {
-      const Rows<S> dh = dh_buffer(team);
-      return cells(team, s, first, min(blocks.end * kBlock<S>, problem.H) - first, 0, n,
-                   {dh.data + first, dh.stride});
+      const Rows<S> dh = dh_buffer(team), dh_rows{dh.data + first, dh.stride};
+      const int64_t count = min(blocks.end * kBlock<S>, problem.H) - first;
+      return options_on() ? cells<true>(team, s, first, count, 0, n, dh_rows)
+                          : cells<false>(team, s, first, count, 0, n, dh_rows);
     }
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
       for (int64_t i = 0; i < n; i += kChunk) projected_cells(team, s, block, i, min(kChunk, n - i));
@@ -170,11 +185,14 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       multiply_in_place<S>(a, n, problem.P, {w.data + first, w.stride}, units.in_block(block),
                            {dm, kBlock<S>});
     }
-    cells(team, s, first, units.in_block(block), i, n, {dm, kBlock<S>});
+    const Rows<S> dm_rows{dm, kBlock<S>};
+    options_on() ? cells<true>(team, s, first, units.in_block(block), i, n, dm_rows)
+                 : cells<false>(team, s, first, units.in_block(block), i, n, dm_rows);
   }
 
   /// The backward step of the units first .. first + count. dh_rows hold dL/dh_t by way of step t+1, to which
   /// dL/dy_t is added here; with a projection they hold the complete dL/dm_t.
+  template <bool kOptions>
   void cells(int team, int64_t s, int64_t first, int64_t count, int64_t i_begin, int64_t n, Rows<S> dh_rows) {
     const int d = this->direction_of(team);
     const BackwardDirection<S>& dir = problem.direction[d];
@@ -192,33 +210,48 @@ class Backward : public Scan<S, BackwardProblem<S>> {
       const int64_t row_prev = begins ? 0 : sequence.row(t_prev, position);
       const S* const saved_row = dir.saved[row];
       S* const dgates_row = dir.dgates[row];
+      const RowOptions<S> options{dir.options, row, b};
+      S* const carry = kOptions ? carry_buffer(team)[i] : nullptr;
       const auto cell = [&](auto io, int64_t u, int64_t offset) FASTRNN_LAMBDA_INLINE {
-        const auto previous = [&](const auto& initial, const auto& every) FASTRNN_LAMBDA_INLINE {
-          return forgets ? V<S>{} : io.load((begins ? initial[b] : every[row_prev]) + u);
+        const auto previous = [&](int k) FASTRNN_LAMBDA_INLINE {
+          if (forgets) return kOptions ? reset_state(io, dir, k, t, b, u) : V<S>{};
+          return io.load((begins ? dir.initial[k][b] : dir.history[k][row_prev]) + u);
         };
-        BackwardUnit<Cell, V<S>> s;
+        BackwardUnit<Cell, V<S>, std::conditional_t<kOptions, OptionsInside<Cell, V<S>>, Untouched>> s;
+        if constexpr (kOptions) s.options = options.template inside<Cell>(io, u);
         for (int j = 0; j < kInfo.saved; ++j) s.saved[j] = io.load(saved_row + j * H + u);
         for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = io.load(dir.weights.u[k] + u);
         for (int k = 0; k < kInfo.states; ++k) {
-          if (kInfo.after(k)) s.after[k] = io.load(dir.history[k][row] + u);
-          if (kInfo.before(k)) s.before[k] = previous(dir.initial[k], dir.history[k]);
+          if (kInfo.after(k)) s.after[k] = io.load(after_row<kOptions>(dir, k, row) + u);
+          if (kInfo.before(k)) s.before[k] = previous(k);
         }
         s.dafter[kH] = io.load(dh_rows[k] + offset);
         if (add_dy) s.dafter[kH] += io.load(dir.doutput[kH][row] + u);
+        if (kOptions && !projected()) s.dafter[kH] = options.gradient_clipped(s.dafter[kH]);
         if (keep_dh) io.store(dir.complete[kH][row] + u, s.dafter[kH]);
+        V<S> kept[kInfo.states];  // goes past the step, to the state before it
+        if (kOptions && !projected()) s.dafter[kH] = split(io, options, kH, u, s.dafter[kH], kept);
         for (int k = 1; k < kInfo.states; ++k) {
           s.dafter[k] = io.load(dir.dstate[k][b] + u);
           if (dir.doutput[k]) s.dafter[k] += io.load(dir.doutput[k][row] + u);
+          if (kOptions) s.dafter[k] = zone_gradient(io, options, dir, k, u, s.dafter[k], kept);
         }
         Cell::template backward<Math<S>>(s);
         for (int e = 0; e < kInfo.gradients(); ++e) io.store(dgates_row + e * H + u, s.dgates[e]);
         for (int g = 0; g < G; ++g)
           io.store(dgates_now[i] + g * H + u, s.dgates[kInfo.gradient_of_recurrent(g)]);
         for (int k = 1; k < kInfo.states; ++k) {
-          if (dir.complete[k]) io.store(dir.complete[k][row] + u, s.dafter[k]);
+          if (dir.complete[k] && !(kOptions && dir.options.zones(k)))
+            io.store(dir.complete[k][row] + u, s.dafter[k]);
+          if constexpr (kOptions) {
+            s.dbefore[k] += kept[k];
+            if (forgets) add_reset_gradient(io, dir, k, t, b, u, s.dbefore[k]);
+          }
           io.store(dir.dstate[k][b] + u, forgets ? V<S>{} : s.dbefore[k]);
         }
-        if constexpr (kInfo.before(kH)) io.store(dh_rows[k] + offset, s.dbefore[kH]);
+        if (kOptions && !projected())
+          io.store(carry + u, kInfo.before(kH) ? s.dbefore[kH] + kept[kH] : kept[kH]);
+        if constexpr (kInfo.before(kH) && !kOptions) io.store(dh_rows[k] + offset, s.dbefore[kH]);
         for (int v = 0; v < kInfo.vectors; ++v) {
           S* const sum = du + v * H + u;
           io.store(sum, io.load(sum) + s.du[v]);
@@ -228,12 +261,52 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     }
   }
 
+  // ---- Options ------------------------------------------------------------------------------------------
+
+  /// Where the state k after the step lies, before zoneout.
+  template <bool kOptions>
+  FASTRNN_INLINE static const S* after_row(const BackwardDirection<S>& dir, int k, int64_t row) {
+    return kOptions && k < kZoned && dir.fresh[k] ? dir.fresh[k][row] : dir.history[k][row];
+  }
+  template <class IO>
+  FASTRNN_INLINE static V<S> reset_state(IO io, const BackwardDirection<S>& dir, int k, int64_t t, int64_t b,
+                                         int64_t u) {
+    const S* const to = dir.options.reset_state(k, t, b);
+    return to ? io.load(to + u) : V<S>{};
+  }
+  template <class IO>
+  FASTRNN_INLINE static void add_reset_gradient(IO io, const BackwardDirection<S>& dir, int k, int64_t t,
+                                                int64_t b, int64_t u, V<S> d) {
+    if (S* const to = dir.reset_gradient(k, t, b)) io.store(to + u, io.load(to + u) + d);
+  }
+  /// The part of dL/d(state after zoneout) that goes to the fresh state; the other one is kept.
+  template <class IO>
+  FASTRNN_INLINE static V<S> split(IO io, const RowOptions<S>& options, int k, int64_t u, V<S> d,
+                                   V<S>* kept) {
+    kept[k] = options.options.zones(k) ? options.kept(io, k, u, d) : V<S>{};
+    return options.passed(io, k, u, d);
+  }
+  /// The same of a state beside h, whose gradient is complete here only where it has zoneout.
+  template <class IO>
+  FASTRNN_INLINE static V<S> zone_gradient(IO io, const RowOptions<S>& options,
+                                           const BackwardDirection<S>& dir, int k, int64_t u, V<S> d,
+                                           V<S>* kept) {
+    if (dir.options.zones(k)) {
+      d = options.gradient_clipped(d);
+      if (dir.complete[k]) io.store(dir.complete[k][options.row] + u, d);
+    }
+    return split(io, options, k, u, d, kept);
+  }
+
   /// The backward step of a part's rows, of a cell in stages.
   void row_gradients(int team, int64_t s, int part) {
     const Range mine = share(this->rows_at(team, s), part, plan.parts);
-    for (int64_t i = mine.begin; i < mine.end; ++i) row_gradient(team, s, i, du_buffer(team, part));
+    S* const du = du_buffer(team, part);
+    for (int64_t i = mine.begin; i < mine.end; ++i)
+      options_on() ? row_gradient<true>(team, s, i, du) : row_gradient<false>(team, s, i, du);
   }
 
+  template <bool kOptions>
   void row_gradient(int team, int64_t s, int64_t i, S* du) {
     const int d = this->direction_of(team);
     const BackwardDirection<S>& dir = problem.direction[d];
@@ -245,6 +318,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const S* const saved_row = dir.saved[row];
     S *const dh = dh_buffer(team)[i], *const dgates_row = dir.dgates[row],
              *const now = dgates_buffer(team, s)[i];
+    const RowOptions<S> options{dir.options, row, b};
+    S* const carry = kOptions ? carry_buffer(team)[i] : nullptr;
     S totals[kInfo.backward_stages][kMaxSums] = {};
     each_stage<kInfo.backward_stages>([&]<int kStage>() {
       constexpr bool kLast = kStage == kInfo.backward_stages - 1;
@@ -259,15 +334,25 @@ class Backward : public Scan<S, BackwardProblem<S>> {
           for (int k = 0; k < kMaxSums; ++k) unit.total[stage][k] = broadcast(totals[stage][k]);
         unit.units = broadcast(static_cast<S>(H));
         for (int k = 0; k < kInfo.states; ++k) {
-          if (kInfo.after(k)) unit.after[k] = io.load(dir.history[k][row] + u);
-          if (kInfo.before(k))
-            unit.before[k] =
-                forgets ? V<S>{} : io.load((begins ? dir.initial[k][b] : dir.history[k][row_prev]) + u);
+          if (kInfo.after(k)) unit.after[k] = io.load(after_row<kOptions>(dir, k, row) + u);
+          if (!kInfo.before(k)) continue;
+          if (forgets)
+            unit.before[k] = kOptions ? reset_state(io, dir, k, t, b, u) : V<S>{};
+          else
+            unit.before[k] = io.load((begins ? dir.initial[k][b] : dir.history[k][row_prev]) + u);
         }
+        V<S> kept[kInfo.states] = {};
         if constexpr (kStage <= kInfo.complete_in)
           for (int k = 0; k < kInfo.states; ++k) {
             unit.dafter[k] = io.load((k == kH ? dh : dir.dstate[k][b]) + u);
             if (dir.doutput[k]) unit.dafter[k] += io.load(dir.doutput[k][row] + u);
+            if (kOptions && k == kH) {
+              unit.dafter[k] = options.gradient_clipped(unit.dafter[k]);
+              if (dir.complete[k]) io.store(dir.complete[k][row] + u, unit.dafter[k]);
+              unit.dafter[k] = split(io, options, k, u, unit.dafter[k], kept);
+            } else if (kOptions) {
+              unit.dafter[k] = zone_gradient(io, options, dir, k, u, unit.dafter[k], kept);
+            }
           }
         if constexpr (kStage > 0)
           for (int e = 0; e < kInfo.gradients(); ++e) unit.dgates[e] = io.load(dgates_row + e * H + u);
@@ -275,7 +360,14 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         for (int e = 0; e < kInfo.gradients(); ++e) io.store(dgates_row + e * H + u, unit.dgates[e]);
         if constexpr (kStage == kInfo.complete_in)
           for (int k = 0; k < kInfo.states; ++k) {
-            if (dir.complete[k]) io.store(dir.complete[k][row] + u, unit.dafter[k]);
+            if (dir.complete[k] && !(kOptions && (k == kH || dir.options.zones(k))))
+              io.store(dir.complete[k][row] + u, unit.dafter[k]);
+            if constexpr (kOptions) unit.dbefore[k] = kInfo.before(k) ? unit.dbefore[k] + kept[k] : kept[k];
+            if (kOptions && k == kH) {
+              io.store(carry + u, unit.dbefore[kH]);
+              continue;
+            }
+            if (kOptions && forgets) add_reset_gradient(io, dir, k, t, b, u, unit.dbefore[k]);
             if (kInfo.before(k))
               io.store((k == kH ? dh : dir.dstate[k][b]) + u, forgets ? V<S>{} : unit.dbefore[k]);
           }
@@ -297,21 +389,42 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const TeamRows rows = this->rows_of(team);
     const Rows<S> dh = dh_buffer(team);
     if constexpr (kInfo.dense) state_product(team, s, blocks, n, {dh.data + first, dh.stride}, end - first);
+    if (options_on()) return carried_gradient(team, s, first, end - first);
     for (int64_t i = 0; sequence.reset && i < n; ++i)
       if (sequence.resets(t, rows.position(i))) __builtin_memset(dh[i] + first, 0, (end - first) * sizeof(S));
+  }
+
+  /// The same with options, from the product (before its mask) and what was carried past it.
+  void carried_gradient(int team, int64_t s, int64_t first, int64_t count) {
+    const int d = this->direction_of(team);
+    const BackwardDirection<S>& dir = problem.direction[d];
+    const int64_t n = this->rows_at(team, s), t = this->time(d, s);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t position = this->rows_of(team).position(i), b = sequence.batch(position);
+      const bool forgets = sequence.resets(t, position);
+      const S* const mask = dir.options.recurrent ? dir.options.recurrent[b] : nullptr;
+      S *const dh = dh_buffer(team)[i], *const carry = carry_buffer(team)[i];
+      each_vector<S>(first, count, [&](auto io, int64_t u, int64_t) FASTRNN_LAMBDA_INLINE {
+        V<S> v = io.load(carry + u);
+        if (kInfo.dense) v += mask ? io.load(dh + u) * io.load(mask + u) : io.load(dh + u);
+        if (forgets) add_reset_gradient(io, dir, kH, t, b, u, v);
+        io.store(dh + u, forgets ? V<S>{} : v);
+      });
+    }
   }
 
   void state_product(int team, int64_t s, Range blocks, int64_t n, Rows<S> dh, int64_t columns) {
     const int d = this->direction_of(team);
     const Rows<S> dgates = dgates_buffer(team, s);
+    const bool adds = kInfo.before(kH) && !options_on();
     if (!few()) {
       for (int64_t block = blocks.begin; block < blocks.end; ++block)
         w_hh_[d].multiply({dgates.data, dgates.stride}, n, block,
-                          dh.data + (block - blocks.begin) * kBlock<S>, dh.stride, kInfo.before(kH));
+                          dh.data + (block - blocks.begin) * kBlock<S>, dh.stride, adds);
       return;
     }
     const Rows<const S>& w = problem.direction[d].weights.w_hh;
-    for (int64_t i = 0; i < n && !kInfo.before(kH); ++i) __builtin_memset(dh[i], 0, columns * sizeof(S));
+    for (int64_t i = 0; i < n && !adds; ++i) __builtin_memset(dh[i], 0, columns * sizeof(S));
     multiply_in_place<S>({dgates.data, dgates.stride}, n, G * problem.H,
                          {w.data + blocks.begin * kBlock<S>, w.stride}, columns, dh);
   }
@@ -341,7 +454,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         for (int64_t u = 0; u < problem.H; ++u) du[v][u] += du_buffer(team, part)[v * problem.H + u];
   }
 
-  S *dh_ = nullptr, *dh_complete_ = nullptr, *dgates_ = nullptr, *du_ = nullptr;
+  S *dh_ = nullptr, *carry_ = nullptr, *dh_complete_ = nullptr, *dgates_ = nullptr, *du_ = nullptr;
   int64_t dh_stride_ = 0, dgates_stride_ = 0;
   Columns<S> w_hh_[kMaxDirections], w_hr_[kMaxDirections];
 };

@@ -101,6 +101,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     x_stride_ = padded<S>(problem.I, kBlock<S>);
     h_ = s.take<S>(this->teams() * 2 * most * h_stride_);
     m_ = s.take<S>(this->teams() * most * m_stride_);
+    masked_ = s.take<S>(problem.direction[0].options.recurrent ? this->teams() * 2 * most * h_stride_ : 0);
     if constexpr (kInfo.staged()) {
       gate_stride_ = units.count() * kBlock<S>;
       row_stride_ = padded<S>(G * gate_stride_, kBlock<S>);
@@ -124,6 +125,11 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   FASTRNN_INLINE Rows<S> h_buffer(int team, int64_t s) const {
     const int64_t most = this->most_rows();
     return {h_ + (team * 2 + s % 2) * most * h_stride_, h_stride_};
+  }
+  /// What W_hh multiplies: h, or with a mask its product with that.
+  FASTRNN_INLINE Rows<S> operand_buffer(int team, int64_t s) const {
+    const Rows<S> h = h_buffer(team, s);
+    return {problem.direction[0].options.recurrent ? masked_ + (h.data - h_) : h.data, h.stride};
   }
   /// m_t: h_t before its projection.
   FASTRNN_INLINE Rows<S> m_buffer(int team) const {
@@ -150,17 +156,28 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     for (int64_t i = 0; i < rows.count(sequence.B); ++i) {
       const int64_t position = rows.position(i), b = sequence.batch(position);
       const int64_t last = sequence.last_step(position);
-      const bool zero = last >= 0 && sequence.resets(d == 0 ? 0 : last, position);
+      const int64_t first = d == 0 ? 0 : last;
+      const bool resets = last >= 0 && sequence.resets(first, position);
       for (int buffer = 0; buffer < 2; ++buffer) {
         S* const h = h_buffer(team, buffer)[i];
-        if (zero)
-          __builtin_memset(h, 0, problem.P * sizeof(S));
+        if (resets)
+          reset_row(dir, kH, first, b, h, problem.P);
         else
           copy_row(h, dir.h0[b], problem.P);
+        if (dir.options.recurrent)
+          scale_row(operand_buffer(team, buffer)[i], h, dir.options.recurrent[b], problem.P);
       }
-      for (int k = 1; k < kInfo.states && zero; ++k)
-        __builtin_memset(dir.last[k][b], 0, problem.H * sizeof(S));
+      for (int k = 1; k < kInfo.states && resets; ++k) reset_row(dir, k, first, b, dir.last[k][b], problem.H);
     }
+  }
+
+  /// The state of row b before step t, which resets it.
+  static void reset_row(const ForwardDirection<S>& dir, int state, int64_t t, int64_t b, S* to,
+                        int64_t units) {
+    if (const S* const from = dir.options.reset_state(state, t, b))
+      copy_row(to, from, units);
+    else
+      __builtin_memset(to, 0, units * sizeof(S));
   }
 
   void gather_x(int team, int64_t s, Rows<S> x) {
@@ -173,7 +190,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const Range blocks = blocks_of(part);
     const int64_t n = this->rows_at(team, s), offset = s % steps_at_once_ * this->most_rows();
     const int d = this->direction_of(team);
-    const Rows<S> h_rows = h_buffer(team, s);
+    const Rows<S> h_rows = operand_buffer(team, s);
     if (steps_at_once_ > 1) {
       const Operand h{{h_rows.data, h_rows.stride}, problem.P, nullptr};
       if (offset == 0) input_products(team, s, part);
@@ -269,6 +286,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void finish(int team, int64_t s, int64_t block, int64_t i, int64_t n, const S* product) {
     const ForwardDirection<S>& dir = problem.direction[this->direction_of(team)];
     constexpr bool kMore = kInfo.states > 1;
+    if (dir.options.on) return cells<true, kMore, true>(team, s, block, i, n, product);
     if (dir.saved)
       cells<true, kMore>(team, s, block, i, n, product);
     else if (kMore && dir.history[kInfo.states - 1])
@@ -277,12 +295,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       cells<false, false>(team, s, block, i, n, product);
   }
 
-  template <bool kSaveGates, bool kKeepStates>
+  /// With options, gates and states are kept where there is room for them.
+  template <bool kSaveGates, bool kKeepStates, bool kOptions = false>
   void cells(int team, int64_t s, int64_t block, int64_t i_begin, int64_t n, const S* product) {
     const int d = this->direction_of(team);
     const ForwardDirection<S>& dir = problem.direction[d];
     const TeamRows rows = this->rows_of(team);
-    const int64_t t = this->time(d, s), H = problem.H;
+    const int64_t t = this->time(d, s), H = problem.H, t_next = this->time(d, s + 1), s_next = s + 1;
     const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
     const int width = width_of(block);
     const S *const bias = panels_[d].bias, *const vectors = panels_[d].u;
@@ -296,24 +315,40 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       const bool forget = position < rows_after && sequence.resets(this->time(d, s + 1), position);
       S* const y_row = projected ? nullptr : dir.history[kH][row];
       S* const h_row = projected ? m[i] : h_next[i];
-      S* const saved_row = kSaveGates ? dir.saved[row] : nullptr;
+      S* const saved_row = kSaveGates && (!kOptions || dir.saved) ? dir.saved[row] : nullptr;
       S *state_row[kInfo.states], *history_row[kInfo.states];
       for (int k = 1; k < kInfo.states; ++k) {
         state_row[k] = dir.last[k][b];
-        if constexpr (kKeepStates) history_row[k] = dir.history[k][row];
+        if constexpr (kKeepStates)
+          history_row[k] = kOptions && !dir.history[k] ? nullptr : dir.history[k][row];
       }
+      const RowOptions<S> options{dir.options, row, b};
       const auto cell = [&](auto io, int64_t u, int64_t offset) FASTRNN_LAMBDA_INLINE {
         const auto gate = [&](int product) FASTRNN_LAMBDA_INLINE {
           return io.load(bias + product * H + u) + load(sums + product * width + offset);
         };
-        ForwardUnit<Cell, V<S>> s;
+        ForwardUnit<Cell, V<S>, std::conditional_t<kOptions, OptionsInside<Cell, V<S>>, Untouched>> s;
+        if constexpr (kOptions) s.options = options.template inside<Cell>(io, u);
         for (int g = 0; g < G; ++g) s.a[g] = gate(g);
         for (int g = 0; g < kInfo.split; ++g) s.x[g] = gate(G + g);
         for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = io.load(vectors + k * H + u);
-        if constexpr (kInfo.before(kH)) s.before[kH] = io.load(h_now[i] + u);
+        if (kInfo.before(kH) || (kOptions && !projected)) s.before[kH] = io.load(h_now[i] + u);
         for (int k = 1; k < kInfo.states; ++k) s.before[k] = io.load(state_row[k] + u);
         Cell::template forward<Math<S>>(s);
-        for (int j = 0; kSaveGates && j < kInfo.saved; ++j) io.store(saved_row + j * H + u, s.saved[j]);
+        for (int j = 0; kSaveGates && (!kOptions || saved_row) && j < kInfo.saved; ++j)
+          io.store(saved_row + j * H + u, s.saved[j]);
+        if constexpr (kOptions) {
+          for (int k = 1; k < kInfo.states; ++k) {
+            const V<S> after = keep_state(io, options, dir, k, u, s.before[k], s.after[k]);
+            if (history_row[k]) io.store(history_row[k] + u, after);
+            io.store(state_row[k] + u, forget ? reset_state(io, dir, k, t_next, b, u) : after);
+          }
+          if (projected) return io.store(h_row + u, s.after[kH]);
+          const V<S> after = keep_state(io, options, dir, kH, u, s.before[kH], s.after[kH]);
+          io.store(y_row + u, after);
+          return publish(io, team, s_next, i, u, forget ? reset_state(io, dir, kH, t_next, b, u) : after, dir,
+                         b);
+        }
         for (int k = 1; k < kInfo.states; ++k) {
           if constexpr (kKeepStates) io.store(history_row[k] + u, s.after[k]);
           io.store(state_row[k] + u, forget ? V<S>{} : s.after[k]);
@@ -323,6 +358,29 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       };
       each_vector<S>(block * kBlock<S>, units.in_block(block), cell);
     }
+  }
+
+  /// The state k of a unit after its step, with zoneout.
+  template <class IO>
+  FASTRNN_INLINE V<S> keep_state(IO io, const RowOptions<S>& options, const ForwardDirection<S>& dir, int k,
+                                 int64_t u, V<S> before, V<S> after) const {
+    if (k < kZoned && dir.fresh[k]) io.store(dir.fresh[k][options.row] + u, after);
+    return options.zoned(io, k, u, before, after);
+  }
+  /// The state that row b is reset to before step t.
+  template <class IO>
+  FASTRNN_INLINE V<S> reset_state(IO io, const ForwardDirection<S>& dir, int k, int64_t t, int64_t b,
+                                  int64_t u) const {
+    const S* const to = dir.options.reset_state(k, t, b);
+    return to ? io.load(to + u) : V<S>{};
+  }
+  /// h as step s finds it, and as W_hh multiplies it.
+  template <class IO>
+  FASTRNN_INLINE void publish(IO io, int team, int64_t s, int64_t i, int64_t u, V<S> h,
+                              const ForwardDirection<S>& dir, int64_t b) const {
+    io.store(h_buffer(team, s)[i] + u, h);
+    if (dir.options.recurrent)
+      io.store(operand_buffer(team, s)[i] + u, h * io.load(dir.options.recurrent[b] + u));
   }
 
   // ---- A cell in stages: first the products of all units, then whole rows -----------------------------
@@ -335,7 +393,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void row_products(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
     const int64_t n = this->rows_at(team, s);
-    const Rows<S> h_rows = h_buffer(team, s), to = products_buffer(team);
+    const Rows<S> h_rows = operand_buffer(team, s), to = products_buffer(team);
     const Operand h{{h_rows.data, h_rows.stride}, problem.P, nullptr};
     const Range blocks = blocks_of(part);
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
@@ -349,10 +407,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void row_cells(int team, int64_t s, int part) {
     const Range mine = share(this->rows_at(team, s), part, plan.parts);
     S* const after = after_ + (team * plan.parts + part) * kInfo.states * problem.H;
-    for (int64_t i = mine.begin; i < mine.end; ++i) row_cell(team, s, i, after);
+    const bool options = problem.direction[this->direction_of(team)].options.on;
+    for (int64_t i = mine.begin; i < mine.end; ++i)
+      options ? row_cell<true>(team, s, i, after) : row_cell<false>(team, s, i, after);
   }
 
   /// after [states][H]: what the stages hand on.
+  template <bool kOptions>
   void row_cell(int team, int64_t s, int64_t i, S* after) {
     const int d = this->direction_of(team);
     const ForwardDirection<S>& dir = problem.direction[d];
@@ -363,6 +424,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const S *const vectors = panels_[d].u, *const h_row = h_buffer(team, s)[i];
     S* const h_next = h_buffer(team, s + 1)[i];
     S* const saved_row = dir.saved ? dir.saved[row] : nullptr;
+    const RowOptions<S> options{dir.options, row, b};
     S numbers[array_length(kInfo.row_numbers)] = {};
     each_stage<kInfo.stages>([&]<int kStage>() {
       constexpr bool kLast = kStage == kInfo.stages - 1;
@@ -373,7 +435,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         for (int g = 0; g < kInfo.split; ++g) unit.x[g] = io.load(x_row + g * H + u);
         for (int k = 0; k < kInfo.vectors; ++k) unit.u[k] = io.load(vectors + k * H + u);
         for (int r = 0; r < kInfo.row_numbers; ++r) unit.row[r] = broadcast(numbers[r]);
-        if (kInfo.before(kH)) unit.before[kH] = io.load(h_row + u);
+        if (kInfo.before(kH) || kOptions) unit.before[kH] = io.load(h_row + u);
         for (int k = 1; k < kInfo.states; ++k) {
           unit.before[k] = io.load(dir.last[k][b] + u);
           if constexpr (kStage > 0) unit.after[k] = io.load(after + k * H + u);
@@ -381,13 +443,24 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         Cell::template forward<Math<S>, kStage>(unit);
         if (kStage == kInfo.saves_in && saved_row)
           for (int j = 0; j < kInfo.saved; ++j) io.store(saved_row + j * H + u, unit.saved[j]);
+        if constexpr (kLast && kOptions) {
+          for (int k = 0; k < kInfo.states; ++k)
+            unit.after[k] = keep_state(io, options, dir, k, u, unit.before[k], unit.after[k]);
+        }
         if constexpr (kLast) {
+          const auto next = [&](int k) FASTRNN_LAMBDA_INLINE {
+            if (!forget) return unit.after[k];
+            return kOptions ? reset_state(io, dir, k, this->time(d, s + 1), b, u) : V<S>{};
+          };
           for (int k = 1; k < kInfo.states; ++k) {
             if (dir.history[k]) io.store(dir.history[k][row] + u, unit.after[k]);
-            io.store(dir.last[k][b] + u, forget ? V<S>{} : unit.after[k]);
+            io.store(dir.last[k][b] + u, next(k));
           }
           io.store(dir.history[kH][row] + u, unit.after[kH]);
-          io.store(h_next + u, forget ? V<S>{} : unit.after[kH]);
+          if constexpr (kOptions)
+            publish(io, team, s + 1, i, u, next(kH), dir, b);
+          else
+            io.store(h_next + u, next(kH));
         } else {
           for (int k = 1; k < kInfo.states; ++k) io.store(after + k * H + u, unit.after[k]);
           for (int k = 0; k < kMaxSums; ++k) sums[k] += io.only(unit.sums[k]);
@@ -423,11 +496,31 @@ class Forward : public Scan<S, ForwardProblem<S>> {
                                false);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t position = rows.position(i);
+        if (dir.options.on) {
+          finish_projection(team, s, i, first, count, position < rows_after);
+          continue;
+        }
         copy_row(dir.history[kH][sequence.row(t, position)] + first, h_next[i] + first, count);
         if (position < rows_after && sequence.resets(this->time(d, s + 1), position))
           __builtin_memset(h_next[i] + first, 0, count * sizeof(S));
       }
     }
+  }
+
+  /// project() for some outputs of row i, which are in the next h: with options.
+  void finish_projection(int team, int64_t s, int64_t i, int64_t first, int64_t count, bool goes_on) {
+    const int d = this->direction_of(team);
+    const ForwardDirection<S>& dir = problem.direction[d];
+    const int64_t position = this->rows_of(team).position(i), b = sequence.batch(position);
+    const int64_t row = sequence.row(this->time(d, s), position), t_next = this->time(d, s + 1);
+    const bool forget = goes_on && sequence.resets(t_next, position);
+    const RowOptions<S> options{dir.options, row, b};
+    const S *const before = h_buffer(team, s)[i], *const h = h_buffer(team, s + 1)[i];
+    each_vector<S>(first, count, [&](auto io, int64_t u, int64_t) FASTRNN_LAMBDA_INLINE {
+      const V<S> after = keep_state(io, options, dir, kH, u, io.load(before + u), io.load(h + u));
+      io.store(dir.history[kH][row] + u, after);
+      publish(io, team, s + 1, i, u, forget ? reset_state(io, dir, kH, t_next, b, u) : after, dir, b);
+    });
   }
 
   /// h_n of a row is its y at its last step; y is zero beyond the lengths.
@@ -447,10 +540,12 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     for (int k = 1; k < kInfo.states; ++k)
       if (dir.history[k]) __builtin_memset(dir.history[k][row], 0, problem.H * sizeof(S));
     if (dir.saved) __builtin_memset(dir.saved[row], 0, kInfo.saved_width(problem.H) * sizeof(S));
+    for (int k = 0; k < kZoned; ++k)
+      if (dir.fresh[k]) __builtin_memset(dir.fresh[k][row], 0, dir.fresh[k].stride * sizeof(S));
   }
 
   bool turns_ = false, far_ = false;
-  S *h_ = nullptr, *m_ = nullptr, *x_ = nullptr, *products_ = nullptr, *turned_ = nullptr;
+  S *h_ = nullptr, *masked_ = nullptr, *m_ = nullptr, *x_ = nullptr, *products_ = nullptr, *turned_ = nullptr;
   S *rows_ = nullptr, *after_ = nullptr;
   int64_t gate_stride_ = 0, row_stride_ = 0;
   int64_t h_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0, steps_at_once_ = 1;

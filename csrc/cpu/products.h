@@ -82,6 +82,7 @@ class Products {
     columns_ = s.take<S>(workers_ * (inputs.count() + outputs.count()) * kBlock<S> * deep_);
     units_ = s.take<S>(workers_ * kStrip * deep_);
     sources_ = s.take<Source>(workers_ * deep_);
+    if (problem.direction[0].options.recurrent) masked_ = s.take<S>(workers_ * deep_ * problem.P);
   }
 
   // ---- dx ----------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class Products {
 
   // ---- dW and db ---------------------------------------------------------------------------------------
 
-  /// What one row of the sequence contributes; h is null where the state was reset.
+  /// What one row of the sequence contributes; h is null where the state was reset to zero.
   struct Source {
     const S *dgates, *x, *h;
   };
@@ -138,7 +139,8 @@ class Products {
     int64_t t = 0, position = 0;
   };
 
-  int64_t next_rows(int d, Walk& walk, Source* sources) const {
+  int64_t next_rows(int64_t worker, int d, Walk& walk) const {
+    Source* const sources = sources_ + worker * deep_;
     const ProductsDirection<S>& dir = problem.direction[d];
     int64_t n = 0;
     for (; walk.t < sequence.T; ++walk.t, walk.position = 0) {
@@ -148,10 +150,17 @@ class Products {
       for (; walk.position < alive; ++walk.position) {
         if (n == deep_) return n;
         const int64_t position = walk.position, row = sequence.row(t, position);
+        const int64_t b = sequence.batch(position);
         const S* h = nullptr;
-        if (!sequence.resets(t, position))
-          h = position < alive_prev ? dir.y[sequence.row(t_prev, position)]
-                                    : dir.h0[sequence.batch(position)];
+        if (sequence.resets(t, position))
+          h = dir.options.reset_state(kH, t, b);
+        else
+          h = position < alive_prev ? dir.y[sequence.row(t_prev, position)] : dir.h0[b];
+        if (dir.options.recurrent && h) {
+          S* const masked = masked_ + (worker * deep_ + n) * problem.P;
+          scale_row(masked, h, dir.options.recurrent[b], problem.P);
+          h = masked;
+        }
         sources[n++] = {dir.dgates[row], problem.x[row], h};
       }
     }
@@ -165,7 +174,7 @@ class Products {
     for (int d = 0; d < problem.directions; ++d) {
       const ProductsDirection<S>& dir = problem.direction[d];
       Walk walk;
-      const int64_t n = next_rows(d, walk, sources);
+      const int64_t n = next_rows(worker, d, walk);
       for (int64_t row = mine.begin; row < mine.end; ++row) {
         const auto gate = static_cast<int>(row / problem.H);
         const int64_t of_x = of_input(gate, row % problem.H), of_h = of_recurrent(gate, row % problem.H);
@@ -206,7 +215,7 @@ class Products {
     for (int d = 0; d < problem.directions; ++d) {
       Walk walk;
       for (bool first = true;; first = false) {
-        const int64_t n = next_rows(d, walk, sources);
+        const int64_t n = next_rows(worker, d, walk);
         if (n == 0 && !first) break;
         if constexpr (kTakesX)
           pack_columns(sources, n, inputs, columns, [](const Source& source) { return source.x; });
@@ -303,7 +312,7 @@ class Products {
   int64_t row_stride_ = 0, deep_ = 1;
   Team* everyone_ = nullptr;
   Columns<S> w_ih_[kMaxDirections];
-  S *chunks_ = nullptr, *columns_ = nullptr, *units_ = nullptr;
+  S *masked_ = nullptr, *chunks_ = nullptr, *columns_ = nullptr, *units_ = nullptr;
   Source* sources_ = nullptr;
 };
 

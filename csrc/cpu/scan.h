@@ -24,6 +24,10 @@ struct Full {
   FASTRNN_INLINE V only(V v) const {
     return v;
   }
+  template <class S>
+  FASTRNN_INLINE Integers<S> flags(const bool* p) const {
+    return FASTRNN_ISA::flags<S>(p, kLanes<S>);
+  }
 };
 struct Part {
   int count;
@@ -41,6 +45,10 @@ struct Part {
     for (int lane = count; lane < static_cast<int>(sizeof v / sizeof v[0]); ++lane) v[lane] = 0;
     return v;
   }
+  template <class S>
+  FASTRNN_INLINE Integers<S> flags(const bool* p) const {
+    return FASTRNN_ISA::flags<S>(p, count);
+  }
 };
 
 template <class S>
@@ -57,6 +65,52 @@ FASTRNN_INLINE void each_vector(int64_t first, int64_t units, F&& f) {
   for (; offset + kLanes<S> <= units; offset += kLanes<S>) f(Full{}, first + offset, offset);
   if (offset < units) f(Part{static_cast<int>(units - offset)}, first + offset, offset);
 }
+
+/// What options do with the states of one row at one step, b its place in the batch.
+template <class S>
+struct RowOptions {
+  const StepOptions<S>& options;
+  int64_t row, b;
+
+  /// The state after the step, of a unit that was `old` before it and is now `fresh`.
+  template <class IO>
+  FASTRNN_INLINE V<S> zoned(IO io, int k, int64_t u, V<S> old, V<S> fresh) const {
+    if (!options.zones(k)) return fresh;
+    if (options.keep[k]) return io.template flags<S>(options.keep[k][row] + u) ? old : fresh;
+    const S share = static_cast<S>(options.share[k]);
+    return share * old + (1 - share) * fresh;
+  }
+  /// The part of the gradient of a state after zoneout that goes to the state before the step.
+  template <class IO>
+  FASTRNN_INLINE V<S> kept(IO io, int k, int64_t u, V<S> d) const {
+    return zoned(io, k, u, d, V<S>{});
+  }
+  /// And the part that goes to the fresh state.
+  template <class IO>
+  FASTRNN_INLINE V<S> passed(IO io, int k, int64_t u, V<S> d) const {
+    return zoned(io, k, u, V<S>{}, d);
+  }
+  FASTRNN_INLINE V<S> gradient_clipped(V<S> d) const {
+    return options.gradient_clip > 0 ? clipped(d, broadcast(static_cast<S>(options.gradient_clip))) : d;
+  }
+  /// What acts inside the step of a unit.
+  template <class Cell, class IO>
+  FASTRNN_INLINE OptionsInside<Cell, V<S>> inside(IO io, int64_t u) const {
+    OptionsInside<Cell, V<S>> touched;
+    if constexpr (!std::is_same_v<decltype(touched), Untouched>) {
+      touched.mask = options.candidate ? io.load(options.candidate[row] + u) : broadcast(S{1});
+      touched.clip = bound(options.cell_clip);
+      // Where zoneout acts on c, the clip acts on the gradient after it.
+      touched.gradient_clip = bound(options.zones(kC) ? 0 : options.gradient_clip);
+    }
+    return touched;
+  }
+
+ private:
+  static FASTRNN_INLINE V<S> bound(double v) {
+    return broadcast(v > 0 ? static_cast<S>(v) : static_cast<S>(__builtin_inf()));
+  }
+};
 
 /// The rows of one team: positions first, first + stride, ... among the rows in the order of their length.
 struct TeamRows {
@@ -140,6 +194,14 @@ struct Scan {
 template <class S>
 FASTRNN_INLINE void copy_row(S* to, const S* from, int64_t count) {
   __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(S));
+}
+
+/// to = from * mask.
+template <class S>
+inline void scale_row(S* to, const S* from, const S* mask, int64_t count) {
+  each_vector<S>(0, count, [&](auto io, int64_t u, int64_t) {
+    io.store(to + u, io.load(from + u) * io.load(mask + u));
+  });
 }
 
 }  // namespace

@@ -112,6 +112,19 @@ FASTRNN_INLINE void store(S* p, V<S> v, int count) {
 }
 #endif
 
+template <int kBytes>
+struct BytesOf {
+  typedef signed char type __attribute__((vector_size(kBytes)));
+};
+
+/// All bits of the first `count` lanes whose flag is set.
+template <class S>
+FASTRNN_INLINE Integers<S> flags(const bool* p, int count) {
+  typename BytesOf<kLanes<S>>::type bytes{};
+  __builtin_memcpy(&bytes, p, count);
+  return __builtin_convertvector(bytes, Integers<S>) != 0;
+}
+
 template <class T>
 FASTRNN_INLINE T min(T a, T b) {
   return b < a ? b : a;

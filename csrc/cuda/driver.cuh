@@ -108,8 +108,12 @@ class Driver {
       Tensors gates_x;
       for (int64_t d = 0; d < call.sizes.D; ++d) gates_x.push_back(input_gates(call, d));
       if constexpr (kPersistent)
-        if (forward_persistent(call, problem, gates_x)) return;
-      for (int64_t d = 0; d < call.sizes.D; ++d) forward_steps(call, problem, gates_x[size_t(d)], d);
+        if (!problem.direction[0].options.on && forward_persistent(call, problem, gates_x)) return;
+      for (int64_t d = 0; d < call.sizes.D; ++d)
+        if (problem.direction[d].options.on)
+          forward_steps<true>(call, problem, gates_x[size_t(d)], d);
+        else
+          forward_steps<false>(call, problem, gates_x[size_t(d)], d);
     });
   }
 
@@ -123,8 +127,10 @@ class Driver {
     with_storage(call.y, [&]<class S>(S) {
       const auto problem = call.template problem<S>(sequence.get());
       if constexpr (kPersistent)
-        if (backward_persistent(call, problem)) return;
-      for (int64_t d = 0; d < call.sizes.D; ++d) backward_steps(call, problem, d);
+        if (!problem.direction[0].options.on && backward_persistent(call, problem)) return;
+      for (int64_t d = 0; d < call.sizes.D; ++d)
+        problem.direction[d].options.on ? backward_steps<true>(call, problem, d)
+                                        : backward_steps<false>(call, problem, d);
     });
   }
 
@@ -217,7 +223,7 @@ class Driver {
     return done;
   }
 
-  template <class S>
+  template <bool kOptions, class S>
   void forward_steps(const ForwardCall& call, const ForwardProblem<S>& problem, const Tensor& gates_x,
                      int64_t d) {
     const Sequence& host = call.layout.get();
@@ -243,7 +249,7 @@ class Driver {
                      .projected = projects ? pointer<S>(projected) : nullptr};
     const Grid states = one_thread_each(B * larger(int(P), int(H)));
     device_.launch(begin_forward<S>, states, p);
-    if constexpr (!kInfo.dense) device_.launch(forward_alone<Cell, S>, one_thread_each(B * H), p);
+    if constexpr (!kInfo.dense) device_.launch(forward_alone<Cell, kOptions, S>, one_thread_each(B * H), p);
     for (int64_t step = 0; kInfo.dense && step < host.T; ++step) {
       p.t = p.t_next;
       p.t_next += d == 0 ? 1 : -1;
@@ -254,10 +260,10 @@ class Driver {
                          torch::stable::transpose(call.weights.at(kWeightHh, d), 0, 1));
       }
       if constexpr (kInfo.staged())
-        device_.launch(forward_row<Cell, S>, Grid{B, kStepThreads, kRowSharedBytes<S>, false}, p);
+        device_.launch(forward_row<Cell, kOptions, S>, Grid{B, kStepThreads, kRowSharedBytes<S>, false}, p);
       else
         // mutant: single-steps-rows-yet-to-begin-not-reset
-        device_.launch(forward_step<Cell, S>, one_thread_each(B * H), p);
+        device_.launch(forward_step<Cell, kOptions, S>, one_thread_each(B * H), p);
       if constexpr (kInfo.projects)
         if (projects) {
           if (n > 0) {
@@ -271,7 +277,7 @@ class Driver {
     device_.launch(end_forward<S>, states, p);
   }
 
-  template <class S>
+  template <bool kOptions, class S>
   void backward_steps(const BackwardCall& call, const BackwardProblem<S>& problem, int64_t d) {
     const Sequence& host = call.layout.get();
     const auto [D, B, I, H, P] = call.sizes;
@@ -281,6 +287,7 @@ class Driver {
     const Tensor dgates = accumulators<S>({kInfo.staged() ? B : 0, kInfo.gradients() * H}, like);
     const Tensor dothers = accumulators<S>({kInfo.states - 1, B, H}, like);
     const Tensor direct = empty({kInfo.before(kH) ? B : 0, H}, like);
+    const Tensor carry = accumulators<S>({kOptions ? B : 0, P}, like);
     const Tensor dh_complete = empty({projects ? B : 0, P}, like),
                  dh_hidden = empty({projects ? B : 0, H}, like);
     const Tensor du = shares_of_vectors<S>(call, B);
@@ -294,6 +301,7 @@ class Driver {
                       .dothers = pointer<Acc<S>>(dothers),
                       .states = kInfo.states,
                       .direct = kInfo.before(kH) ? pointer<S>(direct) : nullptr,
+                      .carry = pointer<Acc<S>>(carry),
                       .dgates_h = pointer<S>(dgates_h),
                       .dh_complete = projects ? pointer<S>(dh_complete) : nullptr,
                       .du = pointer<Acc<S>>(du),
@@ -301,7 +309,7 @@ class Driver {
                       .dh_hidden = projects ? pointer<S>(dh_hidden) : nullptr};
     const Grid states = one_thread_each(B * larger(int(P), int(H)));
     device_.launch(begin_backward<S>, states, p);
-    if constexpr (!kInfo.dense) device_.launch(backward_alone<Cell, S>, one_thread_each(B * H), p);
+    if constexpr (!kInfo.dense) device_.launch(backward_alone<Cell, kOptions, S>, one_thread_each(B * H), p);
     for (int64_t step = 0; kInfo.dense && step < host.T; ++step) {
       p.t = d == 0 ? host.T - 1 - step : step;  // mutant: one-direction-for-both
       const int64_t n = host.rows(p.t);
@@ -313,15 +321,16 @@ class Driver {
           device_.multiply(out, first_rows(dh_complete, n), call.weights.at(kWeightHr, d));
         }
       if constexpr (kInfo.staged())
-        device_.launch(backward_row<Cell, S>, Grid{n, kStepThreads, kRowSharedBytes<S>, false}, p);
+        device_.launch(backward_row<Cell, kOptions, S>, Grid{n, kStepThreads, kRowSharedBytes<S>, false}, p);
       else
-        device_.launch(backward_step<Cell, S>, one_thread_each(n * H), p);
+        device_.launch(backward_step<Cell, kOptions, S>, one_thread_each(n * H), p);
       Tensor out = first_rows(dh, n);
-      if constexpr (kInfo.before(kH))
+      if constexpr (kInfo.before(kH) && !kOptions)
         device_.multiply_add(out, first_rows(direct, n), first_rows(dgates_h, n),
                              call.weights.at(kWeightHh, d));
       else
         device_.multiply(out, first_rows(dgates_h, n), call.weights.at(kWeightHh, d));
+      if constexpr (kOptions) device_.launch(backward_carried<S>, one_thread_each(n * P), p);
     }
     device_.launch(end_backward<S>, states, p);
     add_up_vectors(problem.direction[d], p.du, B, call);
