@@ -1,6 +1,8 @@
 """``fastrnn.explain``: which kernel each recurrent layer of a module takes, and why."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +39,23 @@ class Explanations(list[Explanation]):
     __repr__ = __str__
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Explanations:
+def explain(
+    module: nn.Module, input: Tensor | PackedSequence, hx: Any = None, *others: Any, **keywords: Any
+) -> Explanations:
     """Which kernel each fastrnn layer inside ``module`` takes for ``input``, forward and backward, and why.
 
-    Runs ``module(input)`` once without gradients (``module(input, hx)`` with hx) to see what reaches each
-    layer, under autocast if it is on; batch norm and other state is left as eval() leaves it. print() the
-    result, or read its fields.
+    Runs ``module(input)`` once without gradients (``module(input, hx, *others)`` with hx, and with the
+    keywords, such as ``lengths``) to see what reaches each layer, under autocast if it is on; batch norm and
+    other state is left as eval() leaves it. print() the result, or read its fields.
     """
     explanations, handles = Explanations(), []
 
     def record(name: str):
         def hook(layer: nn.Module, args: tuple, keywords: dict) -> None:
             given = args[0] if args else keywords["input"]
-            explanations.extend(_explain_module(name, layer, given, training[layer]))
+            reset_to = keywords.get("reset_to", args[5] if len(args) > 5 else None)
+            acts = [] if reset_to is None else ["reset_to"]
+            explanations.extend(_explain_module(name, layer, given, training[layer], acts))
 
         return hook
 
@@ -60,7 +66,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
     try:
         module.eval()
         with torch.no_grad():
-            module(input) if hx is None else module(input, hx)
+            module(*((input,) if hx is None and not others else (input, hx, *others)), **keywords)
     finally:
         for handle in handles:
             handle.remove()
@@ -70,7 +76,11 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
 
 
 def _explain_module(
-    name: str, module: nn.Module, input: Tensor | PackedSequence, training: bool = True
+    name: str,
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    training: bool = True,
+    acts: Sequence[str] = (),  # what the call is given that no kernel serves
 ) -> Explanations:
     if isinstance(module, minimal._LinearRecurrent):
         return _explain_linear(name, module)
@@ -87,7 +97,7 @@ def _explain_module(
     assert isinstance(weight, Tensor)
     (weight,) = functional.lowered((weight,))
     reason = functional.no_kernel_reason(weight) if H > 0 else "there are no units (H = 0) to compute"
-    if reason is None and (unserved := module._unserved(training)):
+    if reason is None and (unserved := module._unserved(training) or functional.unserved_reason(acts)):
         reason = f"{unserved}: torch operations"
     if reason is not None:
         return Explanations(Explanation(name, layer, None, reason, reason, options) for layer in range(L))

@@ -198,7 +198,11 @@ def _normed_gates(x: Tensor, weights: _autograd.Weights, rows: Rows) -> Tensor:
     for d in range(0, len(weights), SLOTS):
         w_ih, _, b_ih, _, gain, _ = weights[d : d + SLOTS]
         a = torch.nn.functional.linear(x, w_ih)  # type: ignore[arg-type]
-        gates.append(torch.nn.functional.layer_norm(a, gain.shape, gain, b_ih))  # type: ignore[union-attr]
+        if _autograd._is_dual():  # torch's derivative of its own tangent is wrong
+            a = reference._normed(a) * gain  # type: ignore[operator]
+            gates.append(a if b_ih is None else a + b_ih)
+        else:
+            gates.append(torch.nn.functional.layer_norm(a, gain.shape, gain, b_ih))  # type: ignore[union-attr]
     return torch.cat(gates, -1)
 
 

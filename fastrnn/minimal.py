@@ -113,7 +113,8 @@ class _LinearRecurrent(nn.Module):
                 return states
 
             bias = getattr(self, f"bias_ih{name}") if self.bias else None
-            return self._output(x, getattr(self, f"weight_ih{name}"), bias, rows, direction, scan)
+            y = self._output(x, getattr(self, f"weight_ih{name}"), bias, rows, direction, scan)
+            return rows.without_padding(y)  # its gradient too: NaN there would reach the output gate's
 
         for layer in range(self.num_layers):
             outputs = [scan_direction(f"_l{layer}{suffix}", d) for d, suffix in enumerate(self._directions())]

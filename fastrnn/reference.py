@@ -73,7 +73,8 @@ def rnn_relu_step(x, a, states):
 
 
 def _normed(v: Tensor) -> Tensor:
-    """n(v) of torch.nn.LayerNorm, written out: torch's own third derivative of it is wrong."""
+    """n(v) of torch.nn.LayerNorm, written out: torch's own third derivative of it is wrong,
+    and so is what it derives from its tangent."""
     v = v - v.mean(-1, keepdim=True)
     return v / torch.sqrt(v.square().mean(-1, keepdim=True) + 1e-5)
 

@@ -117,8 +117,9 @@ class Rows(NamedTuple):
         it is, and reversing twice changes nothing."""
         if self.batch_sizes is None and self.lengths is None:
             return self.dense(rows).flip(1 if self.batch_first else 0).flatten(0, 1)
-        t, b = self.places()
-        ends = self.ends()[b]
+        ends = self.ends()
+        t, b = (places.to(ends.device) for places in self.places())  # lengths may be on meta
+        ends = ends[b]
         t = torch.where(t < ends, ends - 1 - t, t)
         if self.batch_sizes is not None:
             first = self.batch_sizes.cumsum(0) - self.batch_sizes

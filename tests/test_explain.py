@@ -86,3 +86,23 @@ def test_autocast_decides_by_its_dtype(monkeypatch):
     (found,) = fastrnn._explain._explain_module("", fastrnn.GRU(3, 4), torch.randn(2, 1, 3))
     assert found.operator is None
     assert "bfloat16" in found.forward
+
+
+def test_a_call_with_keywords_and_further_inputs_is_explained():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = fastrnn.GRU(3, 4)
+
+        def forward(self, x, h, scale, lengths=None, reset_to=None):
+            reset = torch.zeros(x.shape[:2], dtype=torch.bool)
+            return self.rnn(x * scale, h, lengths, reset, reset_to=reset_to)
+
+    x, h = torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
+    (found,) = fastrnn.explain(Two(), x, h, 2.0, lengths=[5, 0])
+    assert found.operator == "fastrnn::gru"
+    (found,) = fastrnn.explain(Two(), x, h, scale=2.0, reset_to=h)
+    assert found.operator is None
+    assert "reset_to has no kernel yet" in found.forward
+    (found,) = fastrnn.explain(fastrnn.MinGRU(3, 4), x, lengths=torch.tensor([5, 0]))
+    assert found.operator == "fastrnn::linear_scan"

@@ -151,3 +151,16 @@ def test_second_derivatives():
     weights = [p.detach().requires_grad_() for p in lstm.parameters()]
     assert torch.autograd.gradcheck(function, (x, *weights), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, (x, *weights), fast_mode=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_second_derivatives_are_the_same_in_every_mode(bias):
+    lstm, x = make("LSTM", layer_norm=True, bias=bias), torch.randn(2, 1, I, dtype=torch.float64)
+    rev, fwd = torch.func.jacrev, torch.func.jacfwd
+
+    def f(x):
+        return lstm(x)[0].square().sum()
+
+    expected = rev(rev(f))(x)
+    for outer, inner in ((rev, fwd), (fwd, rev), (fwd, fwd)):
+        torch.testing.assert_close(outer(inner(f))(x), expected)

@@ -182,6 +182,11 @@ def test_nan_in_the_padding_reaches_nothing(kind):
     y, h_n = module(x, lengths=lengths)
     for t in (y, h_n, *torch.autograd.grad(y.sum() + h_n.sum(), [x, *module.parameters()])):
         assert not t.isnan().any()
+    y, _ = module(x, lengths=lengths)
+    dy = torch.randn(y.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(y, [x, *module.parameters()], dy, retain_graph=True)
+    dy[torch.arange(T)[:, None] >= lengths] = float("nan")  # as that of y.log() would be
+    torch.testing.assert_close(torch.autograd.grad(y, [x, *module.parameters()], dy), expected)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

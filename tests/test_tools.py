@@ -277,6 +277,8 @@ def test_on_meta_lengths_may_be_on_meta(kind):
     x = torch.empty(5, 2, 3, device="meta")
     for lengths in ([3, 1], torch.empty(2, dtype=torch.int64, device="meta")):
         assert ours(x, lengths=lengths)[0].shape == (5, 2, 4)
+        backwards = getattr(fastrnn, kind)(3, 4, device="meta", reverse=True)
+        assert backwards(x, lengths=lengths)[0].shape == (5, 2, 4)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
