@@ -53,9 +53,8 @@ def explain(
     def record(name: str):
         def hook(layer: nn.Module, args: tuple, keywords: dict) -> None:
             given = args[0] if args else keywords["input"]
-            acts = (
-                ["reset_to"] if keywords.get("reset_to") is not None or args[5:] not in ((), (None,)) else []
-            )
+            reset_to = keywords.get("reset_to", args[5] if len(args) > 5 else None)
+            acts = [] if reset_to is None else ["reset_to"]
             explanations.extend(_explain_module(name, layer, given, training[layer], acts))
 
         return hook

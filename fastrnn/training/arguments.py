@@ -1,6 +1,8 @@
 """The parser of the command line, and what the errors of bad settings come to: one line each."""
 
+import logging
 import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -8,11 +10,12 @@ from jsonargparse import get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
-from fastrnn.training.errors import InputError
+from fastrnn.training.errors import InputError, in_short
 
 LONGEST = 800  # characters of an error's line; some quote a whole file
-REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError)
+REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError, AttributeError)
 YAML = get_loader("yaml")
+log = logging.getLogger(__name__)
 
 
 def load_value(text: str) -> Any:
@@ -30,6 +33,15 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # of a parser inside the parser, which catches jsonargparse's own errors
             super().error(message, ex)
         raise InputError(innermost(message)) from ex
+
+    def save(self, cfg: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        """Write a run's configuration; one that cannot be written (a default that YAML has no word for) does
+        not end the run."""
+        try:
+            super().save(cfg, path, *args, **kwargs)
+        except ValueError as error:
+            Path(path).unlink(missing_ok=True)
+            log.warning("the run goes without %s: %s", path, in_short(error))
 
 
 def innermost(message: str) -> str:
@@ -79,8 +91,8 @@ def root(error: BaseException) -> BaseException:
 
 
 def raised_in(error: BaseException) -> str:
-    """The module whose line raised an error."""
+    """The module whose line raised an error; of an attribute that is missing, the one that asked for it."""
     trace: Any = error.__traceback__
-    while trace and trace.tb_next:
+    while trace and trace.tb_next and trace.tb_next.tb_frame.f_code.co_name != "__getattr__":
         trace = trace.tb_next
     return str(trace.tb_frame.f_globals.get("__name__", "")) if trace else ""

@@ -175,6 +175,8 @@ def refusal(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture)
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val must be a number in [0, inf), got -1"),
         ("trainer.overfit_batches=-1", "overfit_batches"),
         ("trainer.callbacks=EarlyStopping", "trainer.callbacks"),
+        ("trainer.callbacks=LearningRateFinder", "should have one of these fields: ('lr', 'learning_rate')"),
+        ("trainer.callbacks=BackboneFinetuning", "has no attribute 'backbone'"),
         ("trainer.logger=Nonsense", "trainer.logger"),
         ("best.mode=up", "`mode` can be min, max but got up"),
         ("best.monitor=val/nothing", "best.monitor must be one of val/loss, val/rmse, val/mae, got 'val/no"),
@@ -225,6 +227,19 @@ def test_lightnings_settings_are_usable(
     unsaved = ("enable_checkpointing=false", "barebones=true", "fast_dev_run=true", "max_steps=0")
     assert bool(list(tmp_path.rglob("last.ckpt"))) == (settings[0] not in unsaved)
     assert {p.name for p in tmp_path.iterdir()} <= {"runs"}  # nothing beside it
+
+
+def test_a_configuration_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    timer = [
+        "--trainer.callbacks=Timer",
+        "--trainer.callbacks.duration=00:00:10:00",
+    ]  # its default is an Enum
+    folder = Path(run(with_shipped_configs([*QUICK, *timer, f"--runs={tmp_path}"])).trainer.log_dir)
+    assert "config.yaml: ValueError" in caplog.text
+    assert not (folder / "config.yaml").exists()
+    assert "hidden_size" in (folder / "report.html").read_text()
 
 
 def test_loggers_and_plugins_of_ones_own_stand_beside_the_runs_log(tmp_path: Path) -> None:
