@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from . import _flops, functional, init  # noqa: F401  (_flops: for torch.utils.flop_counter)
+    from . import _compile, _flops, functional, init  # noqa: F401  (for torch.compile, flop_counter)
     from ._explain import Explanation, explain
     from ._prepack import prepack
     from .convert import convert, to_torch
