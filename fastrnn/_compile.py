@@ -1,10 +1,10 @@
 """torch.compile takes fastrnn's layers into its graphs.
 
-Dynamo breaks the graph at every instance of ``torch.nn.LSTM``, ``GRU`` and ``RNN``, which it would unroll over
-time, and so at fastrnn's subclasses, which are one operator a layer. torch has a setting that allows all of them
-(``torch._dynamo.config.allow_rnn``), and none for a class. So the setting is on while Dynamo's one method that
-asks for it looks at a layer of fastrnn's; torch.nn's own stay as they are. Where a torch has no such method, the
-message of its graph break names the setting.
+Dynamo breaks the graph at every instance of ``torch.nn.LSTM``, ``GRU`` and ``RNN``, which it would unroll
+over time, and so at fastrnn's subclasses, which are one operator a layer. torch has a setting that allows
+all of them (``torch._dynamo.config.allow_rnn``), and none for a class. So the setting is on while Dynamo's
+one method that asks for it looks at a layer of fastrnn's; torch.nn's own stay as they are. Where a torch
+has no such method, the message of its graph break names the setting.
 """
 
 import importlib.util
