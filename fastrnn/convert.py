@@ -1,6 +1,7 @@
 """Whole models between torch.nn and fastrnn: the same parameters, another class. patch() reaches torch.nn's
 constructors and functions themselves."""
 
+import inspect
 import types
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -188,12 +189,17 @@ def to_torch(model: _Model, *, verbose: bool = False) -> _Model:
 _FUNCTIONS = [f"{cell}{form}" for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu") for form in ("", "_cell")]
 
 
-def _new(cls: type, *args: Any, **keywords: Any) -> nn.Module:
-    from_constructor = len(args) + len(keywords) > 0  # and not from a copy or a pickle
-    if patch._count > 0 and from_constructor and not issubclass(cls, modules._Fused):
-        with suppress(_Left):
-            cls = _fused(cls)
-    return object.__new__(cls)
+def _new_of(theirs: Any) -> Callable[..., nn.Module]:
+    def new(cls: type, *args: Any, **keywords: Any) -> nn.Module:
+        from_constructor = len(args) + len(keywords) > 0  # and not from a copy or a pickle
+        if patch._count > 0 and from_constructor and not issubclass(cls, modules._Fused):
+            with suppress(_Left):
+                cls = _fused(cls)
+        return object.__new__(cls)
+
+    # inspect asks __new__ first, where a class has both.
+    new.__signature__ = inspect.signature(theirs.__init__)  # type: ignore[attr-defined]
+    return new
 
 
 class patch:
@@ -222,7 +228,7 @@ class patch:
         for theirs in _TO_FASTRNN:
             # It stays: a class whose __new__ has been deleted takes no arguments any more in CPython.
             if "__new__" not in vars(theirs):
-                theirs.__new__ = _new  # type: ignore[method-assign, assignment]
+                theirs.__new__ = _new_of(theirs)  # type: ignore[method-assign, assignment]
 
     def __enter__(self) -> "patch":
         return self

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import pickle
 import subprocess
 import sys
@@ -273,8 +274,9 @@ def test_patched_constructors_make_fastrnns_modules(kind, kernels):
         def __init__(self, size):
             super().__init__(3, size, bias=False)
 
-    before = theirs(3, 4)
+    before, signature = theirs(3, 4), inspect.signature(theirs)
     with fastrnn.patch():
+        assert inspect.signature(theirs) == signature
         module, sub = theirs(3, 4), Sub(4)
         assert type(module) is getattr(fastrnn, kind)
         assert isinstance(sub, Sub)
