@@ -3,10 +3,10 @@
 import sys
 
 try:
-    from . import _flops, functional, init  # noqa: F401  (_flops: for torch.utils.flop_counter)
+    from . import _compile, _flops, functional, init  # noqa: F401  (for torch.compile, flop_counter)
     from ._explain import Explanation, explain
     from ._prepack import prepack
-    from .convert import convert, to_torch
+    from .convert import convert, patch, to_torch
     from .functional import FallbackWarning, set_strict
     from .minimal import QRNN, SRU, MinGRU, MinLSTM
     from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -20,5 +20,5 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU", "LSTM", "QRNN", "RNN", "SLSTM", "SRU", "Explanation", "FallbackWarning", "GRUCell", "IndRNN",
     "LSTMCell", "LayerNormGRU", "LayerNormGRUCell", "MinGRU", "MinLSTM", "RNNCell", "convert", "explain",
-    "functional", "init", "prepack", "set_strict", "to_torch",
+    "functional", "init", "patch", "prepack", "set_strict", "to_torch",
 ]  # fmt: skip

@@ -268,9 +268,9 @@ def layer(
         with _autograd._without_autocast(x):
             x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
     if composed and becomes_a_node():
-        from . import _onnx  # registers operators, which nobody else needs
+        from . import onnx  # registers operators, which nobody else needs
 
-        return _onnx.layer(name, x, states, weights, rows, keep_history)
+        return onnx.layer(name, x, states, weights, rows, keep_history, torch.compiler.is_compiling())
     if composed:
         if rows.lengths is not None:  # no transform traces the number of rows that still go on
             happens = rows.happens(x.device)

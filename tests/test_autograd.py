@@ -148,10 +148,8 @@ def flat(result):
 
 @pytest.fixture
 def fresh_dynamo():
-    """Dynamo breaks the graph at every nn.RNN, GRU and LSTM, and so at ours, unless allow_rnn is set."""
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_rnn=True):
-        yield
+    yield
     torch._dynamo.reset()
 
 

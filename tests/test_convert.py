@@ -2,7 +2,10 @@
 
 import copy
 import functools
+import inspect
 import pickle
+import subprocess
+import sys
 import types
 import warnings
 
@@ -240,3 +243,103 @@ def test_a_forward_of_fastrnns_that_is_kept_elsewhere_is_torch_nns_after_to_torc
     kernels.clear()
     torch.testing.assert_close(module(x), expected)
     assert not kernels
+
+
+# ---- What is said --------------------------------------------------------------------------------------
+
+
+def test_what_is_converted_is_printed_when_asked_for(capsys):
+    model = nn.ModuleDict({"a": nn.ModuleList([nn.LSTM(3, 4)]), "b": Mine(3, 4), "c": nn.Linear(3, 4)})
+    fastrnn.convert(model, verbose=True)
+    fastrnn.to_torch(model["a"], verbose=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "fastrnn: convert() turns a.0 from torch.nn.LSTM into fastrnn.LSTM",
+        f"fastrnn: convert() turns b from {__name__}.Mine into {__name__}.Mine",
+        "fastrnn: to_torch() turns 0 from fastrnn.LSTM into torch.nn.LSTM",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_torch_has_scripted_is_said():
+    model = nn.ModuleDict({"a": torch.jit.script(nn.Sequential(nn.LSTM(3, 4))), "b": nn.GRU(3, 4)})
+    with pytest.warns(UserWarning, match=r"convert\(\).*a\.0 \(torch\.jit\.script.*before"):
+        fastrnn.convert(model)
+    assert type(model["b"]) is fastrnn.GRU
+
+
+# ---- patch() -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unpatched():
+    yield
+    assert fastrnn.patch._count == 0
+    assert type(nn.LSTM(3, 4)) is nn.LSTM
+
+
+@pytest.mark.usefixtures("unpatched")
+@pytest.mark.parametrize("kind", KINDS)
+def test_patched_constructors_make_fastrnns_modules(kind, kernels):
+    theirs, x = getattr(nn, kind), make_input(kind)
+
+    class Sub(theirs):
+        def __init__(self, size):
+            super().__init__(3, size, bias=False)
+
+    before, signature = theirs(3, 4), inspect.signature(theirs)
+    with fastrnn.patch():
+        assert inspect.signature(theirs) == signature
+        module, sub = theirs(3, 4), Sub(4)
+        assert type(module) is getattr(fastrnn, kind)
+        assert isinstance(sub, Sub)
+        assert isinstance(sub, getattr(fastrnn, kind))
+        assert not isinstance(copy.deepcopy(before), getattr(fastrnn, kind))
+    assert type(theirs(3, 4)) is theirs
+    before.load_state_dict(module.state_dict())
+    kernels.clear()
+    torch.testing.assert_close(module(x), before(x))
+    assert len(kernels) == 1
+    assert type(pickle.loads(pickle.dumps(before))) is theirs
+    quietly(fastrnn.to_torch, nn.Sequential(sub))
+    assert type(sub) is Sub
+
+
+@pytest.mark.usefixtures("unpatched")
+@pytest.mark.parametrize("kind", KINDS)
+def test_patched_functions_serve_torch_nns_modules_and_direct_calls(kind, kernels):
+    class Mine(getattr(nn, kind)):
+        def forward(self, x):
+            return super().forward(x * 2)
+
+    x, module = make_input(kind), Mine(3, 4)
+    expected = module(x)
+    assert not kernels
+    with fastrnn.patch(), fastrnn.patch():
+        pass
+    module(x)
+    assert not kernels
+    with fastrnn.patch():
+        with fastrnn.patch():
+            pass
+        torch.testing.assert_close(module(x), expected)
+        assert len(kernels) == 1
+        if kind == "GRU":
+            packed = nn.utils.rnn.pack_padded_sequence(x, [5, 3])
+            h = torch.zeros(1, 2, 4)
+            torch._VF.gru(packed.data, packed.batch_sizes, h, module._flat_weights, True, 1, 0.0, True, False)
+            assert len(kernels) == 2
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_a_plain_call_of_patch_stays():
+    script = """
+import fastrnn, torch
+from torch.nn import LSTM
+fastrnn.patch()
+assert type(LSTM(3, 4)) is fastrnn.LSTM
+y, _ = torch.compile(LSTM(3, 4), backend="eager", fullgraph=True)(torch.randn(5, 2, 3))
+assert y.shape == (5, 2, 4)
+half = LSTM(3, 4).bfloat16()  # takes torch.nn's own path, which calls the patched function
+assert half(torch.randn(5, 2, 3).bfloat16())[0].shape == (5, 2, 4)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -138,10 +138,9 @@ def test_gradients_of_each_sample_and_compiled_whole():
     for i, one in enumerate(x):
         torch.testing.assert_close({n: g[i] for n, g in found.items()}, grad(loss)(parameters, one))
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_rnn=True):
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        wanted = list(module.parameters())
-        gradients = [torch.autograd.grad(first(f(x[0])).square().sum(), wanted) for f in (module, compiled)]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    wanted = list(module.parameters())
+    gradients = [torch.autograd.grad(first(f(x[0])).square().sum(), wanted) for f in (module, compiled)]
     torch.testing.assert_close(*gradients)
 
 

@@ -326,9 +326,8 @@ def test_a_traced_module_gives_the_same():
     module = fastrnn.LSTM(6, 20, 2, bidirectional=True).to(DEVICE)
     x = torch.randn(5, 3, 6, device=DEVICE)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_rnn=True):
-        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), module(x))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell"])

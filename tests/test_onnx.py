@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
+import fastrnn.onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -207,3 +208,32 @@ def test_an_export_warns_of_nothing_of_fastrnns():
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         torch.onnx.export(fastrnn.LSTM(I, H).eval(), (torch.randn(T, B, I),), "/dev/null", dynamo=False)
     assert not [w for w in caught if "fastrnn" in str(w.message)]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_program_that_torch_has_exported_before_becomes_nodes_too(grad, tmp_path):
+    model = Lengths(fastrnn.LSTM(I, H, 2, peephole=True, batch_first=True)).eval()
+    first = torch.randn(B, T, I), torch.randn(2, B, H), torch.tensor([5, 0, 2])
+    second = torch.randn(B + 1, T + 1, I), torch.randn(2, B + 1, H), torch.tensor([6, 0, 2, 1])
+    with torch.set_grad_enabled(grad):
+        dynamic = {0: DYNAMIC, 1: DYNAMIC}, {1: DYNAMIC}, {0: DYNAMIC}
+        program = torch.export.export(model, first, dynamic_shapes=dynamic)
+    program = program.run_decompositions(fastrnn.onnx.decompositions())
+    torch.testing.assert_close(program.module()(*second), model(*second))
+    torch.onnx.export(program, (), str(tmp_path / "m.onnx"), dynamo=True, verbose=False)
+    assert len(nodes(onnx.load(tmp_path / "m.onnx"))) == 2
+    assert_equal_in_onnxruntime(model, tmp_path / "m.onnx", first, second)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_such_a_program_with_every_state_of_an_lstm_is_refused_by_name(grad, tmp_path):
+    model = Call(fastrnn.LSTM(I, H), lambda m, x: m(x, return_states=True)).eval()
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (torch.randn(T, B, I),))
+
+    def to_onnx():
+        decomposed = program.run_decompositions(fastrnn.onnx.decompositions())
+        torch.onnx.export(decomposed, (), str(tmp_path / "m.onnx"), dynamo=True, verbose=False)
+
+    with pytest.raises(Exception, match=r"return_states.of.an.LSTM"):
+        to_onnx()

@@ -475,14 +475,13 @@ def test_compiled_whole_with_gradients(kind, options):
     module, x = make(kind, **options), make_input(kind)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     found = []
-    with torch._dynamo.config.patch(allow_rnn=True):
-        for function in (module, compiled):
-            torch.manual_seed(9)
-            y = first(function(x))
-            found.append((y, torch.autograd.grad(y.square().sum(), list(module.parameters()))))
-        torch.testing.assert_close(*found)
-        module.eval()
-        torch.testing.assert_close(compiled(x), module(x))
+    for function in (module, compiled):
+        torch.manual_seed(9)
+        y = first(function(x))
+        found.append((y, torch.autograd.grad(y.square().sum(), list(module.parameters()))))
+    torch.testing.assert_close(*found)
+    module.eval()
+    torch.testing.assert_close(compiled(x), module(x))
 
 
 # ---- Recorded graphs -----------------------------------------------------------------------------------

@@ -129,13 +129,12 @@ def test_compiled_whole_with_gradients(kind):
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     keywords = {} if kind.endswith("Cell") else {"lengths": torch.tensor([1, 2, 0])}
     found = []
-    with torch._dynamo.config.patch(allow_rnn=True):
-        for function in (module, compiled):
-            y = first(seeded(function, x, **keywords))
-            found.append((y, torch.autograd.grad(y.square().sum(), list(module.parameters()))))
-        torch.testing.assert_close(*found)
-        module.eval()
-        torch.testing.assert_close(compiled(x, **keywords), module(x, **keywords))
+    for function in (module, compiled):
+        y = first(seeded(function, x, **keywords))
+        found.append((y, torch.autograd.grad(y.square().sum(), list(module.parameters()))))
+    torch.testing.assert_close(*found)
+    module.eval()
+    torch.testing.assert_close(compiled(x, **keywords), module(x, **keywords))
 
 
 def test_a_compiled_call_without_a_kernel_warns_too_without_a_break_of_its_graph(monkeypatch):
@@ -143,11 +142,10 @@ def test_a_compiled_call_without_a_kernel_warns_too_without_a_break_of_its_graph
     monkeypatch.setattr(functional, "_warned", set())
     module, x = make("GRUCell", torch.bfloat16, zoneout=0.3).eval(), make_input("GRUCell").bfloat16()
     compiled = torch.compile(module, fullgraph=True, backend="eager")
-    with torch._dynamo.config.patch(allow_rnn=True):
-        with pytest.warns(functional.FallbackWarning, match=r"no CPU kernels for torch\.bfloat16; a path of"):
-            found = compiled(x)
-        torch.testing.assert_close(compiled(x), found)
-        torch.testing.assert_close(module(x), found)
+    with pytest.warns(functional.FallbackWarning, match=r"no CPU kernels for torch\.bfloat16; a path of"):
+        found = compiled(x)
+    torch.testing.assert_close(compiled(x), found)
+    torch.testing.assert_close(module(x), found)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -9,7 +9,7 @@ runs and can be verified beside its file.
 order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ from ._autograd import Weights
 from ._operators import Keep, Maybe
 from .reference import CELLS, SLOTS, W_HR
 from .rows import Rows
+
+__all__ = ["decompositions"]
 
 _NODES = {
     "lstm": "LSTM", "lstm_peephole": "LSTM", "lstm_coupled": "LSTM", "gru": "GRU", "rnn_tanh": "RNN",
@@ -113,10 +115,55 @@ class _Recorded(torch.autograd.Function):
 # ---- What the layers call ----------------------------------------------------------------------------
 
 
+torch.library.define("fastrnn::return_states_of_an_LSTM", "(Tensor like, SymInt[] size) -> Tensor")
+torch.library.register_fake("fastrnn::return_states_of_an_LSTM")(lambda like, size: like.new_empty(size))
+
+
+def _decomposed(cell, x, states, weights, slots, packed, batch_sizes, lengths, reset, batch_first, keep):
+    """The operator ``fastrnn::scan`` as a node. In place of the history of c and the numbers for the way back
+    stand operators that no exporter knows: most programs use neither, and lose them."""
+    every: list[Maybe] = []
+    given = iter(weights)
+    for _ in range(states[0].shape[0]):
+        every += [next(given) if slots >> slot & 1 else None for slot in range(SLOTS)]
+    rows = Rows.of(x.shape[0], states[0].shape[1], batch_first, batch_sizes, lengths, reset)
+    y, last, _ = layer(cell, x, states, every, rows, keep == Keep.HISTORY, as_operator=True)
+    D, N, H, saved = len(states[0]), x.shape[0], states[-1].shape[2], CELLS[cell].saved
+    unknown = torch.ops.fastrnn.return_states_of_an_LSTM
+    return (
+        y,
+        list(last),
+        [unknown(y, (D, N, H)) for _ in states[1:] if keep != Keep.NOTHING],
+        [unknown(y, (D, N, saved * H))] if keep == Keep.FOR_BACKWARD and saved else [],
+    )
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """For ``torch.onnx.export`` of a program of ``torch.export``, in which layers are fastrnn's operators: a
+    table for its ``run_decompositions``. Models need none.
+
+    Raises RuntimeError, from ``run_decompositions``, for what ONNX's nodes have not.
+
+    Example:
+        >>> import fastrnn.onnx, torch
+        >>> program = torch.export.export(fastrnn.GRU(8, 16), (torch.randn(20, 3, 8),))
+        >>> program = program.run_decompositions(fastrnn.onnx.decompositions())
+        >>> torch.ops.onnx.GRU.opset18 in [node.target for node in program.graph.nodes]
+        True
+    """
+    return {_operators.scan: _decomposed}
+
+
 def layer(
-    name: str, x: Tensor, states: Sequence[Tensor], weights: Weights, rows: Rows, keep_history: bool
+    name: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Weights,
+    rows: Rows,
+    keep_history: bool,
+    as_operator: bool,
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """``functional.layer`` as a node."""
+    """``functional.layer`` as a node: an operator, or what the exporter on TorchScript takes."""
     if name not in _NODES:
         functional.refuse_onnx({"slstm": "SLSTM", "lstm_layer_norm": "layer_norm"}[name])
     for is_there, what in (
@@ -140,7 +187,7 @@ def layer(
         attributes["linear_before_reset"] = 1
     else:
         attributes["activations"] = [name.rpartition("_")[2].capitalize()] * D
-    if torch.compiler.is_compiling():
+    if as_operator:
         Y, *last = _OPERATORS[node](*inputs, hidden_size=R.shape[2], **attributes)  # type: ignore[union-attr]
     else:
         Y, *last = _Recorded.apply(node, attributes, *inputs)
