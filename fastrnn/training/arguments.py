@@ -18,9 +18,25 @@ YAML = get_loader("yaml")
 log = logging.getLogger(__name__)
 
 
+UNWRITABLE = {c: 0xF700 + c for c in (*range(0x80, 0x85), *range(0x86, 0xA0))}  # in YAML; for private use
+
+
 def load_value(text: str) -> Any:
-    """A value as YAML has it; but one that begins with ``#`` is that text, and no comment."""
-    return text if text.startswith("#") and "\n" not in text else YAML(text)
+    """A value as YAML has it; but one that begins with ``#`` is that text, and no comment, and control
+    characters are characters: in a Latin-1 locale the name of a file in UTF-8 has some."""
+    if text.startswith("#") and "\n" not in text:
+        return text
+    hidden = text.translate(UNWRITABLE)
+    return YAML(text) if hidden == text else shown(YAML(hidden))
+
+
+def shown(value: Any) -> Any:
+    """A value with its control characters back."""
+    if isinstance(value, dict):
+        return {shown(k): shown(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [shown(v) for v in value]
+    return value.translate({v: k for k, v in UNWRITABLE.items()}) if isinstance(value, str) else value
 
 
 set_loader("yaml", load_value, (yaml.YAMLError,))

@@ -118,6 +118,9 @@ class SequenceCLI(LightningCLI):
         super().instantiate_classes()
         if self.subcommand != "fit":
             saved = AtomicCheckpoints().load_checkpoint(checkpoint)
+            task, here = saved.get("structure", {}).get("task"), type(self.model).__name__
+            if task not in (None, here):
+                raise InputError(f"the checkpoint is another task's: {task} there, {here} here")
             spec = saved.get("hyper_parameters", {}).get("spec", {})
             self.datamodule.adopt(spec)
             self.model = type(self.model)(**{**self.model.hparams, "spec": spec})

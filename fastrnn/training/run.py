@@ -25,6 +25,17 @@ from fastrnn.training.errors import InputError, check_name, in_short
 PATIENCE = 10.0  # seconds that a step may take to end before another Ctrl-C breaks it off
 
 
+def folder_of_runs(save_dir: str, name: str) -> Path:
+    """Where the runs of a name lie; ``~`` is the user's home, which shells leave in ``--runs=~/x``.
+
+    Raises:
+        InputError: the name leads out of ``save_dir``.
+    """
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+        raise InputError(f"the name of a run must be a folder inside {save_dir or '.'}, got {name!r}")
+    return Path(os.path.expanduser(save_dir)) / name
+
+
 class RunLog(CSVLogger):
     """``metrics.csv``, and the same rows in memory for the report and for the checkpoint.
 
@@ -33,9 +44,8 @@ class RunLog(CSVLogger):
     """
 
     def __init__(self, save_dir: str = "runs", name: str = "run", version: int | None = None) -> None:
-        if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
-            raise InputError(f"the name of a run must be a folder inside {save_dir or '.'}, got {name!r}")
-        super().__init__(save_dir, name, version, flush_logs_every_n_steps=20)
+        folder_of_runs(save_dir, name)
+        super().__init__(os.path.expanduser(save_dir), name, version, flush_logs_every_n_steps=20)
         self.rows: list[dict[str, float]] = []
 
     def _get_next_version(self) -> int:

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastrnn.training.errors import InputError, in_short
-from fastrnn.training.run import rows_of
+from fastrnn.training.run import folder_of_runs, rows_of
 
 Row = dict[str, str | float]
 Trial = dict[str, str]  # hyper-parameter -> value
@@ -97,15 +97,18 @@ def new_table(shared: list[str], trials: list[Trial]) -> Path:
         InputError: the parser takes no combination, or the file cannot be made.
     """
     config = first_config(shared, trials)
+    folder = folder_of_runs(config.runs, config.name)
     for number in itertools.count():
-        path = Path(config.runs) / f"{config.name}-sweep{f'-{number}' if number else ''}.csv"
+        path = Path(f"{folder}-sweep{f'-{number}' if number else ''}.csv")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)
             break
-        except OSError as error:
-            if not path.exists():
-                raise InputError(f"cannot write {path}: {error.strerror}") from error
+        except FileExistsError as error:
+            if not path.parent.is_dir():
+                raise InputError(f"cannot write {path}: {path.parent} is no folder") from error
+        except (OSError, ValueError) as error:  # ValueError: a null character
+            raise InputError(f"cannot write {path}: {error}") from error
     return path
 
 

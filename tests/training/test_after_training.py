@@ -169,6 +169,19 @@ def test_runs_that_are_no_folder_are_one_line_before_training(
     assert f"cannot write into {runs}/adding: " in capsys.readouterr().err
 
 
+def test_a_tilde_is_the_users_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave it in ``--runs=~/x``; some of Lightning's writers take it for the home, some do not."""
+    (home := tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    (home / "t.txt").write_text("abc " * 200)
+    quick = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--report.write=false"]
+    small = ["--data.paths=[~/t.txt]", "--data.rows=2", "--data.k1=8", "--model.stack.hidden_size=4"]
+    assert main(["fit", "--config", "shakespeare", *small, *quick, "--runs=~/runs", "--name=r"]) == 0
+    assert (home / "runs/r/version_0/checkpoints/best.ckpt").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"home"}
+
+
 def test_logs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> None:
     logs = [RunLog(str(tmp_path), "same") for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastrnn.training.arguments import load_value
 from fastrnn.training.cli import CONFIGS, main, run
 
 SHORT = [
@@ -68,6 +69,21 @@ def test_validate_test_and_predict_take_a_checkpoint(
     other = ["--model.stack.hidden_size=24"]
     assert main(["test", *given, *other, *quiet, best]) == 2
     assert "stack.hidden_size is 16 there, 24 here" in capsys.readouterr().err
+    assert main(["test", "--config", "sunspots", f"--runs={tmp_path}", *quiet, best]) == 2
+    assert "another task's: LanguageModel there, Forecaster here" in capsys.readouterr().err
+
+
+def test_control_characters_in_a_path_are_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a Latin-1 locale a path in UTF-8 has some; YAML refuses them, so that a list of paths was none."""
+    monkeypatch.chdir(tmp_path)
+    name = "ä b 文 'q'.txt".encode().decode("latin-1")
+    Path(name).write_text("abc " * 200)
+    given = ["--data.rows=2", "--data.k1=8", "--model.stack.hidden_size=4", "--trainer.max_steps=2"]
+    given += ["--trainer.val_check_interval=2", f'--data.paths=["{name}"]', "--report.compare=false"]
+    assert main(["fit", "--config", "shakespeare", *given]) == 0
+    assert load_value(f'{{a: ["{name}", 1.5], "{name}": null}}') == {"a": [name, 1.5], name: None}
+    again = ["--config", "runs/shakespeare/version_0/config.yaml", "--name=again", "--report.write=false"]
+    assert main(["fit", *again]) == 0  # the configuration that was written has the path, too
 
 
 def test_a_spreadsheets_csv_is_read_by_pandas_options(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def read_text(path: str | Path, encoding: str = "utf-8") -> str:
         InputError: no such file, another encoding, or empty.
     """
     try:
-        text = Path(path).read_text(encoding=encoding).removeprefix("\ufeff")
+        text = Path(os.path.expanduser(path)).read_text(encoding=encoding).removeprefix("\ufeff")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
