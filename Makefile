@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -path csrc/testing -prune -o -type f -print)
 CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test avx2 bench build cuda docs lint format sanitize mutants wheel clean
+.PHONY: train test avx2 bench build cuda docs models lint format sanitize mutants wheel clean
 
 train: build
 	$(BIN)/python -m fastrnn train fit --config shakespeare
@@ -53,6 +53,17 @@ cuda: build
 # The documentation as a site, build/site/index.html; a warning is an error (not with --quiet).
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Public models, tested and measured; their packages stand in a place of their own, on .venv's torch. BeatNet and
+# kokoro come without the front ends that they depend on, and webrtcvad without pkg_resources.
+MODELS := build/models
+models: build
+	$(BIN)/python -m venv $(MODELS)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(MODELS)/lib/python*/site-packages)/shared.pth
+	$(MODELS)/bin/pip install --quiet --constraint constraints.txt --requirement tests/models.txt
+	$(MODELS)/bin/pip install --quiet --no-deps BeatNet==1.1.3 kokoro==0.9.4 webrtcvad-wheels
+	$(MODELS)/bin/python -m pytest tests/test_models.py
+	PYTHONPATH=. $(MODELS)/bin/python tests/models.py
 
 wheel: .venv/ready
 	$(BIN)/python -m build --no-isolation
