@@ -4,7 +4,7 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -path csrc/testing -prune -o -type f -print)
 CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test avx2 bench build cuda docs models lint format sanitize mutants wheel clean
+.PHONY: train test avx2 bench build cuda docs models lint format sanitize mutants wheel wheels clean
 
 train: build
 	$(BIN)/python -m fastrnn train fit --config shakespeare
@@ -67,6 +67,18 @@ models: build
 
 wheel: .venv/ready
 	$(BIN)/python -m build --no-isolation
+
+# What a release ships, without CUDA: auditwheel says from which system on the wheel runs (manylinux_2_28 where it is built
+# on one) and abi3audit that it keeps to Python's limited API; then it works where there is no compiler.
+FRESH := build/fresh
+wheels: .venv/ready
+	rm -rf dist $(FRESH)
+	FASTRNN_CUDA=0 $(BIN)/python -m build --no-isolation
+	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist/checked dist/*.whl
+	$(BIN)/abi3audit --strict dist/checked/*.whl
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH)/bin/pip install --quiet --constraint constraints.txt dist/checked/*.whl
+	cd $(FRESH) && CC=none CXX=none bin/python -m fastrnn doctor
 
 build: fastrnn/_C.abi3.so
 
