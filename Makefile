@@ -4,7 +4,8 @@ BIN := .venv/bin
 NATIVE := $(shell find csrc -path csrc/testing -prune -o -type f -print)
 CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: train test avx2 bench build cuda docs lint format sanitize sanitize-cpu sanitize-cuda mutants wheel clean
+.PHONY: train test avx2 bench build cuda docs models lint format sanitize sanitize-cpu sanitize-cuda mutants wheel wheels \
+        clean
 
 train: build
 	$(BIN)/python -m fastrnn train fit --config shakespeare
@@ -59,8 +60,31 @@ cuda: build
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+# Public models, tested and measured; their packages stand in a place of their own, on .venv's torch. BeatNet and
+# kokoro come without the front ends that they depend on, and webrtcvad without pkg_resources.
+MODELS := build/models
+models: build
+	$(BIN)/python -m venv $(MODELS)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > $$(echo $(MODELS)/lib/python*/site-packages)/shared.pth
+	$(MODELS)/bin/pip install --quiet --constraint constraints.txt --requirement tests/models.txt
+	$(MODELS)/bin/pip install --quiet --no-deps BeatNet==1.1.3 kokoro==0.9.4 webrtcvad-wheels
+	$(MODELS)/bin/python -m pytest tests/test_models.py
+	PYTHONPATH=. $(MODELS)/bin/python tests/models.py
+
 wheel: .venv/ready
 	$(BIN)/python -m build --no-isolation
+
+# What a release ships, without CUDA: auditwheel says from which system on the wheel runs (manylinux_2_28 where it is built
+# on one) and abi3audit that it keeps to Python's limited API; then it works where there is no compiler.
+FRESH := build/fresh
+wheels: .venv/ready
+	rm -rf dist $(FRESH)
+	FASTRNN_CUDA=0 $(BIN)/python -m build --no-isolation
+	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist/checked dist/*.whl
+	$(BIN)/abi3audit --strict dist/checked/*.whl
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH)/bin/pip install --quiet --constraint constraints.txt dist/checked/*.whl
+	cd $(FRESH) && CC=none CXX=none bin/python -m fastrnn doctor
 
 build: fastrnn/_C.abi3.so
 

@@ -39,7 +39,7 @@ def _torch_forward(module: nn.Module, input, hx):
     forward from before."""
     if isinstance(module, _Fused):
         functional.takes_torch_path(next(module.parameters()))
-    return getattr(nn, _torch_name(module)).forward(module, input, hx)
+    return getattr(nn.modules.rnn, _torch_name(module)).forward(module, input, hx)
 
 
 def _rows_of_first_step(batch_sizes: Tensor, hx) -> int:

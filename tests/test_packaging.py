@@ -74,6 +74,11 @@ def test_binary_names_no_folder_of_the_builder(wheel):
         assert f"{folder}/".encode() not in binary, folder
 
 
+def test_the_version_is_that_of_the_package(wheel):
+    found = re.search(r'^__version__ = "(.*)"', (ROOT / "fastrnn/__init__.py").read_text(), re.MULTILINE)
+    assert wheel.name.startswith(f"fastrnn-{found[1]}-")
+
+
 def test_sdist_can_build_and_test(sdist):
     includes = {
         f"csrc/{name}"
@@ -87,6 +92,7 @@ def test_sdist_can_build_and_test(sdist):
         "setup.py",
         "pyproject.toml",
         "Makefile",
+        "mkdocs.yml",
         "constraints.txt",
         "LICENSE",
         "README.md",
