@@ -56,8 +56,9 @@ def _rows_of_first_step(batch_sizes: Tensor, hx) -> int:
 def block_diagonal(w_hh: Tensor, heads: int) -> Tensor:
     """W_hh [G*H, H], zero from a unit to those of other heads, from the blocks [G*H, H/heads]."""
     size = w_hh.shape[1]
-    blocks = w_hh.reshape(-1, heads, size, size)  # [G, head, unit, unit]
-    return torch.diag_embed(blocks.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2).reshape(-1, heads * size)
+    blocks = w_hh.reshape(-1, heads, size, 1, size)  # [G, head, unit, 1, unit]
+    own = torch.eye(heads, dtype=w_hh.dtype, device=w_hh.device).view(heads, 1, heads, 1)
+    return (blocks * own).reshape(-1, heads * size)
 
 
 class _Fused(nn.Module):

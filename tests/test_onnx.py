@@ -139,7 +139,7 @@ OTHERS = {
 
 @pytest.mark.parametrize(
     ("name", "dynamo"),
-    [(name, False) for name in OTHERS if name != "heads"]
+    [(name, False) for name in OTHERS]
     + [(name, True) for name in ("heads", "coupled", "IndRNN", "LSTMCell")],
 )
 def test_what_else_onnx_has_is_written(name, dynamo, tmp_path):
