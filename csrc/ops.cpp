@@ -75,7 +75,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(("cuda_plan" + cuda_scan + "str").c_str());
   m.def(("cuda_geometry" + cuda_scan + "int[]").c_str());
   fastrnn::define_scans(m);
-  m.def(fastrnn::kWeightGradients);
+  fastrnn::kWeightGradients.define(m);
   m.def(fastrnn::kPack);
   m.def(fastrnn::kLinearScan);
 }

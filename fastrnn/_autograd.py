@@ -107,10 +107,10 @@ class Scan(torch.autograd.Function):
     def forward(name, batch_first, numbers, *tensors):
         form = Form(name, batch_first, numbers)
         rows, (x, states, weights, reset_to) = tensors[:ROWS], form.split(tensors[form.rows :])
-        y, last, history, saved = _operators.scan(
-            name, x, states, *_operators.given(weights), None, *rows, batch_first, Keep.FOR_BACKWARD,
-            *_operators.with_options(numbers, tensors[ROWS : form.rows], reset_to),
-        )  # fmt: skip
+        more = _operators.with_options(numbers, tensors[ROWS : form.rows], reset_to)
+        y, last, history, saved = (_operators.scan_options if more else _operators.scan)(
+            name, x, states, *_operators.given(weights), None, *rows, batch_first, Keep.FOR_BACKWARD, *more
+        )
         return y, *last, *history, *saved
 
     @staticmethod
@@ -269,14 +269,16 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
     keep = listener is not None
     more = _operators.with_options(numbers, masks, reset_to, fresh)
     if over:
-        dstates, complete, du = _operators.scan_backward_over(form.name, *arguments, *options, keep, *more)
+        backward: Callable = _operators.scan_backward_over_options if more else _operators.scan_backward_over
+        dstates, complete, du = backward(form.name, *arguments, *options, keep, *more)
         torch.autograd.graph.increment_version(saved)  # type: ignore[arg-type]
         dgates = saved
     else:
-        dgates, dstates, complete, du = _operators.scan_backward(form.name, *arguments, *options, keep, *more)
+        backward = _operators.scan_backward_options if more else _operators.scan_backward
+        dgates, dstates, complete, du = backward(form.name, *arguments, *options, keep, *more)
     if listener is not None:
         listener(complete)
-    products: Callable = _operators.weight_gradients
+    products: Callable = _operators.weight_gradients_options if more else _operators.weight_gradients
     if x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
         products = _operators.weight_gradients_of_torch
     of_weights = any(any(wanted_weights[slot::SLOTS]) for slot in cell.product_slots)
@@ -479,9 +481,8 @@ def scan(
     keep = Keep.HISTORY if keep_history else Keep.NOTHING
     given = _operators.given(weights if packed is None else ())
     more = _operators.with_options(numbers, masks, reset_to)
-    y, last, history, _ = _operators.scan(
-        name, x, states, *given, packed, *places, rows.batch_first, keep, *more
-    )
+    operator = _operators.scan_options if more else _operators.scan
+    y, last, history, _ = operator(name, x, states, *given, packed, *places, rows.batch_first, keep, *more)
     return y, last, history
 
 

@@ -29,8 +29,8 @@ RECURRENT, FRESH, RESET_TO = 3, 4, 6  # slots of their tensors
 
 
 def with_options(numbers, masks: Sequence[Maybe], reset_to: Sequence[Maybe], fresh=(None, None)) -> tuple:
-    """The last arguments of an operator: none where no option acts (StepOptions.numbers). fresh: h and c
-    before their zoneout, on the way back."""
+    """The last arguments of an operator's overload with options; none where no option acts
+    (StepOptions.numbers). fresh: h and c before their zoneout, on the way back."""
     if numbers is None:
         return ()
     tensors = (*masks, *fresh, *reset_to)
@@ -56,6 +56,7 @@ def zoned_after(cell: Cell, numbers: Sequence[float] | None) -> list[int]:
 
 
 @torch.library.register_fake("fastrnn::scan")
+@torch.library.register_fake("fastrnn::scan.options")
 def _(
     cell, x, states, weights, slots, packed, batch_sizes, lengths, reset, batch_first, keep, options=None,
     option_slots=0, numbers=None,
@@ -78,6 +79,7 @@ def _(
 
 
 @torch.library.register_fake("fastrnn::scan_backward")
+@torch.library.register_fake("fastrnn::scan_backward.options")
 def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, slots, *others):
     dgates_width = CELLS[cell].gradients * weights[0].shape[0] // CELLS[cell].gates
     dgates = y.new_empty(states[0].shape[0], y.shape[0], dgates_width)
@@ -85,6 +87,7 @@ def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, slots, *oth
 
 
 @torch.library.register_fake("fastrnn::scan_backward.over")
+@torch.library.register_fake("fastrnn::scan_backward.over_options")
 def _(cell, dy, dlast, dhistory, y, history, saved, states, weights, slots, *others):
     return _scanned_back(cell, y, states, weights, slots, *others[4:])
 
@@ -114,6 +117,7 @@ def _scanned_back(
 
 
 @torch.library.register_fake("fastrnn::weight_gradients")
+@torch.library.register_fake("fastrnn::weight_gradients.options")
 def _(cell, dgates, x, y, states, weights, slots, *others):
     *_, inputs, of_weights = others[:6]
     (D, _, P), GH = states[0].shape, weights[0].shape[0]
@@ -230,14 +234,18 @@ def weight_gradients_of_torch(
     return dx, dweights
 
 
-torch.library.impl("fastrnn::weight_gradients", "CUDA")(weight_gradients_of_torch)
+for overload in ("", ".options"):
+    torch.library.impl(f"fastrnn::weight_gradients{overload}", "CUDA")(weight_gradients_of_torch)
 _cuda.missing()  # or registers the scans
 
 # Resolved once: looking an operator up by name costs some microseconds.
-scan = torch.ops.fastrnn.scan.default
+scan, scan_options = torch.ops.fastrnn.scan.default, torch.ops.fastrnn.scan.options
 scan_backward = torch.ops.fastrnn.scan_backward.default
+scan_backward_options = torch.ops.fastrnn.scan_backward.options
 scan_backward_over = torch.ops.fastrnn.scan_backward.over
+scan_backward_over_options = torch.ops.fastrnn.scan_backward.over_options
 weight_gradients = torch.ops.fastrnn.weight_gradients.default
+weight_gradients_options = torch.ops.fastrnn.weight_gradients.options
 linear_scan = torch.ops.fastrnn.linear_scan.default
 
 

@@ -110,8 +110,8 @@ def test_opcheck_accepts_the_operators_with_options(name, form):
     cell, (masks, to) = CELLS[name], scan.options(stepwise=True)
     numbers = (1.0, float(cell.states > 1), 0.0, 0.0)
     arguments = (*scan.arguments(), *_operators.with_options(numbers, masks, to))
-    torch.library.opcheck(torch.ops.fastrnn.scan.default, arguments, test_utils=OPCHECKS)
-    _, _, _, saved = torch.ops.fastrnn.scan(*arguments)
+    torch.library.opcheck(torch.ops.fastrnn.scan.options, arguments, test_utils=OPCHECKS)
+    _, _, _, saved = torch.ops.fastrnn.scan.options(*arguments)
     outputs, fresh = scan.kernel(), [None, None]
     zoned = _operators.zoned_after(cell, numbers)
     assert len(saved) == (cell.saved > 0) + len(zoned)
@@ -119,7 +119,7 @@ def test_opcheck_accepts_the_operators_with_options(name, form):
         fresh[k] = t
     more = _operators.with_options(numbers, masks, to, fresh)
     arguments = (*scan.backward_arguments(outputs, scan.gradients(outputs)), *more)
-    torch.library.opcheck(torch.ops.fastrnn.scan_backward.default, arguments, test_utils=OPCHECKS)
+    torch.library.opcheck(torch.ops.fastrnn.scan_backward.options, arguments, test_utils=OPCHECKS)
 
 
 # ---- Modules -----------------------------------------------------------------------------------------

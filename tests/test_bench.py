@@ -29,6 +29,7 @@ SMALL = [
     Case("RNN", 1, 1, 5, 6, group="fp64", dtype=torch.float64),
     Case("LSTMCell", 4, 3, 5, 6, group="loop"),
     Case("MinGRU", 4, 3, 5, 6, group="linear"),
+    Case("LSTM", 4, 3, 6, 6, group="options", options=(("zoneout", 0.1), ("reset", 0.3), ("reset_to", True))),
 ]
 
 
@@ -105,12 +106,24 @@ def test_operations_are_counted_by_hand():
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 @pytest.mark.parametrize("mode", [TRAIN, INFER])
 def test_a_workload_of_every_kind_agrees_with_its_float64_reference(case, mode):
-    work = workload.Workload(case, nn, mode)
+    work = workload.Workload(case, fastrnn if case.options else nn, mode)
     workload.check(work, workload.reference_results(case, mode))
     states = 2 if case.cell.startswith("LSTM") else 1
     gradients = len(work.leaves) if mode == TRAIN else 0
     assert len(work()) == 1 + states + gradients
     assert work.module.training == (mode == TRAIN)
+
+
+def test_options_are_timed_beside_the_plain_module(monkeypatch):
+    timed = []
+    monkeypatch.setattr(runner, "paired", lambda calls, *_: timed.append(calls) or paired(calls, *_))
+    found = runner.measure_case(SMALL[-1], TRAIN, 1, Peak(100.0, "test"), 0.01, memory=True)
+    modules = {name: call.module for name, call in timed[0].items()}
+    assert all(type(module) is fastrnn.LSTM for module in modules.values())
+    assert ["zoneout" in repr(module) for module in modules.values()] == [False, True]
+    assert list(timed[0]["fastrnn"].keywords) == ["reset", "reset_to"]
+    assert timed[0]["torch"].keywords == {}
+    assert (found.group, found.megabytes) == ("options beside plain training", {})
 
 
 def test_a_wrong_result_fails_before_it_is_timed(monkeypatch, torch_as_fastrnn):

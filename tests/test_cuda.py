@@ -66,10 +66,13 @@ def host_kernels(monkeypatch) -> None:
         return call
 
     monkeypatch.setattr(functional, "_KERNEL_DTYPES", tuple(set(DTYPES.values())))
-    monkeypatch.setattr(_operators, "scan", on_h200(kernels.HOST.scan))
-    monkeypatch.setattr(_operators, "scan_backward", on_h200(kernels.HOST.scan_backward.default))
-    monkeypatch.setattr(_operators, "scan_backward_over", on_h200(kernels.HOST.scan_backward.over))
-    monkeypatch.setattr(_operators, "weight_gradients", _operators.composed_weight_gradients)
+    for end in ("", "_options"):
+        backward = kernels.HOST.scan_backward
+        one, over = (getattr(backward, name) for name in (end.removeprefix("_") or "default", f"over{end}"))
+        monkeypatch.setattr(_operators, f"scan{end}", on_h200(kernels.HOST.scan))
+        monkeypatch.setattr(_operators, f"scan_backward{end}", on_h200(one))
+        monkeypatch.setattr(_operators, f"scan_backward_over{end}", on_h200(over))
+        monkeypatch.setattr(_operators, f"weight_gradients{end}", _operators.composed_weight_gradients)
     monkeypatch.setattr(_operators, "linear_scan", on_h200(kernels.HOST.linear_scan.default))
 
 

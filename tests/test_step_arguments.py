@@ -251,7 +251,7 @@ def test_the_operator_refuses_what_a_cell_does_not_take_and_other_sizes(name, nu
     scan = make_scan(name, T, B, H)
     options = list(tensors.values()), sum(1 << slot for slot in tensors), [float(n) for n in numbers]
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastrnn.scan(*scan.arguments(), *options)
+        torch.ops.fastrnn.scan.options(*scan.arguments(), *options)
 
 
 def test_cells_without_units_have_nothing_to_act_on():

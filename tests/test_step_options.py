@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastrnn
+from fastrnn import step_options
 
 pytestmark = pytest.mark.filterwarnings("error:fastrnn")  # on the kernels
 
@@ -302,3 +303,17 @@ def test_rows_and_units_that_threads_share(monkeypatch, kind, form, threads):
         loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in found)
         results.append((found, torch.autograd.grad(loss, wanted)))
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_masks_are_those_of_torchs_dropout(dtype, p):
+    rows, states = fastrnn.rows.Rows(T, B), [torch.zeros(2, B, 40, dtype=dtype)] * 2
+    options = {"zoneout": p, "recurrent_dropout": p, "variational_dropout": p}
+    found = seeded(step_options.draw, options, True, rows, rows.N, states)
+    torch.manual_seed(5)
+    drawn = [torch.dropout(torch.ones(2, T * B, 40, dtype=dtype), p, True) for _ in range(3)]
+    assert torch.equal(found.zoneout[0], drawn[0] == 0)
+    assert torch.equal(found.zoneout[1], drawn[1] == 0)
+    assert torch.equal(found.candidate, drawn[2])
+    assert torch.equal(found.recurrent, torch.dropout(torch.ones(2, B, 40, dtype=dtype), p, True))

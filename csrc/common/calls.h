@@ -115,13 +115,14 @@ inline int64_t rows_in(const Tensor& x, const char* name, const char* letters) {
 }
 
 /// The options that act on the states between the steps, as every operator takes them: tensors, those that
-/// there are of the slots below; numbers, one for each below, 0 where it is off.
+/// there are of the slots below; numbers, one for each below, 0 where it is off. Without options there are
+/// none.
 struct OptionArguments {
   enum Slot { kKeep, kCandidate = kKeep + kZoned, kRecurrent, kFresh, kResetTo = kFresh + kZoned };
   enum Number { kShare, kCellClip = kShare + kZoned, kGradientClip, kNumbers };
-  const std::optional<Tensors>& tensors;
+  const Tensors& tensors;
   int64_t slots;
-  const std::optional<std::vector<double>>& numbers;
+  const std::vector<double>& numbers;
 };
 
 /// The same of one call, checked.
@@ -131,18 +132,18 @@ class CallOptions {
 
   CallOptions(const CellInfo& cell, const Sizes& sizes, int64_t N, int64_t T, bool has_reset,
               const Tensor& like, const Given& given) {
-    if (!given.numbers) return;
+    if (given.numbers.empty() && given.tensors.empty()) return;
     const auto [D, B, I, H, P] = sizes;
-    STD_TORCH_CHECK(given.numbers->size() == Given::kNumbers, "expected ", int(Given::kNumbers),
-                    " numbers of options, got ", given.numbers->size());
-    numbers_ = *given.numbers;
+    STD_TORCH_CHECK(given.numbers.size() == Given::kNumbers, "expected ", int(Given::kNumbers),
+                    " numbers of options, got ", given.numbers.size());
+    numbers_ = given.numbers;
     for (const double number : numbers_)
       STD_TORCH_CHECK(number >= 0, "numbers of options must not be negative, got ", number);
     tensors_.resize(size_t(Given::kResetTo + cell.states));
     size_t next = 0;
-    const size_t count = given.tensors ? given.tensors->size() : 0;
+    const size_t count = given.tensors.size();
     for (size_t slot = 0; slot < tensors_.size(); ++slot)
-      if (given.slots >> slot & 1 && next < count) tensors_[slot] = (*given.tensors)[next++];
+      if (given.slots >> slot & 1 && next < count) tensors_[slot] = given.tensors[next++];
     STD_TORCH_CHECK(next == count && given.slots >> tensors_.size() == 0,
                     "the tensors of options must be those of their slots");
     for (int k = 0; k < kZoned; ++k) {

@@ -15,12 +15,25 @@
 
 namespace fastrnn {
 
-// What acts on the states between the steps, of every operator: options, those that there are of keep_h [D,
+// What acts on the states between the steps: options, those that there are of keep_h [D,
 // N, P] and keep_c [D, N, H] (bool, zoneout), candidate [D, N, H], recurrent [D, B, P], fresh_h and fresh_c
 // (on the way back, from the end of saved), and reset_to of each state ([D, B, *] or [T, D, B, *]);
 // option_slots: bit k is set where the k-th of these is there; numbers: zoneout of h and of c (1 with a
 // mask), cell_clip and state_gradient_clip, 0: off. fastrnn/step_options.py says what they mean.
-#define FASTRNN_OPTIONS "Tensor[]? options=None, int option_slots=0, float[]? numbers=None"
+constexpr const char* kOptionArguments = ", Tensor[] options, int option_slots, float[] numbers";
+
+/// An operator, and its overload with kOptionArguments at the end of its arguments: a call without options
+/// pays nothing for them.
+struct Schema {
+  const char *name, *overload, *arguments, *results;
+
+  template <class Library>
+  void define(Library& m) const {
+    const std::string open = std::string("(") + arguments, close = std::string(") -> ") + results;
+    m.def((name + open + close).c_str());
+    m.def((overload + open + kOptionArguments + close).c_str());
+  }
+};
 
 // cell: a name of cells/registry.h. states: h0 [D, B, P] and the others [D, B, H]. weights: for each
 // direction those that there are of w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H] and u
@@ -31,42 +44,40 @@ namespace fastrnn {
 // none;
 //    saved: [D, N, S*H + R], or none; then the states before their zoneout [D, N, *], those that backward
 //    reads
-constexpr const char* kScan =
-    "scan(str cell, Tensor x, Tensor[] states, Tensor[] weights, int slots, Tensor? packed, Tensor? "
-    "batch_sizes, "
-    "Tensor? lengths, Tensor? reset, bool batch_first, int keep, " FASTRNN_OPTIONS
-    ") -> (Tensor y, Tensor[] last, Tensor[] history, Tensor[] saved)";
+constexpr Schema kScan{"scan", "scan.options",
+                       "str cell, Tensor x, Tensor[] states, Tensor[] weights, int slots, Tensor? packed, "
+                       "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, int keep",
+                       "(Tensor y, Tensor[] last, Tensor[] history, Tensor[] saved)"};
 
 // dlast, dhistory: gradients of last and history, each or none
 // -> dgates [D, N, E*H]; dstates: those of the states before the first step, then those of reset_to;
 // complete: dL/dh_t [D, N, P] with all
 //    that later steps add (with a projection or keep) and that of the other states [D, N, H] (with keep); du:
 //    for each direction [U, H], or none
-constexpr const char* kScanBackward =
-    "scan_backward(str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] history, "
-    "Tensor? saved, Tensor[] states, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor? lengths, "
-    "Tensor? reset, "
-    "bool batch_first, bool keep, " FASTRNN_OPTIONS
-    ") -> (Tensor dgates, Tensor[] dstates, Tensor[] complete, Tensor[] du)";
+constexpr Schema kScanBackward{
+    "scan_backward", "scan_backward.options",
+    "str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] history, Tensor? saved, "
+    "Tensor[] states, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool "
+    "batch_first, bool keep",
+    "(Tensor dgates, Tensor[] dstates, Tensor[] complete, Tensor[] du)"};
 
 // The same for a cell that reuses_saved: dgates is written over saved. Rows of saved beyond the lengths must
 // be zero, as scan leaves them.
-constexpr const char* kScanBackwardOver =
-    "scan_backward.over(str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] "
-    "history, "
-    "Tensor(a!) saved, Tensor[] states, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor? lengths, "
-    "Tensor? "
-    "reset, "
-    "bool batch_first, bool keep, " FASTRNN_OPTIONS ") -> (Tensor[] dstates, Tensor[] complete, Tensor[] du)";
+constexpr Schema kScanBackwardOver{
+    "scan_backward.over", "scan_backward.over_options",
+    "str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] history, Tensor(a!) "
+    "saved, Tensor[] states, Tensor[] weights, int slots, Tensor? batch_sizes, Tensor? lengths, Tensor? "
+    "reset, bool batch_first, bool keep",
+    "(Tensor[] dstates, Tensor[] complete, Tensor[] du)"};
 
 // -> dx [N, I] (if inputs); dweights: for each direction those that the cell takes of dw_ih, dw_hh, db_ih,
 // db_hh
 //    (if of_weights)
-constexpr const char* kWeightGradients =
-    "weight_gradients(str cell, Tensor dgates, Tensor x, Tensor y, Tensor[] states, Tensor[] weights, int "
-    "slots, "
-    "Tensor? batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool inputs, bool "
-    "of_weights, " FASTRNN_OPTIONS ") -> (Tensor[] dx, Tensor[] dweights)";
+constexpr Schema kWeightGradients{
+    "weight_gradients", "weight_gradients.options",
+    "str cell, Tensor dgates, Tensor x, Tensor y, Tensor[] states, Tensor[] weights, int slots, Tensor? "
+    "batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool inputs, bool of_weights",
+    "(Tensor[] dx, Tensor[] dweights)"};
 
 // -> uint8 [bytes]: valid in this process alone. With bfloat16 the weights (not the biases) are rounded to
 // it.
@@ -95,9 +106,8 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> scan(std::string cell, const Tenso
                                                    Tensors given, int64_t slots, const MaybeTensor& packed,
                                                    const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
                                                    const MaybeTensor& reset, bool batch_first, int64_t keep,
-                                                   const std::optional<Tensors>& options,
-                                                   int64_t option_slots,
-                                                   const std::optional<std::vector<double>>& numbers) {
+                                                   Tensors options, int64_t option_slots,
+                                                   std::vector<double> numbers) {
   const CellInfo& info = cell_named(cell);
   const Tensor& like = first_state(states);
   const LayerWeights weights =
@@ -113,8 +123,7 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> scan_backward(
     std::string cell, const MaybeTensor& dy, MaybeTensors dlast, MaybeTensors dhistory, const Tensor& y,
     Tensors history, const MaybeTensor& saved, Tensors states, Tensors given, int64_t slots,
     const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first,
-    bool keep, const std::optional<Tensors>& options, int64_t option_slots,
-    const std::optional<std::vector<double>>& numbers) {
+    bool keep, Tensors options, int64_t option_slots, std::vector<double> numbers) {
   const CellInfo& info = cell_named(cell);
   const LayerWeights weights(info, first_state(states), given, slots);
   const BackwardCall call(info, weights, dy, dlast, dhistory, y, history, saved, states,
@@ -129,8 +138,7 @@ std::tuple<Tensors, Tensors, Tensors> scan_backward_over(
     std::string cell, const MaybeTensor& dy, MaybeTensors dlast, MaybeTensors dhistory, const Tensor& y,
     Tensors history, const Tensor& saved, Tensors states, Tensors given, int64_t slots,
     const MaybeTensor& batch_sizes, const MaybeTensor& lengths, const MaybeTensor& reset, bool batch_first,
-    bool keep, const std::optional<Tensors>& options, int64_t option_slots,
-    const std::optional<std::vector<double>>& numbers) {
+    bool keep, Tensors options, int64_t option_slots, std::vector<double> numbers) {
   const CellInfo& info = cell_named(cell);
   const LayerWeights weights(info, first_state(states), given, slots);
   const BackwardCall call(info, weights, dy, dlast, dhistory, y, history, saved, states,
@@ -145,9 +153,8 @@ std::tuple<Tensors, Tensors> weight_gradients(std::string cell, const Tensor& dg
                                               const Tensor& y, Tensors states, Tensors given, int64_t slots,
                                               const MaybeTensor& batch_sizes, const MaybeTensor& lengths,
                                               const MaybeTensor& reset, bool batch_first, bool inputs,
-                                              bool of_weights, const std::optional<Tensors>& options,
-                                              int64_t option_slots,
-                                              const std::optional<std::vector<double>>& numbers) {
+                                              bool of_weights, Tensors options, int64_t option_slots,
+                                              std::vector<double> numbers) {
   const CellInfo& info = cell_named(cell);
   const LayerWeights weights(info, first_state(states), given, slots);
   const ProductsCall call(info, weights, dgates, x, y, states,
@@ -157,16 +164,40 @@ std::tuple<Tensors, Tensors> weight_gradients(std::string cell, const Tensor& dg
   return {call.dx, call.dweights};
 }
 
+/// An operator without its last three arguments, those of options.
+template <class F>
+struct Signature;
+template <class R, class... A>
+struct Signature<R (*)(A...)> {
+  using Result = R;
+  using Arguments = std::tuple<A...>;
+  using Plain = std::make_index_sequence<sizeof...(A) - 3>;
+};
+template <auto kOperator, class Indices = typename Signature<decltype(kOperator)>::Plain>
+struct WithoutOptions;
+template <auto kOperator, size_t... I>
+struct WithoutOptions<kOperator, std::index_sequence<I...>> {
+  using Types = Signature<decltype(kOperator)>;
+  template <size_t k>
+  using Argument = std::tuple_element_t<k, typename Types::Arguments>;
+  static typename Types::Result call(Argument<I>... arguments) {
+    return kOperator(std::forward<Argument<I>>(arguments)..., {}, 0, {});
+  }
+};
+
 template <class Library>
 void define_scans(Library& m) {
-  for (const char* schema : {kScan, kScanBackward, kScanBackwardOver}) m.def(schema);
+  for (const Schema& schema : {kScan, kScanBackward, kScanBackwardOver}) schema.define(m);
 }
 
 template <class Backend, class Library>
 void register_scans(Library& m) {
-  m.impl("scan", TORCH_BOX(&scan<Backend>));
-  m.impl("scan_backward", TORCH_BOX(&scan_backward<Backend>));
-  m.impl("scan_backward.over", TORCH_BOX(&scan_backward_over<Backend>));
+  m.impl("scan", TORCH_BOX(&WithoutOptions<&scan<Backend>>::call));
+  m.impl("scan.options", TORCH_BOX(&scan<Backend>));
+  m.impl("scan_backward", TORCH_BOX(&WithoutOptions<&scan_backward<Backend>>::call));
+  m.impl("scan_backward.options", TORCH_BOX(&scan_backward<Backend>));
+  m.impl("scan_backward.over", TORCH_BOX(&WithoutOptions<&scan_backward_over<Backend>>::call));
+  m.impl("scan_backward.over_options", TORCH_BOX(&scan_backward_over<Backend>));
 }
 
 }  // namespace fastrnn

@@ -90,6 +90,8 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   fastrnn::register_scans<fastrnn::Cpu>(m);
-  m.impl("weight_gradients", TORCH_BOX(&fastrnn::weight_gradients<fastrnn::Cpu>));
+  m.impl("weight_gradients",
+         TORCH_BOX(&fastrnn::WithoutOptions<&fastrnn::weight_gradients<fastrnn::Cpu>>::call));
+  m.impl("weight_gradients.options", TORCH_BOX(&fastrnn::weight_gradients<fastrnn::Cpu>));
   m.impl("pack", TORCH_BOX(&fastrnn::pack));
 }

@@ -3,7 +3,8 @@
 One alphabet: T time, B batch, I input size, H hidden size, P projection, G gates, D directions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,7 +14,8 @@ TRAIN, INFER = "train", "infer"
 
 @dataclass(frozen=True)
 class Case:
-    """One network on one shape; ``fill`` < 1 makes a PackedSequence with that share of the rows."""
+    """One network on one shape; ``fill`` < 1 makes a PackedSequence with that share of the rows. With
+    ``options``, keywords of fastrnn's module and of its call, the rival is ``plain`` on fastrnn's module."""
 
     cell: str
     T: int
@@ -27,8 +29,12 @@ class Case:
     dropout: float = 0.0
     fill: float = 1.0
     dtype: torch.dtype = torch.float32
-    memory: str = "store"  # fastrnn's option
     modes: tuple[str, ...] = (TRAIN, INFER)
+    options: tuple[tuple[str, Any], ...] = ()  # "reset": the share of the steps with one
+
+    @property
+    def plain(self) -> "Case":
+        return replace(self, options=())
 
     @property
     def is_loop(self) -> bool:
@@ -47,7 +53,7 @@ class Case:
             f"packed{self.fill}": self.fill < 1,
             "fp64": self.dtype == torch.float64,
             "short": self.group == "short",
-            "recompute": self.memory == "recompute",
+            **{f"{name}{value}": True for name, value in self.options},
         }
         shape = f"{self.cell.lower()}-{self.T}x{self.B}x{width}"
         return "-".join([shape, *(word for word, present in options.items() if present)])
@@ -65,7 +71,8 @@ class Case:
             "fp64": f"fp64 {activity}",
             "loop": f"{self.cell} loop {activity}",
             "linear": f"linear scan {activity}",
-            "memory": f"{self.cell} memory={self.memory} {activity}",
+            "options": f"options beside plain {activity}",
+            "costly": f"layer norm, recompute beside plain {activity}",
         }[self.group]
 
     def lengths(self) -> torch.Tensor:
@@ -94,6 +101,18 @@ def _short(B: int, H: int) -> list[Case]:
     """Calls of microseconds, most of them outside the kernels: one step of a module, sixteen of a cell."""
     stacks = [Case(cell, 1, B, H, H, "short", layers) for cell in ("LSTM", "GRU") for layers in (1, 2)]
     return [*stacks, *(Case(cell, 16, B, H, H, "short") for cell in ("LSTMCell", "GRUCell"))]
+
+
+# What acts between the steps of a layer, each alone.
+RESETS = ("reset", 0.02), ("reset_to", True)
+OPTIONS: dict[str, tuple[tuple[tuple[str, Any], ...], ...]] = {
+    "GRU": (
+        (("zoneout", 0.1),), (("recurrent_dropout", 0.1),), (("variational_dropout", 0.1),),
+        (("state_gradient_clip", 10.0),), RESETS[:1], RESETS,
+    ),
+}  # fmt: skip
+OPTIONS["LSTM"] = (*OPTIONS["GRU"], (("cell_clip", 50.0),))
+COSTLY = (("layer_norm", True),), (("memory", "recompute"),)
 
 
 def _step(cell: str, B: int, H: int) -> Case:
@@ -134,12 +153,14 @@ CASES = (
     Case("LSTMCell", 100, 1, 256, 256, group="loop"),
     Case("GRUCell", 100, 32, 128, 128, group="loop"),
     Case("GRUCell", 100, 1, 256, 256, group="loop"),
-    *(
-        Case("LSTM", 200, 32, 128, 128, group="memory", memory=memory, modes=(TRAIN,))
-        for memory in ("store", "recompute")
-    ),
     Case("MinGRU", 1000, 32, 128, 128, group="linear"),
     *(case for H in (4, 128, 320) for B in (1, 8) for case in _short(B, H)),
+    *(
+        Case(cell, 200, 32, 128, 128, group="options", options=options, modes=(TRAIN,))
+        for cell in ("LSTM", "GRU")
+        for options in OPTIONS[cell]
+    ),
+    *(Case("LSTM", 200, 32, 128, 128, group="costly", options=options, modes=(TRAIN,)) for options in COSTLY),
 )
 
 
@@ -167,6 +188,8 @@ TARGETS = {
     "linear scan training": Target(5.0, 5.0),
     "short calls training": Target(1.3, 1.0),
     "short calls inference": Target(2.0, 1.0),
+    "options beside plain training": Target(1 / 1.15, 1 / 1.15),
+    "layer norm, recompute beside plain training": Target(1 / 1.35, 1 / 1.4),
 }
 
 

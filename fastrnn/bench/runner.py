@@ -18,7 +18,7 @@ from fastrnn.bench.workload import Workload, agree, check, reference_results
 # A peer is a module with supports(case) and make_call(workload, threads); it serves inference.
 PEERS = {"onnxruntime": "fastrnn.bench.onnx_peer"}
 
-reference = lru_cache(maxsize=1)(reference_results)
+reference = lru_cache(maxsize=2)(reference_results)
 
 
 def measure_case(
@@ -35,16 +35,18 @@ def measure_case(
     """Raises workload.Disagreement, before any timing, where a contender's results are wrong."""
     torch.set_num_threads(threads)
     expected = reference(case, mode)
-    rival, subject = Workload(case, nn, mode), Workload(case, fastrnn, mode)
+    subject = Workload(case, fastrnn, mode)
+    rival = Workload(case.plain, fastrnn if case.options else nn, mode)
     if prepack and mode == INFER:
         fastrnn.prepack(subject.module)
-    check(rival, expected)
+    check(rival, reference(case.plain, mode) if case.options else expected)
     check(subject, expected)
     contenders: dict[str, Callable[[], object]] = {RIVAL: rival, SUBJECT: subject}
     if mode == INFER:
         contenders |= {name: call for name in peers if (call := _peer(name, rival, threads, expected))}
     timing = paired(contenders, SUBJECT, seconds, others_cpu)
-    memory = memory and mode == TRAIN and case.group != "short"  # a short call's is below the noise of 1 MB
+    # A short call's is below the noise of 1 MB.
+    memory = memory and mode == TRAIN and case.group not in ("short", "options")
     gflops = case.flops(mode) / timing.seconds[SUBJECT] / 1e9
     attainable = peak.gflops / (2 if case.dtype == torch.float64 else 1)
     return Record(

@@ -4,12 +4,14 @@ Training is forward and backward of y through the public module, with gradients 
 initial states and every parameter; inference is the same call under ``torch.no_grad``.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import fastrnn
 from fastrnn.bench.cases import TRAIN, Case
 from fastrnn.bench.loops import LOOPS
 
@@ -45,7 +47,7 @@ class Workload:
             return torch.randn(*shape, generator=random, dtype=case.dtype).to(device, dtype)
 
         torch.manual_seed(0)
-        weights = make_module(case, nn).state_dict()
+        weights = make_module(case.plain, nn).state_dict()
         self.module = make_module(case, library).to(device, dtype)
         self.module.load_state_dict(weights)
         self.module.train(mode == TRAIN)
@@ -59,6 +61,7 @@ class Workload:
             self.x = pack_padded_sequence(x, case.lengths())
             self.grad_y = pack_padded_sequence(self.grad_y, case.lengths()).data
             x = self.x.data
+        self.keywords = _of_call(case, draw, device)
         self.leaves = [x, *self.states, *self.module.parameters()]
         for leaf in self.leaves:
             leaf.requires_grad_(mode == TRAIN)
@@ -75,7 +78,7 @@ class Workload:
         if self.case.is_loop:
             return self.forward_loop()
         states = self.states if len(self.states) == 2 else self.states[0]
-        y, final = self.module(self.x, states)
+        y, final = self.module(self.x, states, **self.keywords)
         y = y.data if isinstance(y, PackedSequence) else y
         return [y, *final] if isinstance(final, tuple) else [y, final]
 
@@ -89,13 +92,25 @@ class Workload:
         return [torch.stack(steps), *(state if isinstance(state, tuple) else (state,))]
 
 
+def _of_call(case: Case, draw: Callable[..., Tensor], device: str) -> dict:
+    """What a call with resets takes besides."""
+    options = dict(case.options)
+    if "reset" not in options:
+        return {}
+    random = torch.Generator().manual_seed(0)
+    keywords: dict = {"reset": (torch.rand(case.T, case.B, generator=random) < options["reset"]).to(device)}
+    if "reset_to" in options:
+        h = draw(1, case.B, case.H)
+        keywords["reset_to"] = (h, draw(1, case.B, case.H)) if case.cell == "LSTM" else h
+    return keywords
+
+
 def make_module(case: Case, library: ModuleType) -> nn.Module:
     make = LOOPS[case.cell] if library is nn and case.cell in LOOPS else getattr(library, case.cell)
     if case.is_loop:
         return make(case.I, case.H, dtype=case.dtype)
-    more: dict = {"proj_size": case.proj_size} if case.proj_size else {}
-    if library is not nn and case.memory != "store":
-        more["memory"] = case.memory
+    projection = {"proj_size": case.proj_size} if case.proj_size else {}
+    options = {name: value for name, value in case.options if not name.startswith("reset")}
     return make(
         case.I,
         case.H,
@@ -103,7 +118,8 @@ def make_module(case: Case, library: ModuleType) -> nn.Module:
         dropout=case.dropout,
         bidirectional=case.bidirectional,
         dtype=case.dtype,
-        **more,
+        **projection,
+        **options,
     )
 
 
@@ -117,8 +133,8 @@ def check(workload: Workload, reference: list[Tensor]) -> None:
 
 
 def reference_results(case: Case, mode: str) -> list[Tensor]:
-    """torch.nn's results in float64, without dropout."""
-    workload = Workload(case, nn, mode, torch.float64)
+    """torch.nn's results in float64, without dropout; with options, which it has not, fastrnn's."""
+    workload = Workload(case, fastrnn if case.options else nn, mode, torch.float64)
     workload.module.eval()
     return workload()
 
