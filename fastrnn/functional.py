@@ -541,7 +541,7 @@ def _recurrent(
         flat = x
     else:
         B, T = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
-        if not torch._C._is_tracing() and T == 0:  # in a trace T is a tensor
+        if not isinstance(T, Tensor) and T == 0:  # in a trace T is a tensor
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         rows = dense_rows(T, B, batch_first, lengths, reset)
         flat = x.flatten(0, 1)
