@@ -229,7 +229,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         if (add_dy) s.dafter[kH] += io.load(dir.doutput[kH][row] + u);
         if (kOptions && !projected()) s.dafter[kH] = options.gradient_clipped(s.dafter[kH]);
         if (keep_dh) io.store(dir.complete[kH][row] + u, s.dafter[kH]);
-        V<S> kept[kInfo.states];  // goes past the step, to the state before it
+        V<S> kept[kInfo.states] = {};  // goes past the step, to the state before it
         if (kOptions && !projected()) s.dafter[kH] = split(io, options, kH, u, s.dafter[kH], kept);
         for (int k = 1; k < kInfo.states; ++k) {
           s.dafter[k] = io.load(dir.dstate[k][b] + u);

@@ -328,7 +328,10 @@ class Forward : public Scan<S, ForwardProblem<S>> {
           return io.load(bias + product * H + u) + load(sums + product * width + offset);
         };
         ForwardUnit<Cell, V<S>, std::conditional_t<kOptions, OptionsInside<Cell, V<S>>, Untouched>> s;
-        if constexpr (kOptions) s.options = options.template inside<Cell>(io, u);
+        if constexpr (kOptions) {
+          s.before[kH] = V<S>{};  // unless it is read below
+          s.options = options.template inside<Cell>(io, u);
+        }
         for (int g = 0; g < G; ++g) s.a[g] = gate(g);
         for (int g = 0; g < kInfo.split; ++g) s.x[g] = gate(G + g);
         for (int k = 0; k < kInfo.vectors; ++k) s.u[k] = io.load(vectors + k * H + u);
@@ -438,7 +441,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         if (kInfo.before(kH) || kOptions) unit.before[kH] = io.load(h_row + u);
         for (int k = 1; k < kInfo.states; ++k) {
           unit.before[k] = io.load(dir.last[k][b] + u);
-          if constexpr (kStage > 0) unit.after[k] = io.load(after + k * H + u);
+          unit.after[k] = kStage > 0 ? io.load(after + k * H + u) : V<S>{};
         }
         Cell::template forward<Math<S>, kStage>(unit);
         if (kStage == kInfo.saves_in && saved_row)
