@@ -10,7 +10,7 @@ try:
     from .functional import FallbackWarning, set_strict
     from .minimal import QRNN, SRU, MinGRU, MinLSTM
     from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-    from .more import SLSTM, IndRNN
+    from .more import SLSTM, IndRNN, LayerNormGRU, LayerNormGRUCell
 except (ImportError, AttributeError, RuntimeError, ValueError) as error:  # a build older than the sources
     # The doctor explains what is wrong here, so it alone gets past it.
     if sys.argv[:2] != ["-m", "doctor"]:
@@ -19,6 +19,6 @@ except (ImportError, AttributeError, RuntimeError, ValueError) as error:  # a bu
 __version__ = "0.1.0"
 __all__ = [
     "GRU", "LSTM", "QRNN", "RNN", "SLSTM", "SRU", "Explanation", "FallbackWarning", "GRUCell", "IndRNN",
-    "LSTMCell", "MinGRU", "MinLSTM", "RNNCell", "convert", "explain", "functional", "init", "prepack",
-    "set_strict", "to_torch",
+    "LSTMCell", "LayerNormGRU", "LayerNormGRUCell", "MinGRU", "MinLSTM", "RNNCell", "convert", "explain",
+    "functional", "init", "prepack", "set_strict", "to_torch",
 ]  # fmt: skip

@@ -109,7 +109,10 @@ OPTIONS = {
         False,
         _flag,
         cell="_layer_norm",
-        vectors={"lstm": {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "shift_c": 1}},
+        vectors={
+            "lstm": {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "shift_c": 1},
+            "gru": {"gain_ih": 3, "gain_hh": 3},
+        },
         initialise=lambda module, _: init.norm_(module),
     ),
     "coupled": Option(False, _flag, cell="_coupled"),

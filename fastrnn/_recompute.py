@@ -36,10 +36,12 @@ def layer(
     options: StepOptions,
 ) -> Result:
     """``run``, functional.layer of one cell, on the arguments after ``memory``, which is k or "recompute"."""
-    k = default_k(rows.T) if isinstance(memory, str) else memory
     to = [rows.of_states(t) for t in options.reset_to or ()]  # [N, D, *]
-    stores = k >= rows.T or _autograd._is_traced() or _autograd._is_dual()
-    if stores or not _autograd._needs_function((x, *states, *weights, *to)):
+    keeps = _autograd._needs_function((x, *states, *weights, *to))
+    k = rows.T
+    if keeps and not (_autograd._is_traced() or _autograd._is_dual()):
+        k = default_k(rows.T) if isinstance(memory, str) else min(memory, rows.T)
+    if k == rows.T:
         return run(x, states, weights, rows, keep_history, composed, listener, options)
     (D, *_), S, seen = states[0].shape, len(states), {}
     results: list[tuple[Tensor, ...]] = []

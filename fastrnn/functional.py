@@ -21,9 +21,10 @@ from .rows import Rows
 from .step_options import NO_OPTIONS, StepOptions
 
 __all__ = [
-    "StateGradients", "gru", "gru_cell", "linear_scan", "lstm", "lstm_cell", "lstm_coupled",
-    "lstm_coupled_cell", "lstm_layer_norm", "lstm_layer_norm_cell", "lstm_peephole", "lstm_peephole_cell",
-    "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell", "set_strict", "slstm",
+    "StateGradients", "gru", "gru_cell", "gru_layer_norm", "gru_layer_norm_cell", "linear_scan", "lstm",
+    "lstm_cell", "lstm_coupled", "lstm_coupled_cell", "lstm_layer_norm", "lstm_layer_norm_cell",
+    "lstm_peephole", "lstm_peephole_cell", "rnn_relu", "rnn_relu_cell", "rnn_tanh", "rnn_tanh_cell",
+    "set_strict", "slstm",
 ]  # fmt: skip
 
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------
@@ -87,7 +88,7 @@ def torch_path_reason(weight: Tensor, extended: bool = False, unserved: Sequence
             raise RuntimeError(
                 "fastrnn: torch.onnx.export takes what torch.nn has, "
                 "not lengths, reset, return_states, cells that it has not (peephole, coupled, layer_norm, "
-                "IndRNN, SLSTM) or what acts on the states between steps"
+                "IndRNN, SLSTM, LayerNormGRU) or what acts on the states between steps"
             )
     return reason or unserved_reason(unserved)
 
@@ -163,6 +164,8 @@ def slots(
     cell = CELLS[name]
     if not cell.dense:  # its weight_hh is a vector
         return w_ih, None, b_ih, None, None, _joined(cell, [w_hh])
+    if cell.takes_gates and cell.biases == 1:  # x and h are normalised together
+        return w_ih, w_hh, b_ih, None, None, _joined(cell, others)
     if cell.takes_gates:
         gain_ih, gain_hh, *rest = others
         u = _joined(cell, [gain_hh, b_hh, *rest])
@@ -193,13 +196,13 @@ def scan_weights(name: str, weights: _autograd.Weights) -> _autograd.Weights:
 
 
 def _normed_gates(x: Tensor, weights: _autograd.Weights, rows: Rows) -> Tensor:
-    """gain_ih n(W_ih x) + b_ih [N, D*G*H] of all steps at once."""
+    """gain_ih n(W_ih x) + b_ih [N, D*G*H] of all steps at once; W_ih x + b_ih without a gain."""
     x, gates = rows.without_padding(x), []
     for d in range(0, len(weights), SLOTS):
         w_ih, _, b_ih, _, gain, _ = weights[d : d + SLOTS]
-        a = torch.nn.functional.linear(x, w_ih)  # type: ignore[arg-type]
-        gates.append(torch.nn.functional.layer_norm(a, gain.shape, gain, b_ih))  # type: ignore[union-attr]
-    return torch.cat(gates, -1)
+        a = torch.nn.functional.linear(x, w_ih, b_ih if gain is None else None)  # type: ignore[arg-type]
+        gates.append(a if gain is None else torch.nn.functional.layer_norm(a, gain.shape, gain, b_ih))
+    return torch.cat(gates, -1) if len(gates) > 1 else gates[0]
 
 
 def stack_weights(
@@ -626,6 +629,14 @@ rnn_tanh = _single_state("rnn_tanh")
 rnn_relu = _single_state("rnn_relu")
 
 
+def gru_layer_norm(
+    *args, lengths=None, reset=None, return_states: bool = False, state_hook: StateHook | None = None
+) -> tuple[Tensor, Tensor]:
+    """``gru`` with layer normalisation of both products: after the parameters of a direction that
+    ``torch.gru`` takes come its gain_ih and gain_hh [3*H]."""
+    return _recurrent("gru_layer_norm", args, lengths, reset, return_states, state_hook)  # type: ignore[return-value]
+
+
 # ---- One step ----------------------------------------------------------------------------------------
 
 
@@ -754,6 +765,20 @@ def _single_state_cell(name: str) -> _SingleStateCell:
 gru_cell = _single_state_cell("gru")
 rnn_tanh_cell = _single_state_cell("rnn_tanh")
 rnn_relu_cell = _single_state_cell("rnn_relu")
+
+
+def gru_layer_norm_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    gain_ih: Tensor,
+    gain_hh: Tensor,
+) -> Tensor:
+    """``gru_cell`` with layer normalisation: gain_ih and gain_hh [3*H]."""
+    return _cell("gru_layer_norm", input, hx, w_ih, w_hh, b_ih, b_hh, gain_ih, gain_hh)
 
 
 # ---- The linear scan ---------------------------------------------------------------------------------

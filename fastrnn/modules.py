@@ -31,7 +31,7 @@ _States = tuple[Tensor, Tensor]  # (h, c)
 def _torch_name(module: nn.Module) -> str:
     """The name of the torch.nn class that a module replaces, for messages."""
     name = next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules"))
-    return type(module).__name__ if name == "RNNBase" else name  # those that torch.nn has not
+    return type(module).__name__ if name.endswith("Base") else name  # those that torch.nn has not
 
 
 def _torch_forward(module: nn.Module, input, hx):
@@ -538,6 +538,9 @@ class GRU(_Recurrent, nn.GRU):
         device, dtype: those of the parameters.
 
     Options, keyword-only:
+        layer_norm: layer normalisation of the two products (Ba et al. 2016): ``gain_ih * n(W_ih x)`` and
+            ``gain_hh * n(W_hh h_prev)`` in the place of ``W_ih x`` and ``W_hh h_prev`` above, each n over all
+            3*H as for ``LSTM``. Parameters ``gain_ih_l{k}`` and ``gain_hh_l{k}`` [3*H], ones at first.
         weight_dropout, variational_dropout: as for ``LSTM``.
         zoneout: p in [0, 1) (Krueger et al. 2017): with probability p a unit keeps h of the step before,
             drawn anew at every step, ``d * h_prev + (1 - d) * h``; in evaluation d is p.
@@ -579,6 +582,7 @@ class GRU(_Recurrent, nn.GRU):
     def __init__(
         self,
         *args: Any,
+        layer_norm: bool = False,
         weight_dropout: float = 0.0,
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
@@ -591,6 +595,7 @@ class GRU(_Recurrent, nn.GRU):
     ) -> None:
         super().__init__(*args, **keywords)
         self._set_options(
+            layer_norm=layer_norm,
             weight_dropout=weight_dropout,
             zoneout=zoneout,
             recurrent_dropout=recurrent_dropout,
@@ -693,10 +698,14 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
 
     def _scan_layers(self) -> list[tuple[str, _autograd.Weights]]:
         """The cell and the weights of its one layer."""
-        cell, vectors = self._cell_name(), [getattr(self, name) for name in self._vectors()]
-        w_hh = self._dense(self.weight_hh)
-        weights = functional.slots(cell, self.weight_ih, w_hh, self.bias_ih, self.bias_hh, *vectors)
+        cell = self._cell_name()
+        weights = functional.slots(cell, *self._weights(self._dense(self.weight_hh)))
         return [(cell, functional.scan_weights(cell, weights))]
+
+    def _weights(self, w_hh: Tensor) -> tuple:
+        """As functional._cell takes them."""
+        vectors = [getattr(self, name) for name in self._vectors()] if self._fused_options else ()
+        return self.weight_ih, w_hh, self.bias_ih, self.bias_hh, *vectors
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """input [B, I] or [I], hx [B, H] or [H], zeros if None -> h; of an LSTMCell hx = (h, c) -> (h, c)."""
@@ -721,13 +730,12 @@ class _RecurrentCell(_Fused, nn.RNNCellBase):
         if hx is None:
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hidden = (zeros, zeros) if many else (zeros,)
-        name, weight_hh, vectors = self._plain_cell(), self.weight_hh, []
+        name, weight_hh = self._plain_cell(), self.weight_hh
         acts: dict[str, Any] = {}
         if self._fused_options:
             name, weight_hh = self._cell_name(), self._of_call(weight_hh)
-            vectors = [getattr(self, vector) for vector in self._vectors()]
             acts = _options.on_states(self._fused_options)
-        weights = (self.weight_ih, weight_hh, self.bias_ih, self.bias_hh, *vectors)
+        weights = self._weights(weight_hh)
         out = functional._cell(
             name, input, hidden if many else hidden[0], *weights, acts=acts, train=self.training
         )
@@ -837,8 +845,9 @@ class GRUCell(_RecurrentCell, nn.GRUCell):
         bias: whether there are biases.
         device, dtype: those of the parameters.
 
-    Options, keyword-only: weight_dropout, zoneout, recurrent_dropout, state_gradient_clip and heads as for
-        ``GRU``, each call being one step; with heads ``weight_hh`` is [3*H, H/n].
+    Options, keyword-only: layer_norm, weight_dropout, zoneout, recurrent_dropout, state_gradient_clip and
+        heads as for ``GRU``, each call being one step, with parameters without suffix; with heads
+        ``weight_hh`` is [3*H, H/n].
 
     Inputs: x, h_prev.
         x: [B, I], or [I] without a batch.
@@ -876,6 +885,7 @@ class GRUCell(_RecurrentCell, nn.GRUCell):
         device=None,
         dtype=None,
         *,
+        layer_norm: bool = False,
         weight_dropout: float = 0.0,
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
@@ -884,6 +894,7 @@ class GRUCell(_RecurrentCell, nn.GRUCell):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, device, dtype)
         self._set_options(
+            layer_norm=layer_norm,
             weight_dropout=weight_dropout,
             zoneout=zoneout,
             recurrent_dropout=recurrent_dropout,

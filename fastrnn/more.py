@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from . import init
 from .functional import Lengths
-from .modules import _Recurrent, block_diagonal
+from .modules import _Recurrent, _RecurrentCell, block_diagonal
 
-__all__ = ["SLSTM", "IndRNN"]
+__all__ = ["SLSTM", "IndRNN", "LayerNormGRU", "LayerNormGRUCell"]
 
 _States = tuple[Tensor, Tensor, Tensor, Tensor]  # (h, c, n, m)
 
@@ -244,3 +245,212 @@ class SLSTM(_OwnCell):
         def forward(
             self, input: PackedSequence, hx: _States | None = None
         ) -> tuple[PackedSequence, _States]: ...
+
+
+# ---- Dreamer's GRU ---------------------------------------------------------------------------------------
+
+_NORMS = {"layer": "layer_norm_gru", "rms": "rms_norm_gru"}
+
+
+def _check_norm(norm: Any, eps: Any) -> None:
+    if norm not in _NORMS:
+        raise ValueError(f"norm must be 'layer' or 'rms', got {norm!r}")
+    if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be a finite number above 0, got {eps!r}")
+
+
+def _norm_repr(module: Any) -> str:
+    return (", norm=rms" if module.norm == "rms" else "") + (
+        f", eps={module.eps}" if module.eps != 1e-5 else ""
+    )
+
+
+class LayerNormGRU(_OwnCell):
+    """Layers of the GRU of Dreamer's world models (Hafner et al. 2020), whose gates are normalised together.
+
+    At each step a layer computes, from its input x and its state h_prev of the step before,
+
+        r, c, u = gain * n(W_ih x + W_hh h_prev) + shift, with bias n(W_ih x + W_hh h_prev + bias)
+        u = sigmoid(u - 1)
+        h = u * tanh(sigmoid(r) * c) + (1 - u) * h_prev
+
+    n is over all 3*H: n(v) is v less its mean, divided by its standard deviation (Ba et al. 2016), or with
+    norm="rms" v divided by the root of its mean square (Zhang and Sennrich 2019), eps added under the root.
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of h.
+        num_layers: L; the input of each layer but the first is the output of the layer before.
+        bias: whether there is a bias inside n.
+        batch_first: input and output are [B, T, *] instead of [T, B, *]; the state is not.
+        dropout: the probability with which training zeroes an element of each layer's output but the last's.
+        bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
+        device, dtype: those of the parameters.
+        norm: keyword-only, "layer" or "rms".
+        eps: keyword-only; Dreamer's code has 1e-3.
+        heads, memory: keyword-only, as for ``GRU``; with heads (DreamerV3's blocks) ``weight_hh_l{k}`` is
+            [3*H, H/n].
+
+    Inputs: x, h_0, and ``lengths``, ``reset``, ``reset_to`` and ``return_states`` as ``forward`` has them.
+        x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
+        h_0: [L*D, B, H], without B if x has none; zeros if left out.
+
+    Outputs: y, h_n.
+        y: [T, B, D*H], h of the last layer at every step, in the form of x; the two directions side by side.
+        h_n: [L*D, B, H], the state after each row's last step.
+
+    Parameters of layer k, with the suffix ``_reverse`` for the second direction; gates in the order r c u.
+        weight_ih_l{k}: [3*H, I], from the second layer on [3*H, D*H].
+        weight_hh_l{k}: [3*H, H].
+        bias_l{k}: [3*H], with bias.
+        gain_l{k}, shift_l{k}: [3*H], ones and zeros at first.
+        The others are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        TypeError: sizes or flags of another type.
+        ValueError: sizes below 1, dropout outside [0, 1], another norm, eps that is not above 0, heads that
+            do not divide hidden_size; input that is neither 2-D nor 3-D, or of another dtype than the
+            parameters.
+        RuntimeError: input or state of other sizes than above.
+
+    ``convert`` and ``to_torch`` leave it as it is; ``torch.onnx.export`` and ``torch.jit.script`` do not take
+    it.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> gru = fastrnn.LayerNormGRU(8, 16, eps=1e-3)
+        >>> episode_begins = torch.rand(20, 3) < 0.1
+        >>> y, h_n = gru(torch.randn(20, 3, 8), reset=episode_begins)  # [T, B, I]
+        >>> y.shape, h_n.shape, gru.gain_l0.shape
+        (torch.Size([20, 3, 16]), torch.Size([1, 3, 16]), torch.Size([48]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = False,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        norm: str = "layer",
+        eps: float = 1e-5,
+        heads: int = 1,
+        memory: str | int = "store",
+    ) -> None:
+        _check_norm(norm, eps)
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__("GRU", *sizes, bias, batch_first, dropout, bidirectional, 0, device, dtype)
+        self.mode, self.norm, self.eps = _NORMS[norm].upper(), norm, eps
+        for names in self._all_weights:  # weight_ih, weight_hh, and with biases bias_ih, bias_hh
+            suffix, weight = names[0].removeprefix("weight_ih"), self.get_parameter(names[0])
+            for name in names[2:]:
+                delattr(self, name)
+            names[2:] = [f"{name}{suffix}" for name in ["bias"] * bias + ["gain", "shift"]]
+            for name in names[2:]:
+                self.register_parameter(name, self._new_vector(weight, 3))
+            # A vector like the others to the kernels, of which the mean counts.
+            self.register_buffer(f"_eps{suffix}", weight.new_full((hidden_size,), eps), persistent=False)
+            names.append(f"_eps{suffix}")
+        init.norm_(self)
+        self._collect_weights()
+        self._set_options(heads=heads, memory=memory)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.norm_(self)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _norm_repr(self)
+
+
+class LayerNormGRUCell(_RecurrentCell, nn.RNNCellBase):
+    """One step of ``LayerNormGRU``, the GRU of Dreamer's world models (Hafner et al. 2020).
+
+        r, c, u = gain * n(W_ih x + W_hh h_prev) + shift, with bias n(W_ih x + W_hh h_prev + bias)
+        u = sigmoid(u - 1)
+        h = u * tanh(sigmoid(r) * c) + (1 - u) * h_prev
+
+    Args:
+        input_size: I, the width of x.
+        hidden_size: H, the width of h.
+        bias: whether there is a bias inside n.
+        device, dtype: those of the parameters.
+        norm, eps, heads: keyword-only, as for ``LayerNormGRU``; with heads ``weight_hh`` is [3*H, H/n].
+
+    Inputs: x, h_prev.
+        x: [B, I], or [I] without a batch.
+        h_prev: [B, H], or [H]; zeros if left out.
+
+    Output: h, of the shape of h_prev.
+
+    Parameters, gates in the order r c u:
+        weight_ih: [3*H, I].
+        weight_hh: [3*H, H].
+        bias: [3*H], with bias; else None.
+        gain, shift: [3*H], ones and zeros at first.
+        The others are drawn uniformly from [-1/sqrt(H), 1/sqrt(H)].
+
+    Raises:
+        ValueError: hidden_size below 1, another norm, eps that is not above 0, heads that do not divide
+            hidden_size; input or state of other than one or two dimensions.
+        RuntimeError: input or state of other sizes than above.
+
+    Example:
+        >>> import fastrnn, torch
+        >>> cell = fastrnn.LayerNormGRUCell(8, 16, norm="rms")
+        >>> h = None
+        >>> for x in torch.randn(20, 3, 8):  # [B, I] of each step
+        ...     h = cell(x, h)
+        >>> h.shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        norm: str = "layer",
+        eps: float = 1e-5,
+        heads: int = 1,
+    ) -> None:
+        _check_norm(norm, eps)
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size must be greater than zero, got {hidden_size}")
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        self.norm, self.eps = norm, eps
+        for name in ("bias", "bias_ih", "bias_hh"):  # torch.nn's flag, and its biases
+            delattr(self, name)
+        for name in ("bias", "gain", "shift"):
+            there = bias or name != "bias"
+            self.register_parameter(name, self._new_vector(self.weight_ih, 3) if there else None)
+        self.register_buffer("_eps", self.weight_ih.new_full((hidden_size,), eps), persistent=False)
+        init.norm_(self)
+        self._set_options(heads=heads)
+
+    __prepare_scriptable__ = _OwnCell.__prepare_scriptable__
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.norm_(self)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", bias=True" if self.bias is not None else "") + _norm_repr(self)
+
+    if TYPE_CHECKING:
+
+        def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
+
+    def _plain_cell(self) -> str:
+        return _NORMS[self.norm]
+
+    def _weights(self, w_hh: Tensor) -> tuple:
+        return self.weight_ih, w_hh, self.bias, None, self.gain, self.shift, self._eps

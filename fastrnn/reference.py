@@ -72,10 +72,12 @@ def rnn_relu_step(x, a, states):
     return (torch.relu(x[0] + a[0]),)
 
 
-def _normed(v: Tensor) -> Tensor:
-    """n(v) of torch.nn.LayerNorm, written out: torch's own third derivative of it is wrong."""
-    v = v - v.mean(-1, keepdim=True)
-    return v / torch.sqrt(v.square().mean(-1, keepdim=True) + 1e-5)
+def _normed(v: Tensor, eps: Tensor | float = 1e-5, centred: bool = True) -> Tensor:
+    """n(v) of torch.nn.LayerNorm, written out: torch's own third derivative of it is wrong. Without the
+    centre it is torch.nn.RMSNorm's."""
+    if centred:
+        v = v - v.mean(-1, keepdim=True)
+    return v / torch.sqrt(v.square().mean(-1, keepdim=True) + eps)
 
 
 def lstm_layer_norm_step(x, a, states, *vectors):
@@ -86,6 +88,29 @@ def lstm_layer_norm_step(x, a, states, *vectors):
     i, f, g, o = (x[k] + gain[k] * n[k] + bias[k] for k in range(4))
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(gain_c * _normed(c) + shift_c), c
+
+
+def gru_layer_norm_step(x, a, states, *vectors, candidate=_same):
+    """``gru_step`` with layer normalisation of both products (Ba et al. 2016). x holds gain_ih n(W_ih x) +
+    b_ih; vectors: gain_hh and b_hh of each gate."""
+    n = _normed(torch.cat(a, -1)).split(a[0].shape[-1], -1)
+    return gru_step(x, [vectors[k] * n[k] + vectors[3 + k] for k in range(3)], states, candidate=candidate)
+
+
+def layer_norm_gru_step(x, a, states, *vectors, centred=True):
+    """Hafner et al. (2020), the GRU of Dreamer's world model. vectors: gain and shift of each gate, and eps,
+    whose mean is added to the variance."""
+    (h,), (*_, eps) = states, vectors
+    together = torch.cat([x[k] + a[k] for k in range(3)], -1)
+    n = _normed(together, eps.mean(-1, keepdim=True), centred).split(h.shape[-1], -1)
+    r, c, u = (vectors[k] * n[k] + vectors[3 + k] for k in range(3))
+    u = torch.sigmoid(u - 1)
+    return (u * torch.tanh(torch.sigmoid(r) * c) + (1 - u) * h,)
+
+
+def rms_norm_gru_step(x, a, states, *vectors):
+    """The same, where n divides by the root of the mean square (Zhang and Sennrich 2019)."""
+    return layer_norm_gru_step(x, a, states, *vectors, centred=False)
 
 
 def indrnn_tanh_step(x, a, states, u):
@@ -164,6 +189,9 @@ CELLS = {
     "indrnn_tanh": Cell.of("indrnn_tanh", indrnn_tanh_step, biases=1),
     "indrnn_relu": Cell.of("indrnn_relu", indrnn_relu_step, biases=1),
     "slstm": Cell.of("slstm", slstm_step, biases=1),
+    "gru_layer_norm": Cell.of("gru_layer_norm", gru_layer_norm_step),
+    "layer_norm_gru": Cell.of("layer_norm_gru", layer_norm_gru_step, biases=1),
+    "rms_norm_gru": Cell.of("rms_norm_gru", rms_norm_gru_step, biases=1),
 }
 
 

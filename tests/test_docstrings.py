@@ -28,6 +28,8 @@ def test_parameters_have_the_shapes_in_the_docstring(name):
         options = {"num_layers": 2, "bidirectional": True}
     if name == "LSTM":
         options["proj_size"] = sizes["P"] = 2
+    if name == "LayerNormGRU":
+        options["bias"] = True
     if name == "SLSTM":
         options["heads"] = sizes["heads"] = 5
     for parameter, tensor in cls(3, 5, **options).named_parameters():

@@ -39,6 +39,8 @@ def modules_of_one_state(x: Tensor, packed: PackedSequence, h: Tensor, lengths: 
     assert_type(rnn.forward(packed), tuple[PackedSequence, Tensor])
     assert_type(fastrnn.GRUCell(1, 1).forward(x, h), Tensor)
     assert_type(fastrnn.RNNCell(1, 1).forward(x), Tensor)
+    assert_type(fastrnn.LayerNormGRUCell(1, 1).forward(x, h), Tensor)
+    assert_type(fastrnn.LayerNormGRU(1, 1).forward(x, h, reset=x, reset_to=h), tuple[Tensor, Tensor])
     assert_type(gru.forward(x, h, reset=x, reset_to=h), tuple[Tensor, Tensor])
     gru.forward(packed, reset=x)  # type: ignore[call-overload]
     assert_type(fastrnn.MinGRU(1, 1).forward(x, h, lengths=lengths), tuple[Tensor, Tensor])

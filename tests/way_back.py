@@ -53,6 +53,30 @@ def gru_saved(x, a):
     return r, z, torch.tanh(x[2] + r * a[2]), a[2]
 
 
+def gru_layer_norm_saved(x, a, *u):
+    """n(W_hh h) of each gate, the activated gates, and 1 / deviation and mean of W_hh h."""
+    mean, scale = moments(torch.cat(a, -1))
+    normed = [(part - mean) * scale for part in a]
+    q = [u[k] * normed[k] + u[3 + k] for k in range(3)]
+    r, z = torch.sigmoid(x[0] + q[0]), torch.sigmoid(x[1] + q[1])
+    return *normed, r, z, torch.tanh(x[2] + r * q[2]), scale, mean
+
+
+def layer_norm_gru_saved(x, a, *u, centred=True):
+    """n of the sum for each gate, sigmoid(r), 1 - u, the candidate, and 1 / deviation and mean."""
+    v = torch.cat([x[k] + a[k] for k in range(3)], -1)
+    mean = v.mean(-1, keepdim=True) if centred else 0.0
+    scale = 1 / torch.sqrt((v - mean).square().mean(-1, keepdim=True) + u[6].mean())
+    normed = ((v - mean) * scale).chunk(3, -1)
+    r, c, u_ = (u[k] * normed[k] + u[3 + k] for k in range(3))
+    r = torch.sigmoid(r)
+    return *normed, r, 1 - torch.sigmoid(u_ - 1), torch.tanh(r * c), scale, *([mean] if centred else [])
+
+
+def rms_norm_gru_saved(x, a, *u):
+    return layer_norm_gru_saved(x, a, *u, centred=False)
+
+
 def slstm_saved(x, a, cnm):
     i, f, g, o = (x[k] + a[k] for k in range(4))
     m = cnm.chunk(3, -1)[2]
@@ -88,9 +112,10 @@ def lstm_peephole_back(saved, h, h_prev, c, c_prev, dh, dc, w_ci, w_cf, w_co):
     return (di, df, dc * i * (1 - g**2), do), None, dc, dc_prev, di * c_prev, df * c_prev, do * c
 
 
-def normed_back(dn, n, scale):
+def normed_back(dn, n, scale, centred=True):
     """The derivative of n(v) = (v - mean) * scale by v."""
-    return scale * (dn - dn.mean(-1, keepdim=True) - n * (dn * n).mean(-1, keepdim=True))
+    centre = dn.mean(-1, keepdim=True) if centred else 0.0
+    return scale * (dn - centre - n * (dn * n).mean(-1, keepdim=True))
 
 
 def lstm_layer_norm_back(saved, h, h_prev, c, c_prev, dh, dc, *u):
@@ -130,6 +155,32 @@ def gru_back(saved, h, h_prev, c, c_prev, dh, dc):
     dn, dz = dh * (1 - z) * (1 - n**2), dh * (h_prev - n)
     dr, dq = dn * q, dn * r
     return (dq, dr * r * (1 - r), dz * z * (1 - z), dn), dh * z, None, None
+
+
+def gru_layer_norm_back(saved, h, h_prev, c, c_prev, dh, dc, *u):
+    *normed, r, z, n, numbers = saved
+    normed, q = torch.cat(normed, -1), u[2] * normed[2] + u[5]
+    dn, dz = dh * (1 - z) * (1 - n**2), dh * (h_prev - n) * z * (1 - z)
+    dr = dn * q * r * (1 - r)
+    dq = dr, dz, dn * r
+    recurrent = normed_back(torch.cat(dq, -1) * torch.cat(u[:3]), normed, numbers[:, :1]).chunk(3, -1)
+    dgain = (torch.cat(dq, -1) * normed).chunk(3, -1)
+    return (*recurrent, dr, dz, dn), dh * z, None, None, *dgain, *dq
+
+
+def layer_norm_gru_back(saved, h, h_prev, c, c_prev, dh, dc, *u, centred=True):
+    *normed, r, z, n, numbers = saved
+    normed, q, scale = torch.cat(normed, -1), u[1] * normed[1] + u[4], numbers[:, :1]
+    dn, du = dh * (1 - z) * (1 - n**2), dh * (n - h_prev) * z * (1 - z)
+    dq = torch.cat((dn * q * r * (1 - r), dn * r, du), -1)
+    dnormed = dq * torch.cat(u[:3])
+    dv = normed_back(dnormed, normed, scale, centred).chunk(3, -1)
+    deps = -(scale**2) / 2 * (dnormed * normed).sum(-1, keepdim=True) / h.shape[-1]
+    return (*dv, *dv), dh * z, None, None, *(dq * normed).chunk(3, -1), *dq.chunk(3, -1), deps.expand_as(h)
+
+
+def rms_norm_gru_back(*arguments):
+    return layer_norm_gru_back(*arguments, centred=False)
 
 
 def rnn_tanh_back(saved, h, h_prev, c, c_prev, dh, dc):
@@ -172,6 +223,9 @@ SAVED = {
     "indrnn_tanh": nothing_saved,
     "indrnn_relu": nothing_saved,
     "slstm": slstm_saved,
+    "gru_layer_norm": gru_layer_norm_saved,
+    "layer_norm_gru": layer_norm_gru_saved,
+    "rms_norm_gru": rms_norm_gru_saved,
 }
 BACK = {
     "lstm": lstm_back,
@@ -184,6 +238,9 @@ BACK = {
     "indrnn_tanh": indrnn_tanh_back,
     "indrnn_relu": indrnn_relu_back,
     "slstm": slstm_back,
+    "gru_layer_norm": gru_layer_norm_back,
+    "layer_norm_gru": layer_norm_gru_back,
+    "rms_norm_gru": rms_norm_gru_back,
 }
 
 
@@ -193,8 +250,8 @@ def forward(name, layout, x, states, weights):
     cell, saves, none = CELLS[name], [], x.new_empty(0)
 
     def step(x, a, states, *u):
-        sees_states = len(states) > 1 and (u or len(states) > 2)
-        save = SAVED[name](x, a, *((torch.cat(states[1:], -1), *u) if sees_states else ()))
+        others = [torch.cat(states[1:], -1)] if len(states) > 2 or (u and states[1:]) else []
+        save = SAVED[name](x, a, *others, *u)
         saves.append(torch.cat(save, -1) if save else none)
         return cell.step(x, a, states, *u)
 

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "cells/gru.h"
+#include "cells/gru_layer_norm.h"
 #include "cells/indrnn.h"
 #include "cells/lstm.h"
 #include "cells/lstm_coupled.h"
@@ -37,6 +38,6 @@ FASTRNN_INLINE void with_cell(const CellInfo& cell, F f) {
 }
 
 using AllCells = CellList<Lstm, LstmPeephole, LstmCoupled, LstmLayerNorm, Gru, RnnTanh, RnnRelu, IndRnnTanh,
-                          IndRnnRelu, Slstm>;
+                          IndRnnRelu, Slstm, GruLayerNorm, LayerNormGru, RmsNormGru>;
 
 }  // namespace fastrnn

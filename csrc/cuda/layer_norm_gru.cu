@@ -1,0 +1,3 @@
+#include "cuda/device.h"
+
+static const bool added = fastrnn::Drivers<fastrnn::CudaDevice>::add<fastrnn::LayerNormGru>();

@@ -1,0 +1,3 @@
+#include "testing/host_device.h"
+
+static const bool added = fastrnn::Drivers<fastrnn::HostDevice>::add<fastrnn::RmsNormGru>();
