@@ -199,4 +199,7 @@ def make_scan(
     )
     if name == "slstm":  # n is a sum of weights, of which the largest was 1
         scan.c0[..., H : 2 * H].abs_().add_(1)
+    if name in ("layer_norm_gru", "rms_norm_gru"):  # eps is added under a root
+        for u in scan.u:
+            u[-1].abs_()
     return scan.map(lambda t: t.to(dtype))

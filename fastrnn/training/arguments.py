@@ -37,6 +37,8 @@ def innermost(message: str) -> str:
     key = ".".join(re.findall(r'Parser key "(.+?)"', message))
     if not key:
         return message
+    if unknown := re.search(r"unrecognized arguments: --([\w.]+)", message):  # of a dataclass in a dataclass
+        return f"{key}: Option {unknown[1]!r} is not accepted"
     lines = [
         line for line in message.splitlines() if re.match(r" +(- )?(Expected a|Option|Unable|Import)", line)
     ]

@@ -68,8 +68,8 @@ class Forecaster(SequenceTask):
         check_number("dropout", dropout, "[0, 1]")
         if one_step and "columns" not in spec:
             raise InputError(f"one_step is for series, whose next step is in the input; got {one_step}")
-        if self.stack.bidirectional:
-            raise InputError("a forecaster cannot be bidirectional: it would see the future")
+        if self.stack.sees_the_future:
+            raise InputError("a forecaster cannot be bidirectional or reversed: it would see the future")
         self.error, self.centre, self.one_step = LOSSES[loss], centre, one_step
         self.standard = Standardise(spec)
         self.rnn = self.stack.build(len(spec["mean"]))

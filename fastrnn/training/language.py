@@ -77,8 +77,8 @@ class LanguageModel(SequenceTask):
             )
         check_whole("embedding_size", embedding_size)
         check_number("dropout", dropout, "[0, 1]")
-        if self.stack.bidirectional:
-            raise InputError("a language model cannot be bidirectional: it would see the future")
+        if self.stack.sees_the_future:
+            raise InputError("a language model cannot be bidirectional or reversed: it would see the future")
         self.vocabulary = Vocabulary(spec["vocabulary"]) if "vocabulary" in spec else None
         symbols = len(self.vocabulary) if self.vocabulary else int(spec["symbols"])
         self.embed = nn.Embedding(symbols, embedding_size)

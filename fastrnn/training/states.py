@@ -22,7 +22,7 @@ class StateGradientNorms:
     Back-propagation is as usual and costs next to nothing more. Each row of a batch is counted back
     from its own last step; a reverse direction ends at its first. Several calls of a module (the
     parts of a chunk, outputs fed back) are taken to follow one another in time. Layers that have no
-    kernels here, such as torch.nn's, are not heard.
+    kernels here, such as torch.nn's or those with options that run torch operations, are not heard.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,6 +34,7 @@ class StateGradientNorms:
             for name, m in model.named_modules()
             if isinstance(m, (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN))
             and no_kernel_reason(m.weight_hh_l0) is None  # type: ignore[arg-type]
+            and m._unserved(training=True) is None
         ]
         self._handles = []
         for name, module in modules:
