@@ -58,6 +58,7 @@ class IndRNN(_OwnCell):
         dropout: the probability with which training zeroes an element of each layer's output but the last's.
         bidirectional: D = 2 directions, the second from the end of the sequence to its start, instead of 1.
         device, dtype: those of the parameters.
+        memory: keyword-only, as for ``RNN``.
 
     Inputs: x, h_0, and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
@@ -101,6 +102,8 @@ class IndRNN(_OwnCell):
         bidirectional: bool = False,
         device=None,
         dtype=None,
+        *,
+        memory: str | int = "store",
     ) -> None:
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
@@ -108,6 +111,7 @@ class IndRNN(_OwnCell):
         super().__init__(mode, *sizes, bias, batch_first, dropout, bidirectional, 0, device, dtype)
         self.mode, self.nonlinearity = f"IND{mode}", nonlinearity
         self._reshape_parameters(lambda w_hh: w_hh[:, 0])
+        self._set_options(memory=memory)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", nonlinearity=relu" if self.nonlinearity == "relu" else "")
@@ -141,6 +145,7 @@ class SLSTM(_OwnCell):
         device, dtype: those of the parameters.
         heads: keyword-only; the units fall into so many heads of H/heads units that see each other alone:
             W_hh is block-diagonal. It is laid out densely at each call.
+        memory: keyword-only, as for ``LSTM``.
 
     Inputs: x, (h_0, c_0, n_0, m_0), and ``lengths``, ``reset`` and ``return_states`` as ``forward`` has them.
         x: [T, B, I], [B, T, I] with batch_first, [T, I] without a batch, or a PackedSequence.
@@ -190,6 +195,7 @@ class SLSTM(_OwnCell):
         dtype=None,
         *,
         heads: int = 1,
+        memory: str | int = "store",
     ) -> None:
         # The checks and parameters of an LSTM, which has four gates too.
         sizes = (input_size, hidden_size, num_layers)
@@ -200,6 +206,7 @@ class SLSTM(_OwnCell):
             raise ValueError(f"heads must divide hidden_size = {hidden_size}, got {heads}")
         self.mode, self.heads = "SLSTM", heads
         self._reshape_parameters(lambda w_hh: w_hh[:, : hidden_size // heads])
+        self._set_options(memory=memory)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", heads={self.heads}" if self.heads > 1 else "")

@@ -97,6 +97,23 @@ def test_each_length_of_a_segment_gives_what_store_gives(memory, options):
     assert (default_k(40), default_k(200), default_k(10**6), default_k(1)) == (20, 50, 4000, 1)
 
 
+@pytest.mark.parametrize("kind", ["IndRNN", "SLSTM", "LayerNormGRU"])
+def test_modules_that_torch_nn_has_not_take_it_too(kind):
+    module = make(kind, num_layers=2, bidirectional=True, memory=2)
+    stores = make(kind, num_layers=2, bidirectional=True)
+    stores.load_state_dict(module.state_dict())
+    x, lengths, reset = randn(T, B, I).requires_grad_(), torch.tensor([2, 5, 0]), torch.rand(T, B) < 0.4
+    found, expected = (flat(each(x, None, lengths, reset, True)) for each in (module, stores))
+    of_nodes = [found[0].sum() + found[-1].square().sum(), expected[0].sum() + expected[-1].square().sum()]
+    gradients = [
+        torch.autograd.grad(loss, [x, *each.parameters()])
+        for loss, each in zip(of_nodes, (module, stores), strict=True)
+    ]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*gradients)
+    assert "Recomputed" in str(found[0].grad_fn.next_functions[0][0].next_functions)
+
+
 def test_states_that_are_one_tensor_and_inputs_without_gradients():
     module, x, h = make("LSTM", memory=2), randn(T, B, I), randn(1, B, H).requires_grad_()
     y, last, _ = loop(module, x, [h, h])
