@@ -150,7 +150,11 @@ def _gradients(direction: Direction, wanted, tensors, starts, gradients) -> list
     again = torch.is_grad_enabled()  # the gradients are to be derived in turn: by one scan of the whole
     if again:
         k, starts = direction.rows.T, tensors[1 : 1 + S]
-    sums = [torch.zeros_like(t) if want else None for t, want in zip(tensors, wanted, strict=True)]
+    of_rows = [j == 0 or j > S + SLOTS for j in range(len(tensors))]  # x and the states of a reset
+    sums = [
+        None if not want else torch.empty_like(t) if by_row else torch.zeros_like(t)
+        for t, want, by_row in zip(tensors, wanted, of_rows, strict=True)
+    ]
     passes = [want or 1 <= j <= S for j, want in enumerate(wanted)]  # those of the states join segments
     dy, dlast, dhistory = gradients[0], gradients[1 : 1 + S], gradients[1 + S :]
     dstates: Sequence = [
@@ -179,7 +183,7 @@ def _gradients(direction: Direction, wanted, tensors, starts, gradients) -> list
         parts: list[Any] = [next(found) if passed else None for passed in passes]
         dstates = direction.after(parts[1 : 1 + S], dstates)
         for j, (total, part) in enumerate(zip(sums, parts, strict=True)):
-            if total is not None and (j == 0 or j > S + SLOTS):
+            if total is not None and of_rows[j]:
                 put(total, where, part)
             elif j > S and total is not None:
                 total.add_(part)

@@ -49,6 +49,8 @@ def self_test(name: str, sanitizer: str = "plain") -> Tests:
 def kernels(cell: str, words: str, sanitizer: str = "plain") -> Tests:
     if cell == "lstm":  # these words are in the names of other cells' tests too
         words = f"({words}) and not lstm_ and not slstm"
+    if cell == "gru":
+        words = f"({words}) and not norm"
     return Tests(("tests/test_cuda_kernels.py", "-k", words), sanitizer, (cell,))
 
 
@@ -64,6 +66,7 @@ LSTM = kernels("lstm", "(lstm or projection) and not schedule")
 PEEPHOLE = kernels("lstm_peephole", "lstm_peephole and not schedule")
 ALONE = kernels("indrnn_tanh", "indrnn_tanh and not schedule")
 ROWS = kernels("lstm_layer_norm", "lstm_layer_norm and each_step and equals_the_reference and f32", "thread")
+DIRECT = kernels("gru_layer_norm", "gru_layer_norm and form")
 GRU = kernels("gru", "(gru or replicas) and not schedule")
 ORDERS = kernels("lstm", "lstm and (schedule or bf16)")  # of the threads
 SPILLED = kernels("lstm", "shared_memory")
@@ -138,6 +141,7 @@ KERNELS = [
     Mutant("one-direction-for-both", LSTM, "d == 0 ? host.T - 1 - step : step", "host.T - 1 - step"),
     Mutant("alone-one-direction-for-both", ALONE, "p.reverse ? step : ", ""),
     Mutant("sums-of-a-row-without-barrier", ROWS),
+    Mutant("direct-gradient-of-a-row-passes-a-reset", DIRECT, "zero ? A{} : s.dbefore[k]", "s.dbefore[k]"),
     Mutant("rows-of-no-step-not-cleared", LSTM),
     Mutant("driver-exchange-not-cleared", LSTM),
     # the linear scan

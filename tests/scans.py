@@ -12,7 +12,7 @@ from fastrnn.rows import Rows
 
 CELL_NAMES = list(CELLS)
 # One of each kind that the drivers tell apart, for the largest sweeps: others differ in their formulas alone.
-KINDS = ["lstm", "lstm_layer_norm", "gru", "rnn_tanh", "indrnn_tanh", "slstm"]
+KINDS = ["lstm", "lstm_layer_norm", "gru", "gru_layer_norm", "rnn_tanh", "indrnn_tanh", "slstm"]
 
 
 @dataclass

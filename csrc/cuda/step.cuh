@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(kStepThreads) backward_row(const BackwardStep<
         for (int k = 0; k < kNumbers.states; ++k) {
           if (d.complete[k]) d.complete[k][row][j] = store<S>(s.dafter[k]);
           if (!kNumbers.before(k)) continue;
-          const A dbefore = zero ? A{} : s.dbefore[k];
+          const A dbefore = zero ? A{} : s.dbefore[k];  // mutant: direct-gradient-of-a-row-passes-a-reset
           if (k == kH)
             p.direct[i] = store<S>(dbefore);
           else
