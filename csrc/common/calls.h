@@ -192,12 +192,11 @@ class CallOptions {
   /// Whether anything acts in a forward scan, or on the way back.
   bool on(bool backward) const {
     const auto there = [](const auto& tensor) { return tensor.has_value(); };
-    return numbers_.size() > 0 &&
-           (numbers_[Given::kShare + kH] > 0 || numbers_[Given::kShare + kC] > 0 ||
-            numbers_[Given::kCellClip] > 0 || (backward && numbers_[Given::kGradientClip] > 0) ||
-            std::any_of(tensors_.begin(), tensors_.end(), there));
+    return numbers_.size() > 0 && (zones(kH) || zones(kC) || numbers_[Given::kCellClip] > 0 ||
+                                   (backward && numbers_[Given::kGradientClip] > 0) ||
+                                   std::any_of(tensors_.begin(), tensors_.end(), there));
   }
-  bool zones(int state) const { return numbers_.size() > 0 && numbers_[size_t(state)] > 0; }
+  bool zones(int state) const { return numbers_.size() > 0 && numbers_[size_t(Given::kShare + state)] > 0; }
   const MaybeTensor& fresh(int state) const {
     static const MaybeTensor kNone;
     return tensors_.empty() ? kNone : tensors_[size_t(Given::kFresh + state)];

@@ -15,11 +15,11 @@
 
 namespace fastrnn {
 
-// What acts on the states between the steps: options, those that there are of keep_h [D,
-// N, P] and keep_c [D, N, H] (bool, zoneout), candidate [D, N, H], recurrent [D, B, P], fresh_h and fresh_c
-// (on the way back, from the end of saved), and reset_to of each state ([D, B, *] or [T, D, B, *]);
-// option_slots: bit k is set where the k-th of these is there; numbers: zoneout of h and of c (1 with a
-// mask), cell_clip and state_gradient_clip, 0: off. fastrnn/step_options.py says what they mean.
+// What acts on the states between the steps (fastrnn/step_options.py has the formulas). options: those that
+// there are of keep_h [D, N, P] and keep_c [D, N, H] (bool, zoneout), candidate [D, N, H], recurrent [D, B,
+// P], fresh_h and fresh_c [D, N, *] (on the way back, from the end of saved), and reset_to of each state, [D,
+// B, *] or [T, D, B, *]; option_slots: bit k is set where the k-th of these is there; numbers: zoneout of h
+// and of c (1 with a mask), cell_clip and state_gradient_clip, 0: off.
 constexpr const char* kOptionArguments = ", Tensor[] options, int option_slots, float[] numbers";
 
 /// An operator, and its overload with kOptionArguments at the end of its arguments: a call without options
@@ -41,8 +41,7 @@ struct Schema {
 // made of the weights, in their place. batch_sizes int64 [T] (packed sequence), lengths int64 [B] (dense),
 // reset bool [N], each or none. keep: 0 nothing, 1 what backward wants, 2 every state.
 // -> y [N, D*P]; last: h_n [D, B, P] and the others [D, B, H]; history: every state beside h [D, N, H], or
-// none;
-//    saved: [D, N, S*H + R], or none; then the states before their zoneout [D, N, *], those that backward
+//    none; saved: [D, N, S*H + R], or none, then the states before their zoneout [D, N, *] that backward
 //    reads
 constexpr Schema kScan{"scan", "scan.options",
                        "str cell, Tensor x, Tensor[] states, Tensor[] weights, int slots, Tensor? packed, "
@@ -51,9 +50,9 @@ constexpr Schema kScan{"scan", "scan.options",
 
 // dlast, dhistory: gradients of last and history, each or none
 // -> dgates [D, N, E*H]; dstates: those of the states before the first step, then those of reset_to;
-// complete: dL/dh_t [D, N, P] with all
-//    that later steps add (with a projection or keep) and that of the other states [D, N, H] (with keep); du:
-//    for each direction [U, H], or none
+// complete:
+//    dL/dh_t [D, N, P] with all that later steps add (with a projection or keep) and that of the other states
+//    [D, N, H] (with keep), where an option clips them clipped; du: for each direction [U, H], or none
 constexpr Schema kScanBackward{
     "scan_backward", "scan_backward.options",
     "str cell, Tensor? dy, Tensor?[] dlast, Tensor?[] dhistory, Tensor y, Tensor[] history, Tensor? saved, "
