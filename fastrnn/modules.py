@@ -570,6 +570,7 @@ class GRU(_Recurrent, nn.GRU):
         layer_norm: layer normalisation of the two products (Ba et al. 2016): ``gain_ih * n(W_ih x)`` and
             ``gain_hh * n(W_hh h_prev)`` in the place of ``W_ih x`` and ``W_hh h_prev`` above, each n over all
             3*H as for ``LSTM``. Parameters ``gain_ih_l{k}`` and ``gain_hh_l{k}`` [3*H], ones at first.
+            Not with recurrent_dropout.
         weight_dropout, variational_dropout: as for ``LSTM``.
         zoneout: p in [0, 1) (Krueger et al. 2017): with probability p a unit keeps h of the step before,
             drawn anew at every step, ``d * h_prev + (1 - d) * h``; in evaluation d is p.

@@ -90,11 +90,11 @@ def lstm_layer_norm_step(x, a, states, *vectors):
     return torch.sigmoid(o) * torch.tanh(gain_c * _normed(c) + shift_c), c
 
 
-def gru_layer_norm_step(x, a, states, *vectors, candidate=_same):
+def gru_layer_norm_step(x, a, states, *vectors):
     """``gru_step`` with layer normalisation of both products (Ba et al. 2016). x holds gain_ih n(W_ih x) +
     b_ih; vectors: gain_hh and b_hh of each gate."""
     n = _normed(torch.cat(a, -1)).split(a[0].shape[-1], -1)
-    return gru_step(x, [vectors[k] * n[k] + vectors[3 + k] for k in range(3)], states, candidate=candidate)
+    return gru_step(x, [vectors[k] * n[k] + vectors[3 + k] for k in range(3)], states)
 
 
 def layer_norm_gru_step(x, a, states, *vectors, centred=True):

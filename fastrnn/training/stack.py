@@ -44,7 +44,7 @@ def run_padded(rnn: nn.Module, x: Tensor, lengths: Tensor) -> tuple[Tensor, Any]
 def _options() -> dict[str, tuple[Any, str]]:
     """{name: (type, help)} of the keyword-only arguments of fastrnn.LSTM, which has all that GRU and RNN
     have, but those that are fields of a stack."""
-    section = (fastrnn.LSTM.__doc__ or "").split("Options, keyword-only:\n")[1].split("\n\n")[0]
+    section = (fastrnn.LSTM.__doc__ or "").split("Keyword Args:\n")[1].split("\n\n")[0]
     entries = re.split(r"^        (?=\w+: )", section, flags=re.MULTILINE)[1:]
     texts = {entry.partition(":")[0]: " ".join(entry.partition(": ")[2].split()) for entry in entries}
     parameters = inspect.signature(fastrnn.LSTM).parameters.values()
