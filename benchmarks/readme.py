@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 MATTER = [
     "LSTM training", "LSTM inference", "GRU training", "GRU inference", "RNN training",
     "LSTM packed training", "LSTM one step", "GRU one step", "short calls training", "short calls inference",
-    "options beside plain training", "LSTM bf16 training", "LSTM bf16 inference",
+    "LSTM bf16 training", "LSTM bf16 inference",
     "GRU bf16 training", "GRU bf16 inference", "LSTM tf32 training", "LSTM f32 training",
 ]  # fmt: skip
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"

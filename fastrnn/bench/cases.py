@@ -112,7 +112,8 @@ OPTIONS: dict[str, tuple[tuple[tuple[str, Any], ...], ...]] = {
     ),
 }  # fmt: skip
 OPTIONS["LSTM"] = (*OPTIONS["GRU"], (("cell_clip", 50.0),))
-COSTLY = (("layer_norm", True),), (("memory", "recompute"),)
+# A normalised LSTM is chaotic: after 200 steps float32 is 3e-3 off, in torch operations too.
+COSTLY = (50, ("layer_norm", True)), (200, ("memory", "recompute"))
 
 
 def _step(cell: str, B: int, H: int) -> Case:
@@ -160,7 +161,10 @@ CASES = (
         for cell in ("LSTM", "GRU")
         for options in OPTIONS[cell]
     ),
-    *(Case("LSTM", 200, 32, 128, 128, group="costly", options=options, modes=(TRAIN,)) for options in COSTLY),
+    *(
+        Case("LSTM", T, 32, 128, 128, group="costly", options=(option,), modes=(TRAIN,))
+        for T, option in COSTLY
+    ),
 )
 
 

@@ -49,7 +49,7 @@ class Workload:
         torch.manual_seed(0)
         weights = make_module(case.plain, nn).state_dict()
         self.module = make_module(case, library).to(device, dtype)
-        self.module.load_state_dict(weights)
+        self.module.load_state_dict(weights, strict=not case.options)  # an option may have its own
         self.module.train(mode == TRAIN)
         x = draw(case.T, case.B, case.I)  # [T, B, I]
         rows = (case.B,) if case.is_loop else (D * case.layers, case.B)
