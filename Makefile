@@ -10,8 +10,11 @@ CPP := $(shell find csrc -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name 
 train: build
 	$(BIN)/python -m fastrnn train fit --config shakespeare
 
+# Several processes: most tests use one core, and many wait for a process of their own.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: lint build cuda docs
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal tests
+	$(PYTEST) tests
 	$(MAKE) avx2
 	$(MAKE) sanitize
 	$(MAKE) mutants
@@ -20,7 +23,7 @@ test: lint build cuda docs
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FASTRNN_CPU_ISA=avx2
 avx2: build
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.backends.cpu.get_cpu_capability() != "AVX512")'; \
-	then $(AVX2) $(BIN)/python -m pytest -k "not (peephole or coupled or norm or slstm or indrnn or relu)" $(addprefix tests/test_,modules.py scan.py sequences.py products.py autograd.py prepack.py); \
+	then $(AVX2) $(PYTEST) -k "not (peephole or coupled or norm or slstm or indrnn or relu)" $(addprefix tests/test_,modules.py scan.py sequences.py products.py autograd.py prepack.py); \
 	else echo "There is no AVX-512: the suite has run on AVX2 or less."; fi
 
 bench: build
