@@ -106,8 +106,7 @@ class Direct(torch.autograd.Function):
         x, states, weights = tensors[0], tensors[1 : 1 + count], tensors[1 + count :]
         if y._version != ctx.version:
             # Computed once more in this rare case alone; a copy of y would cost memory in every call.
-            with torch.enable_grad():
-                y, *kept = _forward_again(form, tensors)
+            y, *kept = _forward_again(form, tensors)
         over = len(kept) > 0 and _autograd._is_last_use(kept[-1])
         gradients = tuple(g if g is None or g.is_contiguous() else g.contiguous() for g in gradients)
         stack = cell, x, states, weights, layers, directions, batch_first
@@ -138,14 +137,11 @@ def _by_operators(
         # Aliases: one of the tensors may itself be made from another one.
         aliases = [t.view_as(t) for t in tensors]
         outputs = _outputs_by_operators(form, aliases)
-        given = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
+        there = [k for k, g in enumerate(gradients) if g is not None]
         inputs = [t for t, want in zip(aliases, wanted, strict=True) if want]
+        outputs, given = [outputs[k] for k in there], [gradients[k] for k in there]
         found = iter(
-            torch.autograd.grad(
-                *([pair[0] for pair in given], inputs, [pair[1] for pair in given]),
-                create_graph=differentiable,
-                allow_unused=True,
-            )
+            torch.autograd.grad(outputs, inputs, given, create_graph=differentiable, allow_unused=True)
         )
     return tuple(next(found) if want else None for want in wanted)
 

@@ -101,12 +101,12 @@ def _explain_module(
         return Explanations(Explanation(name, layer, None, reason, reason, options) for layer in range(L))
     numbers = CELLS[cell]
     if weight.is_cuda:
-        acting = [
-            [*step_options.acting(module._fused_options, training, way), *acts] for way in (False, True)
-        ]
-        forward, backward = (
-            _cuda.plan(weight, numbers, not way, T, B, H, D, H != P, acting[way]) for way in (False, True)
-        )
+
+        def plan(forward: bool) -> str:
+            acting = step_options.acting(module._fused_options, training, gradients=not forward)  # type: ignore[union-attr]
+            return _cuda.plan(weight, numbers, forward, T, B, H, D, H != P, [*acting, *acts])
+
+        forward, backward = plan(True), plan(False)
     else:
         forward = _shared_out(T, B, H, P, numbers.gates, D, weight.element_size())
         backward = _shared_out(T, B, P, H, numbers.gates, D, weight.element_size())

@@ -697,9 +697,9 @@ def _cell(
     Without units (H = 0) there is nothing to compute, and no kernel for it."""
     extended = name not in _TORCHS or (len(acts) > 0 and w_hh.shape[-1] > 0)
     torch_path = w_hh.shape[-1] == 0 or takes_torch_path(w_ih, extended)
-    if torch_path and becomes_a_node():
+    if node := torch_path and becomes_a_node():
         _refuse_onnx_between_steps(acts, train)
-    if torch_path and not extended and (w_hh.shape[-1] == 0 or not becomes_a_node()):
+    if torch_path and not extended and (w_hh.shape[-1] == 0 or not node):
         return getattr(torch, f"{name}_cell")(input, hx, w_ih, w_hh, b_ih, b_hh)
     hidden = tuple(hx) if CELLS[name].states > 1 else (hx,)
     _check_cell(input, hidden, w_ih, w_hh)

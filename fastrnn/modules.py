@@ -243,20 +243,15 @@ class _Recurrent(_Fused, nn.RNNBase):
     def _weights(self) -> list[Tensor]:
         """``_flat_weights``, into which users may write as in torch.nn; after an attribute has changed, the
         attributes, as in torch.nn too. Each is read once, and nothing is flattened for cuDNN."""
-        parameters = self._parameters
-        for name, ref in zip(self._flat_weights_names, self._flat_weight_refs, strict=True):
-            if ref is None or parameters.get(name) is not ref():
-                break
-        else:
-            return self._flat_weights  # type: ignore[return-value]
         weights: list[Any] = []
-        for name in self._flat_weights_names:  # Module.__getattr__ takes three times as long as the dict
-            parameter = self._parameters.get(name)
-            weights.append(getattr(self, name, None) if parameter is None else parameter)
-        for weight, ref in zip(weights, self._flat_weight_refs, strict=True):
-            if weight is not None and ref is not None and ref() is not weight:
-                break
-        else:
+        same, parameters = True, self._parameters
+        for name, ref in zip(self._flat_weights_names, self._flat_weight_refs, strict=True):
+            weight: Any = parameters.get(name)  # Module.__getattr__ takes three times as long
+            if weight is None:
+                weight = getattr(self, name, None)
+            same = same and (weight is None or ref is None or ref() is weight)
+            weights.append(weight)
+        if same:
             return self._flat_weights  # type: ignore[return-value]
         if not (torch.compiler.is_compiling() or "parametrizations" in self._modules):
             self._flat_weights = weights
@@ -268,17 +263,14 @@ class _Recurrent(_Fused, nn.RNNBase):
 
     def _direct(self, input: Any, hx: Any):
         """The results of a plain call, or None."""
-        if self._fused_options or self._state_hooks or type(input) is not Tensor:
+        if type(input) is not Tensor or input.dim() != 3 or self._fused_options or self._state_hooks:
             return None
         if self.num_layers > 1 and self.training and self.dropout:
             return None
         many = self._state_count > 1
         states = () if hx is None else hx if many else (hx,)
-        directions = 2 if self.bidirectional else 1
-        form = self.num_layers, directions, self.batch_first
-        found = None
-        if input.dim() == 3:
-            found = _direct.run(self._plain_cell(), input, states, self._weights(), *form)
+        form = self.num_layers, 2 if self.bidirectional else 1, self.batch_first
+        found = _direct.run(self._plain_cell(), input, states, self._weights(), *form)
         return found if found is None or not many else (found[0], found[1:])
 
     def _add_vectors(self, vectors: dict[str, int]) -> None:

@@ -63,28 +63,32 @@ def gradients(outputs, module, x, states, **keywords):
     return torch.autograd.grad(sum((t * t).sum() for t in outputs), inputs, **keywords)
 
 
-def cases():
-    for name in LAYERS:
-        for layers, bidirectional, batch_first, bias, dtype, hx in itertools.product(
-            (1, 2), (False, True), (False, True), (True, False), (torch.float32, torch.float64), (True, False)
-        ):
-            yield name, (layers, bidirectional, batch_first, bias, dtype, hx)
+# layers, bidirectional, batch_first, bias, dtype, hx
+FORMS = list(
+    itertools.product(
+        (1, 2), (False, True), (False, True), (True, False), (torch.float32, torch.float64), (True, False)
+    )
+)
+
+
+def assert_the_bits_of_the_operators(module, x, states, of=None) -> list:
+    """Of outputs and gradients; returns them."""
+    assert is_direct(module, x)
+    found = call(module, x, states)
+    found += gradients(found, module, x, states)
+    with Operators():
+        expected = call(module, x, states)
+        expected += gradients(expected, module, x, states)
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want), of
+    return found
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_stack_gives_the_bits_of_the_operators(name):
-    for which, arguments in cases():
-        if which != name:
-            continue
-        module, x, states = module_and_arguments(name, *arguments)
-        assert is_direct(module, x)
-        found = call(module, x, states)
-        found += gradients(found, module, x, states)
-        with Operators():
-            expected = call(module, x, states)
-            expected += gradients(expected, module, x, states)
-        for got, want in zip(found, expected, strict=True):
-            assert torch.equal(got, want), arguments
+    for form in FORMS:
+        module, x, states = module_and_arguments(name, *form)
+        found = assert_the_bits_of_the_operators(module, x, states, of=form)
         with torch.no_grad():
             assert all(map(torch.equal, call(module, x, states), found))
 
@@ -93,15 +97,7 @@ def test_a_stack_gives_the_bits_of_the_operators(name):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("hx", [True, False])
 def test_a_cell_gives_the_bits_of_the_operators(name, bias, hx):
-    module, x, states = cell_and_arguments(name, bias, hx)
-    assert is_direct(module, x)
-    found = call(module, x, states)
-    found += gradients(found, module, x, states)
-    with Operators():
-        expected = call(module, x, states)
-        expected += gradients(expected, module, x, states)
-    for got, want in zip(found, expected, strict=True):
-        assert torch.equal(got, want)
+    assert_the_bits_of_the_operators(*cell_and_arguments(name, bias, hx))
 
 
 @pytest.mark.parametrize("name", LAYERS)

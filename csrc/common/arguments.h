@@ -39,6 +39,11 @@ class Arguments {
              const std::vector<int64_t>& expected) const {
     STD_TORCH_CHECK(tensor.scalar_type() == like_.scalar_type(), name, " must have the dtype of h0");
     check_device(tensor, name);
+    check_sizes(tensor, name, letters, expected);
+  }
+
+  static void check_sizes(const Tensor& tensor, const char* name, const char* letters,
+                          const std::vector<int64_t>& expected) {
     STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must be ", letters, " = ", to_string(expected),
                     ", got ", to_string(sizes_of(tensor)));
   }

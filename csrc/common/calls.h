@@ -154,7 +154,7 @@ class CallOptions {
         STD_TORCH_CHECK(keep->scalar_type() == torch::headeronly::ScalarType::Bool && numbers_[size_t(k)] > 0,
                         "the masks of zoneout must be bool, with a number above 0");
         Arguments(like).check_device(*keep, "keep");
-        check_sizes(*keep, "keep", "[D, N, *]", {D, N, width});
+        Arguments::check_sizes(*keep, "keep", "[D, N, *]", {D, N, width});
         keep = as_contiguous(*keep);
       }
       if (MaybeTensor& fresh = tensors_[size_t(Given::kFresh + k)]) {
@@ -239,12 +239,6 @@ class CallOptions {
   static int64_t step_stride(const Tensor& tensor) { return tensor.dim() == 4 ? tensor.stride(0) : 0; }
 
  private:
-  static void check_sizes(const Tensor& tensor, const char* name, const char* letters,
-                          const std::vector<int64_t>& expected) {
-    STD_TORCH_CHECK(sizes_of(tensor) == expected, name, " must be ", letters, " = ", to_string(expected),
-                    ", got ", to_string(sizes_of(tensor)));
-  }
-
   std::vector<double> numbers_;
   MaybeTensors tensors_;  // by their slots
 };

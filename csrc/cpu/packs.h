@@ -1,4 +1,5 @@
-// Packed weights that a caller keeps: a header that says whom the panels after it are for.
+// Packed weights that a caller keeps: a header with the kernels, the number type and the sizes that the
+// panels after it are made for.
 #pragma once
 #include <cstring>
 

@@ -74,7 +74,7 @@ bool read_stack(PyObject* const* args, Reader& reader, Stack& stack) {
   const View& x = stack.x;
   stack.step = x.dims == 2;
   if (x.dims != 3 && !(stack.step && LD == 1)) return false;
-  stack.T = stack.step ? 1 : x.shape[stack.batch_first],
+  stack.T = stack.step ? 1 : x.shape[stack.batch_first];
   stack.B = x.shape[stack.step ? 0 : !stack.batch_first];
   stack.I = x.shape[x.dims - 1], stack.N = stack.T * stack.B;
   stack.biases = static_cast<int>(each - 2);
@@ -184,9 +184,9 @@ bool read_packs(PyObject* given, int64_t layers, std::vector<Bytes>& packs) {
 
 // ---- Forward -------------------------------------------------------------------------------------------
 
-/// -> whether anything has been kept for backward(), y and the last states, and with `keep` for each layer y
-/// (but the last one's), the history of every state
-///    beside h [D, N, H], and what the cell saves [D, N, S*H]
+/// -> keep; y and the last states; with `keep` also, layer by layer, what backward() needs: y [N, D*H] (the
+/// last layer's is the result), the history of every state beside h [D, N, H], and the saved gates
+/// [D, N, S*H]
 template <class S>
 PyObject* forward(const Stack& stack, bool keep, const std::vector<Bytes>& packs) {
   const CellInfo& cell = *stack.cell;
@@ -256,20 +256,20 @@ PyObject* forward(const Stack& stack, bool keep, const std::vector<Bytes>& packs
 
 // ---- Backward ------------------------------------------------------------------------------------------
 
-/// What a backward call has besides its stack.
-struct Way {
+/// The arguments of backward() after those of the stack.
+struct BackwardArguments {
   View y, gradients[1 + kMaxStates];  // dL/dy, dL/d(last states), of which a step has no h; null: zero
-  std::vector<View> kept;  // as forward gives them
+  std::vector<View> kept;  // as forward() returns it
   bool over;  // the gate gradients may be written over what was saved
   std::vector<bool> wanted;  // of x, the states, if they were given, and the weights
 };
 
 /// args from 7 on: y, kept, gradients, over, wanted
-bool read_way(PyObject* const* args, Reader& reader, const Stack& stack, Way& way) {
+bool read_backward(PyObject* const* args, Reader& reader, const Stack& stack, BackwardArguments& call) {
   const CellInfo& cell = *stack.cell;
   std::vector<PyObject*> kept, gradients, wanted;
   if (!elements(args[8], kept) || !elements(args[9], gradients) || !elements(args[11], wanted)) return false;
-  if (!reader.read(args[7], way.y)) return false;
+  if (!reader.read(args[7], call.y)) return false;
   // The numbers in each: what is kept comes from forward(), y and its gradient have the shape of the output.
   const int64_t N = stack.N, DH = stack.D * stack.H, LDBH = stack.L * stack.D * stack.state_size();
   std::vector<int64_t> sizes;
@@ -278,35 +278,35 @@ bool read_way(PyObject* const* args, Reader& reader, const Stack& stack, Way& wa
     sizes.insert(sizes.end(), size_t(cell.states - 1), N * DH);
     if (cell.saved > 0) sizes.push_back(N * DH * cell.saved);
   }
-  way.kept.resize(kept.size());
-  if (kept.size() != sizes.size() || way.y.count() != N * DH) return false;
+  call.kept.resize(kept.size());
+  if (kept.size() != sizes.size() || call.y.count() != N * DH) return false;
   for (size_t i = 0; i < kept.size(); ++i)
-    if (!reader.read(kept[i], way.kept[i]) || way.kept[i].count() != sizes[i]) return false;
+    if (!reader.read(kept[i], call.kept[i]) || call.kept[i].count() != sizes[i]) return false;
   if (gradients.size() != size_t(cell.states + !stack.step)) return false;
   for (size_t i = 0; i < gradients.size(); ++i) {
     if (gradients[i] == Py_None) continue;
-    View& gradient = way.gradients[i + (stack.step && i > 0)];  // a step's h is y
+    View& gradient = call.gradients[i + (stack.step && i > 0)];  // a step's h is y
     if (!reader.read(gradients[i], gradient) || gradient.count() != (i == 0 ? N * DH : LDBH)) return false;
   }
-  way.over = args[10] == Py_True && cell.reuses_saved;
-  for (PyObject* const want : wanted) way.wanted.push_back(want == Py_True);
+  call.over = args[10] == Py_True && cell.reuses_saved;
+  for (PyObject* const want : wanted) call.wanted.push_back(want == Py_True);
   const size_t states = stack.states[kH].data ? size_t(cell.states) : 0;
-  return way.wanted.size() == 1 + states + stack.weights.size() * size_t(2 + stack.biases);
+  return call.wanted.size() == 1 + states + stack.weights.size() * size_t(2 + stack.biases);
 }
 
 /// -> the wanted gradients of x, of the states, if they were given, and of the weights; None for the others
 template <class S>
-PyObject* backward(const Stack& stack, const Way& way) {
+PyObject* backward(const Stack& stack, const BackwardArguments& call) {
   const CellInfo& cell = *stack.cell;
   const auto [L, D, B, H, N] = std::tuple(stack.L, stack.D, stack.B, stack.H, stack.N);
   const int64_t size = stack.state_size(), GH = cell.gates * H, EH = cell.gradients() * H;
   const int64_t each = 2 + stack.biases;
   const bool states_given = stack.states[kH].data;
-  std::vector<Object> results(way.wanted.size());
+  std::vector<Object> results(call.wanted.size());
   Scratch<S> scratch;
   // A result, or working memory for what nobody wants.
   const auto make = [&](size_t place, std::initializer_list<int64_t> sizes) {
-    if (place < results.size() && way.wanted[place]) {
+    if (place < results.size() && call.wanted[place]) {
       NewTensor made = new_tensor(sizes, 8 * sizeof(S));
       results[place] = std::move(made.object);
       return static_cast<S*>(made.data);
@@ -320,7 +320,7 @@ PyObject* backward(const Stack& stack, const Way& way) {
   for (int k = 0; k < cell.states; ++k) {
     const size_t place = states_given ? size_t(1 + k) : nowhere;
     dstate[k] = stack.step ? make(place, {B, H}) : make(place, {L * D, B, H});
-    const View& given = way.gradients[1 + k];
+    const View& given = call.gradients[1 + k];
     if (given.data)
       std::copy_n(static_cast<const S*>(given.data), L * D * size, dstate[k]);
     else
@@ -334,11 +334,11 @@ PyObject* backward(const Stack& stack, const Way& way) {
   };
   std::vector<Kept> layers;
   size_t next = 0;
-  const auto take = [&] { return static_cast<S*>(way.kept[next++].data); };
+  const auto take = [&] { return static_cast<S*>(call.kept[next++].data); };
   for (int64_t layer = 0; layer < L; ++layer) {
     Kept of{};
     of.x = layer == 0 ? static_cast<const S*>(stack.x.data) : layers.back().y;
-    of.y = layer == L - 1 ? static_cast<const S*>(way.y.data) : take();
+    of.y = layer == L - 1 ? static_cast<const S*>(call.y.data) : take();
     for (int k = 1; k < cell.states; ++k) of.history[k] = take();
     of.saved = cell.saved > 0 ? take() : nullptr;
     layers.push_back(of);
@@ -348,23 +348,23 @@ PyObject* backward(const Stack& stack, const Way& way) {
     ProductsProblem<S> products;
   };
   std::vector<Problems> problems;
-  const S* dy = static_cast<const S*>(way.gradients[0].data);
+  const S* dy = static_cast<const S*>(call.gradients[0].data);
   for (int64_t layer = L - 1; layer >= 0; --layer) {
     const Kept& of = layers[size_t(layer)];
     auto scan = describe<S, BackwardProblem<S>>(stack);
     auto products = describe<S, ProductsProblem<S>>(stack);
     const int64_t I = stack.input_size(layer), first = layer * D * each;  // of the layer's weights
     const size_t begin = nowhere - stack.weights.size() * size_t(each) + size_t(first);
-    S* const dgates = way.over ? of.saved : scratch.take(D * N * EH);
+    S* const dgates = call.over ? of.saved : scratch.take(D * N * EH);
     S* dx = nullptr;
     if (layer > 0)
       dx = scratch.take(N * I);
-    else if (way.wanted[0])
+    else if (call.wanted[0])
       dx = stack.step ? make(0, {B, I}) : make(0, {stack.x.shape[0], stack.x.shape[1], I});
     products.x = {of.x, I}, products.I = I, products.dx = {dx, I};
     products.weights =
-        std::any_of(way.wanted.begin() + std::ptrdiff_t(begin),
-                    way.wanted.begin() + std::ptrdiff_t(begin) + D * each, [](bool w) { return w; });
+        std::any_of(call.wanted.begin() + std::ptrdiff_t(begin),
+                    call.wanted.begin() + std::ptrdiff_t(begin) + D * each, [](bool w) { return w; });
     for (int64_t d = 0; d < D; ++d) {
       BackwardDirection<S>& back = scan.direction[d];
       ProductsDirection<S>& product = products.direction[d];
@@ -442,9 +442,10 @@ PyObject* py_backward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return guarded([&]() -> PyObject* {
     Reader reader(false);
     Stack stack;
-    Way way;
-    if (!read_stack(args, reader, stack) || !read_way(args, reader, stack, way)) return Py_NewRef(Py_None);
-    return reader.bits() == 32 ? backward<float>(stack, way) : backward<double>(stack, way);
+    BackwardArguments call;
+    if (!read_stack(args, reader, stack) || !read_backward(args, reader, stack, call))
+      return Py_NewRef(Py_None);
+    return reader.bits() == 32 ? backward<float>(stack, call) : backward<double>(stack, call);
   });
 }
 
