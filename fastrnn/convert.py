@@ -228,7 +228,8 @@ class patch:
         for theirs in _TO_FASTRNN:
             # It stays: a class whose __new__ has been deleted takes no arguments any more in CPython.
             if "__new__" not in vars(theirs):
-                theirs.__new__ = _new_of(theirs)  # type: ignore[method-assign, assignment]
+                # static, as Python makes it in a class body: DataParallel calls replica.__new__(cls).
+                theirs.__new__ = staticmethod(_new_of(theirs))  # type: ignore[method-assign, assignment]
 
     def __enter__(self) -> "patch":
         return self

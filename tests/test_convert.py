@@ -331,6 +331,16 @@ def test_patched_functions_serve_torch_nns_modules_and_direct_calls(kind, kernel
     torch.testing.assert_close(module(x), expected)
 
 
+def test_patch_leaves_torch_nns_modules_whole():
+    """What copies a module without its constructor, DataParallel for one, works after patch() as before."""
+    module = nn.LSTM(3, 4)
+    with fastrnn.patch():
+        for again in (module._replicate_for_data_parallel(), copy.deepcopy(module), copy.copy(module)):
+            assert type(again) is nn.LSTM
+    assert type(module._replicate_for_data_parallel()) is nn.LSTM
+    assert type(nn.LSTM(3, 4)) is nn.LSTM
+
+
 def test_a_plain_call_of_patch_stays():
     script = """
 import fastrnn, torch
