@@ -228,6 +228,7 @@ setup(
             "fastrnn._C",
             [
                 "csrc/ops.cpp",
+                "csrc/cpu/bfloat16.cpp",
                 "csrc/cpu/instruction_set.cpp",
                 "csrc/cpu/memory.cpp",
                 "csrc/cpu/plan.cpp",

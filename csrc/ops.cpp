@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/operators.h"
+#include "cpu/bfloat16.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cuda/describe.h"
@@ -38,6 +39,12 @@ std::vector<int64_t> cell_info(std::string name) {
 
 std::string cpu_isa() { return instruction_set().name; }
 
+// Which instructions multiply bfloat16 matrices on the CPU; empty: none.
+std::string cpu_bfloat16() {
+  const Bfloat16Products* const products = bfloat16_products();
+  return products ? products->name : "";
+}
+
 // {teams of rows, parts of units} of a direction, for a product of B rows with [units, K] in each of T steps.
 std::vector<int64_t> cpu_plan(int64_t T, int64_t B, int64_t units, int64_t K, int64_t gates,
                               int64_t directions, int64_t element_bytes) {
@@ -68,6 +75,7 @@ auto cuda_answer(bool forward, std::string numbers, int64_t gates, int64_t T, in
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def("cell_info(str cell) -> int[]");
   m.def("cpu_isa() -> str");
+  m.def("cpu_bfloat16() -> str");
   m.def("cpu_plan(int T, int B, int units, int K, int gates, int directions, int element_bytes) -> int[]");
   const std::string cuda_scan =
       "(bool forward, str numbers, int gates, int T, int B, int H, int directions, bool projected, "
@@ -83,6 +91,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("cell_info", TORCH_BOX(&fastrnn::cell_info));
   m.impl("cpu_isa", TORCH_BOX(&fastrnn::cpu_isa));
+  m.impl("cpu_bfloat16", TORCH_BOX(&fastrnn::cpu_bfloat16));
   m.impl("cpu_plan", TORCH_BOX(&fastrnn::cpu_plan));
   m.impl("cuda_plan", TORCH_BOX(&fastrnn::cuda_answer<fastrnn::describe_cuda>));
   m.impl("cuda_geometry", TORCH_BOX(&fastrnn::cuda_answer<fastrnn::geometry_numbers>));

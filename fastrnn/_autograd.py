@@ -279,7 +279,8 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
     if listener is not None:
         listener(complete)
     products: Callable = _operators.weight_gradients_options if more else _operators.weight_gradients
-    if x.is_cuda and not _is_traced():  # past the dispatcher, which takes longer than a product
+    rounds = _operators.rounds_products(states, weights)
+    if rounds or (x.is_cuda and not _is_traced()):  # past the dispatcher, which takes longer than a product
         products = _operators.weight_gradients_of_torch
     of_weights = any(any(wanted_weights[slot::SLOTS]) for slot in cell.product_slots)
     of_x = wanted[0] and not cell.takes_gates
@@ -292,6 +293,8 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
         dh = complete[0]
         if numbers is not None and numbers[0] > 0:  # the part of it that zoneout lets through
             dh = (1 - numbers[0]) * dh if masks[0] is None else dh.masked_fill(masks[0], 0)
+        if rounds:
+            dh, hidden = dh.bfloat16(), hidden.bfloat16()
         dw_hr = [dh[d].T @ hidden[d] for d in range(len(hidden))]
     dresets = [] if numbers is None else dstates[S:] or [None] * S
     return chosen(cell, wanted, dx, dstates[:S], dweights, dw_hr, du, dresets)
@@ -318,6 +321,8 @@ def chosen(
 def _reference_outputs(form: Form, rows, inputs) -> tuple[Tensor, ...]:
     """(y, the last states, the history of those beside h) of the reference."""
     x, states, weights, reset_to = form.split(inputs)
+    if _operators.rounds_products(states, weights):
+        x, weights = x.float(), [None if w is None else w.float() for w in weights]
     layout = Rows.of(x.shape[0], states[0].shape[1], form.batch_first, *rows[:ROWS])
     options = NO_OPTIONS
     if form.numbers is not None:

@@ -186,15 +186,26 @@ def _operand(rows: Rows, y: Tensor, h0: Tensor, d: int, options, option_slots: i
     return before if mask is None else before * rows.of_batch(mask[d])
 
 
+def rounds_products(states: Sequence[Tensor], weights: Sequence[Maybe]) -> bool:
+    """Whether the matrices are bfloat16 beside states in float32."""
+    return states[0].dtype is torch.float32 and any(
+        w is not None and w.dtype is torch.bfloat16 for w in weights
+    )
+
+
 def weight_gradients_of_torch(
     name, dgates, x, y, states, weights, slots, batch_sizes, lengths, reset, batch_first, inputs, of_weights,
     options=None, option_slots=0, numbers=None,
 ):  # fmt: skip
-    """The operator ``fastrnn::weight_gradients`` on CUDA, where torch's own products are the fastest. Like
-    ``composed_weight_gradients``, without its copies of what is as large as the sequence."""
+    """The operator ``fastrnn::weight_gradients`` on CUDA, and of bfloat16 matrices on the CPU, where torch's
+    own products are the fastest. Like ``composed_weight_gradients``, without its copies of what is as large
+    as the sequence."""
     cell, h0, w_ih = CELLS[name], states[0], weights[:: slots.bit_count()]
     D, B, P = h0.shape
     rows = Rows.of(x.shape[0], B, batch_first, batch_sizes, lengths, reset)
+    sums = dgates.sum(1) if of_weights else None
+    if rounds_products(states, weights):
+        dgates = dgates.bfloat16()
     dgx, dx = input_gradients(cell, dgates), []
     if inputs:
         dx = [dgx[0] @ w_ih[0]]
@@ -203,7 +214,7 @@ def weight_gradients_of_torch(
     if not of_weights:
         return dx, []
     GH, x = w_ih[0].shape[0], rows.without_padding(x)
-    sums, dweights = dgates.sum(1), []
+    dweights: list[Tensor] = []
     for d in range(D):
         dga, h, dw_hh = dgates[d, :, :GH], y[:, d * P : (d + 1) * P], dgates.new_empty(GH, P)
         if not cell.dense:
@@ -212,15 +223,16 @@ def weight_gradients_of_torch(
         masked = option_slots >> RECURRENT & 1
         moved = batch_first or batch_sizes is not None or (d == 1 and lengths is not None)
         if moved or reset is not None or masked:
-            torch.mm(dga.T, _operand(rows, h, h0[d], d, options, option_slots), out=dw_hh)
+            before = _operand(rows, h, h0[d], d, options, option_slots)
+            torch.mm(dga.T, before.to(dga.dtype), out=dw_hh)
         else:  # the state before a row lies B rows before it, or is the initial one
-            N = len(h)
+            N, h, first = len(h), h.to(dga.dtype), h0[d].to(dga.dtype)
             begin, rest, before = (
                 (slice(0, B), slice(B, N), slice(0, N - B))
                 if d == 0
                 else (slice(N - B, N), slice(0, N - B), slice(B, N))
             )
-            torch.mm(dga[begin].T, h0[d], out=dw_hh)
+            torch.mm(dga[begin].T, first, out=dw_hh)
             if N > B:
                 dw_hh.addmm_(dga[rest].T, h[before])
         if cell.takes_gates:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import _autograd, _cuda, _linear, _recompute, reference, step_options
+from . import _autograd, _cuda, _linear, _prepack, _recompute, reference, step_options
 from ._warn import warn
-from .reference import CELLS, SLOTS, W_HH, U
+from .reference import CELLS, SLOTS, W_HH, W_HR, W_IH, U
 from .rows import Rows
 from .step_options import NO_OPTIONS, StepOptions
 
@@ -30,6 +30,7 @@ __all__ = [
 # ---- Which kernel runs, and never a silent substitute ------------------------------------------------
 
 _KERNEL_DTYPES = (torch.float32, torch.float64)
+SUMMED_IN_FLOAT32 = (torch.float16, torch.bfloat16)  # what the CPU's kernels take besides
 _TORCHS = {"lstm", "gru", "rnn_tanh", "rnn_relu"}  # cells that torch has
 _strict = os.environ.get("FASTRNN_STRICT") == "1"
 _warned: set[str] = set()
@@ -57,7 +58,7 @@ def no_kernel_reason(weight: Tensor) -> str | None:
         return _cuda.no_kernel_reason(weight)
     if not (weight.is_cpu or weight.is_meta):
         return f"there are no kernels for {weight.device.type} devices"
-    if weight.dtype not in _KERNEL_DTYPES:
+    if weight.dtype not in (*_KERNEL_DTYPES, *SUMMED_IN_FLOAT32):
         return f"there are no CPU kernels for {weight.dtype}"
     return None
 
@@ -264,6 +265,38 @@ def layer(
     """Scans one cell over time, as ``_autograd.scan``. ``composed`` makes it from torch operations, for what
     has no kernel."""
     x = _as(states[0].dtype, x)
+    scan = partial(_layer, name, rows=rows, keep_history=keep_history, composed=composed, listener=listener)
+    products = None if x.is_cuda or composed else _dtype_of_products(x, weights)
+    if products is None:
+        return scan(x, states, weights, options=options)
+    matrices = (W_HH,) if CELLS[name].takes_gates else (W_IH, W_HH, W_HR)
+    with _autograd._without_autocast(x):
+        whole = [
+            w if w is None else _as(products if i % SLOTS in matrices else torch.float32, w)
+            for i, w in enumerate(weights)
+        ]
+        states = [_as(torch.float32, state) for state in states]
+        y, last, history = scan(
+            _as(products if W_IH in matrices else torch.float32, x),
+            states,
+            whole,
+            options=options.in_float32(),
+        )
+        return _as(x.dtype, y), [_as(x.dtype, t) for t in last], [_as(x.dtype, t) for t in history]
+
+
+def _layer(
+    name: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: _autograd.Weights,
+    rows: Rows,
+    keep_history: bool,
+    composed: bool,
+    listener: _autograd.Listener | None,
+    options: StepOptions,
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """``layer`` in the dtype of the states; x and the matrices may be bfloat16 beside float32."""
     if CELLS[name].takes_gates:
         with _autograd._without_autocast(x):
             x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
@@ -280,6 +313,23 @@ def layer(
         with _autograd._without_autocast(x):
             return reference.forward(CELLS[name], rows, x, states, weights, options)
     return _autograd.scan(name, x, states, weights, rows, keep_history, listener, options)
+
+
+# Which instructions multiply bfloat16 matrices on the CPU, with sums in float32; "": none.
+_BFLOAT16_PRODUCTS = torch.ops.fastrnn.cpu_bfloat16()
+
+
+def _dtype_of_products(x: Tensor, weights: _autograd.Weights) -> torch.dtype | None:
+    """What a layer in 16 bits on the CPU, or in float32 under autocast, multiplies: bfloat16 where the
+    processor has instructions for it, else float32. States and sums are float32. None: a layer in float32 or
+    float64 as it is."""
+    given = x.dtype
+    if given is torch.float32 and torch.is_autocast_enabled("cpu") and not _prepack.has_pack(weights):
+        given = torch.get_autocast_dtype("cpu")
+    rounds = given is torch.bfloat16 and _BFLOAT16_PRODUCTS and not _autograd._is_traced()
+    if rounds and weights[W_HH] is not None:
+        return torch.bfloat16
+    return torch.float32 if x.dtype in SUMMED_IN_FLOAT32 else None
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
@@ -872,9 +922,6 @@ def linear_scan(
             raise RuntimeError(f"{name} must be {a.dtype} on {a.device}, as a, got {t.dtype} on {t.device}")
     rows = dense_rows(T, B, batch_first, lengths, reset)
     return rows.dense(scan_linearly(a.flatten(0, 1), b.flatten(0, 1), h0, rows, reverse)[0])
-
-
-SUMMED_IN_FLOAT32 = (torch.float16, torch.bfloat16)  # by the CPU's linear scan, which casts them
 
 
 def no_linear_scan_reason(a: Tensor) -> str | None:

@@ -69,8 +69,8 @@ def _compute(node: str, X, W, R, B, lengths, *initial: Tensor, activations=("Tan
     lengths = None if lengths is None else lengths.cpu().long()
     rows, x = Rows(X.shape[0], X.shape[1], lengths=lengths), X.flatten(0, 1)
     if functional.no_kernel_reason(W) is None:
-        given = _operators.given(weights)
-        y, last, *_ = _operators.scan(name, x, states, *given, None, None, lengths, None, False, Keep.NOTHING)
+        with torch.no_grad():
+            y, last, _ = functional.layer(name, x, states, weights, rows)  # type: ignore[assignment]
     else:
         y, last, _ = reference.forward(CELLS[name], rows, x, states, weights)
     return rows.dense(y).unflatten(2, (len(W), -1)).transpose(1, 2).contiguous(), *last

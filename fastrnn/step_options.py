@@ -72,6 +72,17 @@ class StepOptions(NamedTuple):
         zoneout, candidate = tuple(map(of, self.zoneout)), of(self.candidate)
         return self._replace(zoneout=zoneout, candidate=candidate, recurrent=recurrent, reset_to=None)
 
+    def in_float32(self) -> "StepOptions":
+        """With factors and states of a reset in float32."""
+        if self is NO_OPTIONS:
+            return self
+
+        def of(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.float()
+
+        to = self.reset_to and tuple(t.float() for t in self.reset_to)
+        return self._replace(candidate=of(self.candidate), recurrent=of(self.recurrent), reset_to=to)
+
     # ---- As the operators take them
 
     @property

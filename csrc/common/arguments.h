@@ -36,8 +36,10 @@ class Arguments {
   explicit Arguments(const Tensor& like) : like_(like) {}
 
   void check(const Tensor& tensor, const char* name, const char* letters,
-             const std::vector<int64_t>& expected) const {
-    STD_TORCH_CHECK(tensor.scalar_type() == like_.scalar_type(), name, " must have the dtype of h0");
+             const std::vector<int64_t>& expected, bool bfloat16 = false) const {
+    const auto dtype = bfloat16 ? torch::headeronly::ScalarType::BFloat16 : like_.scalar_type();
+    STD_TORCH_CHECK(tensor.scalar_type() == dtype, name,
+                    bfloat16 ? " must be bfloat16, as the other matrices" : " must have the dtype of h0");
     check_device(tensor, name);
     check_sizes(tensor, name, letters, expected);
   }

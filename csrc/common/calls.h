@@ -45,6 +45,7 @@ class LayerWeights {
     STD_TORCH_CHECK(!projected || at(kWeightHr).dim() == 2, "w_hr must be matrices [P, H]");
     STD_TORCH_CHECK(has(kVectors) == (cell.vectors > 0), cell.name, cell.vectors ? " takes" : " takes no",
                     " vectors u");
+    bfloat16 = is_bfloat16(like, sized);
     H = sized.size(0) / G, P = projected ? at(kWeightHr).size(0) : H;
     I = gates_given ? D * G * H : sized.size(1);  // the width of x
     STD_TORCH_CHECK(H > 0 && P > 0, "H and P must be positive, got ", H, " and ", P);
@@ -54,9 +55,15 @@ class LayerWeights {
                              const std::vector<int64_t>& expected) {
         if (has(slot)) arguments.check(at(slot, d), name, letters, expected);
       };
-      check(kWeightIh, "w_ih", "[G*H, I]", {G * H, I}), check(kWeightHh, "w_hh", "[G*H, P]", {G * H, P});
+      const auto check_matrix = [&](Slot slot, const char* name, const char* letters,
+                                    const std::vector<int64_t>& expected) {
+        if (has(slot)) arguments.check(at(slot, d), name, letters, expected, bfloat16);
+      };
+      check_matrix(kWeightIh, "w_ih", "[G*H, I]", {G * H, I});
+      check_matrix(kWeightHh, "w_hh", "[G*H, P]", {G * H, P});
+      check_matrix(kWeightHr, "w_hr", "[P, H]", {P, H});
       check(kBiasIh, "b_ih", "[G*H]", {G * H}), check(kBiasHh, "b_hh", "[G*H]", {G * H});
-      check(kWeightHr, "w_hr", "[P, H]", {P, H}), check(kVectors, "u", "[U, H]", {cell.vectors, H});
+      check(kVectors, "u", "[U, H]", {cell.vectors, H});
     }
     for (MaybeTensor& tensor : tensors_)
       if (tensor) tensor = tensor->dim() == 1 ? as_contiguous(*tensor) : with_rows(*tensor);
@@ -64,6 +71,7 @@ class LayerWeights {
 
   int64_t D, I, H, P;
   bool projected;
+  bool bfloat16 = false;  // the matrices are, beside states in float32
 
   /// In the form that pack() gives them; the tensors are then none.
   struct Packed {
@@ -89,6 +97,12 @@ class LayerWeights {
   }
 
  private:
+  static bool is_bfloat16(const Tensor& like, const Tensor& matrix) {
+    using torch::headeronly::ScalarType;
+    return like.is_cpu() && like.scalar_type() == ScalarType::Float &&
+           matrix.scalar_type() == ScalarType::BFloat16;
+  }
+
   MaybeTensors tensors_;
 };
 
@@ -285,7 +299,7 @@ struct ScanCall {
   Problem describe(const Sequence& sequence) const {
     Problem problem{};
     problem.sequence = sequence, problem.H = sizes.H, problem.P = sizes.P;
-    problem.directions = static_cast<int>(sizes.D);
+    problem.directions = static_cast<int>(sizes.D), problem.bfloat16 = weights.bfloat16;
     return problem;
   }
 
@@ -307,7 +321,7 @@ struct ForwardCall : ScanCall {
       : ScanCall(cell_, weights_, states_, x_, "x", "[N, I]", given), x(with_rows(x_)) {
     const auto [D, B, I, H, P] = sizes;
     STD_TORCH_CHECK(keep >= kNothing && keep <= kHistory, "keep must be 0, 1 or 2, got ", keep);
-    Arguments(like()).check(x_, "x", "[N, I]", {N, I});
+    Arguments(like()).check(x_, "x", "[N, I]", {N, I}, weights.bfloat16 && !cell.takes_gates);
     y = empty({N, D * P}, like());
     last.push_back(empty({D, B, P}, like()));
     for (int k = 1; k < cell.states; ++k) {
@@ -451,6 +465,7 @@ struct ProductsCall : ScanCall {
     const auto [D, B, I, H, P] = sizes;
     const int64_t GH = cell.gates * H;
     const Arguments arguments(like());
+    STD_TORCH_CHECK(!weights.bfloat16, "gradients of bfloat16 weights are products of torch's");
     arguments.check(dgates_, "dgates", "[D, N, E*H]", {D, N, cell.gradients() * H});
     arguments.check(x_, "x", "[N, I]", {N, I});
     arguments.check(y_, "y", "[N, D*P]", {N, D * P});

@@ -38,8 +38,10 @@ struct Schema {
 // cell: a name of cells/registry.h. states: h0 [D, B, P] and the others [D, B, H]. weights: for each
 // direction those that there are of w_ih [G*H, I], w_hh [G*H, P], b_ih [G*H], b_hh [G*H], w_hr [P, H] and u
 // [U, H] (vectors of parameters); slots: bit k is set where the k-th of these six is there. packed: what pack
-// made of the weights, in their place. batch_sizes int64 [T] (packed sequence), lengths int64 [B] (dense),
-// reset bool [N], each or none. keep: 0 nothing, 1 what backward wants, 2 every state.
+// made of the weights, in their place. On the CPU x and the matrices may be bfloat16 beside states and
+// vectors in float32, in scan and scan_backward: their products then round x, h and the gradients of the
+// gates to it and sum in float32. batch_sizes int64 [T] (packed sequence), lengths int64 [B] (dense), reset
+// bool [N], each or none. keep: 0 nothing, 1 what backward wants, 2 every state.
 // -> y [N, D*P]; last: h_n [D, B, P] and the others [D, B, H]; history: every state beside h [D, N, H], or
 //    none; saved: [D, N, S*H + R], or none, then the states before their zoneout [D, N, *] that backward
 //    reads

@@ -43,6 +43,16 @@ struct Rows {
 
   FASTRNN_INLINE S* operator[](int64_t row) const { return data + row * stride; }
   FASTRNN_INLINE explicit operator bool() const { return data != nullptr; }
+  /// The same rows where they hold T.
+  template <class T>
+  FASTRNN_INLINE Rows<const T> of() const {
+    return {reinterpret_cast<const T*>(data), stride};
+  }
+};
+
+/// The upper half of a float32.
+struct Bfloat16 {
+  uint16_t bits;
 };
 
 /// The weights of one direction.
@@ -148,6 +158,7 @@ struct Problem {
   int directions;  // direction 1 runs from the last step to the first
   Direction direction[kMaxDirections];
   Parallel parallel;  // CPU only
+  bool bfloat16;  // CPU only: the matrices of weights, and x beside them, hold Bfloat16 in place of S
 };
 
 template <class S>

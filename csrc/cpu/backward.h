@@ -9,13 +9,16 @@
 namespace fastrnn::FASTRNN_ISA {
 namespace {
 
-template <class Cell, class S>
+/// W is what the packed weights are stored as.
+template <class Cell, class S, class W>
 class Backward : public Scan<S, BackwardProblem<S>> {
   using Base = Scan<S, BackwardProblem<S>>;
   using Base::outputs, Base::plan, Base::problem, Base::sequence, Base::units;
   static constexpr CellInfo kInfo = Cell::kInfo;
   static constexpr int G = kInfo.gates;
   static constexpr int64_t kChunk = 48;  // rows whose dL/dm of one block is kept at a time
+  using Factor = FASTRNN_ISA::Factor<S, W>;  // what the gradients are rounded to before their products
+  static constexpr bool kRounds = !std::is_same_v<Factor, S>;
 
  public:
   FASTRNN_INLINE explicit Backward(const BackwardProblem<S>& given)
@@ -23,7 +26,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
                                  .B = given.sequence.B,
                                  .blocks = Blocks<S>{given.P}.count(),
                                  .block_weights = given.H * G * kBlock<S>,
-                                 .element_bytes = sizeof(S),
+                                 .element_bytes = sizeof(W),
                                  .directions = given.directions,
                                  .threads = given.parallel.threads})) {}
 
@@ -54,6 +57,12 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         copy_row(dh_buffer(team)[i],
                  problem.direction[this->direction_of(team)].dstate[kH][sequence.batch(rows.position(i))],
                  problem.P);
+      // The products read whole tiles of these rows.
+      const int64_t most = this->most_rows();
+      if (kRounds)
+        __builtin_memset(dgates_buffer(team, 0).data, 0, size_t(2 * most * dgates_stride_) * sizeof(Factor));
+      if (kRounds && projected())
+        __builtin_memset(complete_buffer(team).data, 0, size_t(most * complete_stride_) * sizeof(Factor));
       for (int buffer = 0; kInfo.vectors > 0 && buffer < shares(); ++buffer)
         __builtin_memset(du_buffer(team, buffer), 0, kInfo.vectors * problem.H * sizeof(S));
     }
@@ -88,19 +97,20 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     this->take_teams(s);
     const int64_t most = this->most_rows();
     dh_stride_ = padded<S>(problem.P, kBlock<S>);
-    dgates_stride_ = padded<S>(G * problem.H, kBlock<S>);
+    dgates_stride_ = padded<Factor>(G * problem.H, kBlock<Factor>);
+    complete_stride_ = padded<Factor>(problem.P, kBlock<Factor>);
     dh_ = s.take<S>(this->teams() * most * dh_stride_);
-    dh_complete_ = s.take<S>(projected() ? this->teams() * most * dh_stride_ : 0);
+    dh_complete_ = s.take<Factor>(projected() ? this->teams() * most * complete_stride_ : 0);
     carry_ = s.take<S>(options_on() ? this->teams() * most * dh_stride_ : 0);
-    dgates_ = s.take<S>(this->teams() * 2 * most * dgates_stride_);
+    dgates_ = s.take<Factor>(this->teams() * 2 * most * dgates_stride_);
     du_ = s.take<S>(this->teams() * shares() * kInfo.vectors * problem.H);
     for (int d = 0; d < problem.directions; ++d) {
       if (few() || !kInfo.dense) continue;
       const Weights<S>& w = problem.direction[d].weights;
       const bool packs = most <= kFewRows ||
                          packing_columns_pays<S>(most * sequence.T, sequence.T, G * problem.H, problem.P);
-      w_hh_[d].lay_out(s, w.w_hh, G * problem.H, problem.P, packs);
-      if (projected()) w_hr_[d].lay_out(s, w.w_hr, problem.P, problem.H, packs);
+      w_hh_[d].lay_out(s, w.w_hh.template of<Factor>(), G * problem.H, problem.P, packs);
+      if (projected()) w_hr_[d].lay_out(s, w.w_hr.template of<Factor>(), problem.P, problem.H, packs);
     }
   }
 
@@ -113,12 +123,12 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     return {carry_ + team * this->most_rows() * dh_stride_, dh_stride_};
   }
   /// With projection: the complete dL/dh_t, from which dL/dm_t = dL/dh_t W_hr.
-  FASTRNN_INLINE Rows<S> complete_buffer(int team) const {
-    return {dh_complete_ + team * this->most_rows() * dh_stride_, dh_stride_};
+  FASTRNN_INLINE Rows<Factor> complete_buffer(int team) const {
+    return {dh_complete_ + team * this->most_rows() * complete_stride_, complete_stride_};
   }
   /// Gate gradients of the recurrent product, in the gate order of W_hh. Two, because a part writes step s
   /// while another one still reads step s + 1.
-  FASTRNN_INLINE Rows<S> dgates_buffer(int team, int64_t s) const {
+  FASTRNN_INLINE Rows<Factor> dgates_buffer(int team, int64_t s) const {
     return {dgates_ + (team * 2 + s % 2) * this->most_rows() * dgates_stride_, dgates_stride_};
   }
 
@@ -135,7 +145,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const BackwardDirection<S>& dir = problem.direction[d];
     const TeamRows rows = this->rows_of(team);
     const int64_t t = this->time(d, s), n = this->rows_at(team, s);
-    const Rows<S> dh = dh_buffer(team), complete = complete_buffer(team);
+    const Rows<S> dh = dh_buffer(team);
+    const Rows<Factor> complete = complete_buffer(team);
     const int64_t first = blocks.begin * kBlock<S>, end = min(blocks.end * kBlock<S>, problem.P);
     const Rows<S> carry = carry_buffer(team);
     for (int64_t i = 0; i < n; ++i) {
@@ -175,15 +186,15 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const int64_t first = block * kBlock<S>;
     alignas(64) S dm[kChunk * kBlock<S>];
     const int d = this->direction_of(team);
-    const Rows<S> complete = complete_buffer(team);
-    const Rows<const S> a{complete[i], complete.stride};
+    const Rows<Factor> complete = complete_buffer(team);
+    const Rows<const Factor> a{complete[i], complete.stride};
     if (!few()) {
       w_hr_[d].multiply(a, n, block, dm, kBlock<S>, false);
     } else {
-      const Rows<const S>& w = problem.direction[d].weights.w_hr;
+      const Rows<const Factor> w = problem.direction[d].weights.w_hr.template of<Factor>();
       __builtin_memset(dm, 0, sizeof dm);
-      multiply_in_place<S>(a, n, problem.P, {w.data + first, w.stride}, units.in_block(block),
-                           {dm, kBlock<S>});
+      multiply_in_place<S, Factor>(a, n, problem.P, {w.data + first, w.stride}, units.in_block(block),
+                                   {dm, kBlock<S>});
     }
     const Rows<S> dm_rows{dm, kBlock<S>};
     options_on() ? cells<true>(team, s, first, units.in_block(block), i, n, dm_rows)
@@ -199,7 +210,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const TeamRows rows = this->rows_of(team);
     const int64_t t = this->time(d, s), H = problem.H;
     const int64_t t_prev = this->time(d, s - 1), rows_prev = s > 0 ? sequence.rows(t_prev) : 0;
-    const Rows<S> dgates_now = dgates_buffer(team, s);
+    const Rows<Factor> dgates_now = dgates_buffer(team, s);
     S* const du = du_buffer(team, 0);
     const bool add_dy = dir.doutput[kH] && !projected(), keep_dh = dir.complete[kH] && !projected();
     for (int64_t k = 0; k < n; ++k) {
@@ -316,8 +327,8 @@ class Backward : public Scan<S, BackwardProblem<S>> {
     const bool begins = position >= rows_prev, forgets = sequence.resets(t, position);
     const int64_t row_prev = begins ? 0 : sequence.row(t_prev, position);
     const S* const saved_row = dir.saved[row];
-    S *const dh = dh_buffer(team)[i], *const dgates_row = dir.dgates[row],
-             *const now = dgates_buffer(team, s)[i];
+    S *const dh = dh_buffer(team)[i], *const dgates_row = dir.dgates[row];
+    Factor* const now = dgates_buffer(team, s)[i];
     const RowOptions<S> options{dir.options, row, b};
     S* const carry = kOptions ? carry_buffer(team)[i] : nullptr;
     S totals[kInfo.backward_stages][kMaxSums] = {};
@@ -415,7 +426,7 @@ class Backward : public Scan<S, BackwardProblem<S>> {
 
   void state_product(int team, int64_t s, Range blocks, int64_t n, Rows<S> dh, int64_t columns) {
     const int d = this->direction_of(team);
-    const Rows<S> dgates = dgates_buffer(team, s);
+    const Rows<Factor> dgates = dgates_buffer(team, s);
     const bool adds = kInfo.before(kH) && !options_on();
     if (!few()) {
       for (int64_t block = blocks.begin; block < blocks.end; ++block)
@@ -423,10 +434,10 @@ class Backward : public Scan<S, BackwardProblem<S>> {
                           dh.data + (block - blocks.begin) * kBlock<S>, dh.stride, adds);
       return;
     }
-    const Rows<const S>& w = problem.direction[d].weights.w_hh;
+    const Rows<const Factor> w = problem.direction[d].weights.w_hh.template of<Factor>();
     for (int64_t i = 0; i < n && !adds; ++i) __builtin_memset(dh[i], 0, columns * sizeof(S));
-    multiply_in_place<S>({dgates.data, dgates.stride}, n, G * problem.H,
-                         {w.data + blocks.begin * kBlock<S>, w.stride}, columns, dh);
+    multiply_in_place<S, Factor>({dgates.data, dgates.stride}, n, G * problem.H,
+                                 {w.data + blocks.begin * kBlock<S>, w.stride}, columns, dh);
   }
 
   /// dL/dh_0, and zeros in the rows beyond the lengths.
@@ -454,9 +465,10 @@ class Backward : public Scan<S, BackwardProblem<S>> {
         for (int64_t u = 0; u < problem.H; ++u) du[v][u] += du_buffer(team, part)[v * problem.H + u];
   }
 
-  S *dh_ = nullptr, *carry_ = nullptr, *dh_complete_ = nullptr, *dgates_ = nullptr, *du_ = nullptr;
-  int64_t dh_stride_ = 0, dgates_stride_ = 0;
-  Columns<S> w_hh_[kMaxDirections], w_hr_[kMaxDirections];
+  S *dh_ = nullptr, *carry_ = nullptr, *du_ = nullptr;
+  Factor *dh_complete_ = nullptr, *dgates_ = nullptr;
+  int64_t dh_stride_ = 0, dgates_stride_ = 0, complete_stride_ = 0;
+  Columns<S, Factor> w_hh_[kMaxDirections], w_hr_[kMaxDirections];
 };
 
 }  // namespace

@@ -17,6 +17,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   using Panels = FASTRNN_ISA::Panels<Cell, S, W>;
   static constexpr CellInfo kInfo = Cell::kInfo;
   static constexpr int G = kInfo.gates, kProducts = Panels::kProducts;
+  using Factor = FASTRNN_ISA::Factor<S, W>;  // what x and h are rounded to before their products
+  static constexpr bool kRounds = !std::is_same_v<Factor, S>;
   static constexpr int64_t kWidth = G * kBlock<S>, kProductWidth = kProducts * kBlock<S>;
   // Rows whose products for one block are kept at a time: about 24 KB.
   static constexpr int64_t kChunk = 48;
@@ -32,7 +34,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
                                  .B = given.sequence.B,
                                  .blocks = Blocks<S>{given.H}.count(),
                                  .block_weights = (kInfo.dense ? given.P : given.I) * kWidth,
-                                 .element_bytes = sizeof(S),
+                                 .element_bytes = sizeof(W),
                                  .directions = given.directions,
                                  .threads = given.parallel.threads})) {}
 
@@ -40,7 +42,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   bool run() {
     if (sequence.T == 0 || sequence.B == 0) return true;
     const int64_t most = this->most_rows();
-    turns_ = !kInfo.staged() && turning_pays();
+    turns_ = !kInfo.staged() && !kRounds && turning_pays();
     far_ = (problem.I + problem.P) * kWidth * units.count() * int64_t(sizeof(S)) > kNear;
     const int64_t wanted = far_ ? kFarInputRows : kInputRows;
     steps_at_once_ = turns_ || kInfo.staged() ? 1 : min(sequence.T, (wanted + most - 1) / most);
@@ -73,7 +75,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
  private:
   /// Rows of x or of h, [n, K], and their transposed panels where the products take those.
   struct Operand {
-    Rows<const S> rows;
+    Rows<const Factor> rows;
     int64_t K;
     const S* turned;
 
@@ -97,18 +99,19 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     this->take_teams(s);
     const int64_t most = this->most_rows(), input_rows = most * steps_at_once_;
     h_stride_ = padded<S>(problem.P, kBlock<S>);
-    m_stride_ = problem.projected ? padded<S>(problem.H, kBlock<S>) : 0;
-    x_stride_ = padded<S>(problem.I, kBlock<S>);
+    m_stride_ = problem.projected ? padded<Factor>(problem.H, kBlock<Factor>) : 0;
+    x_stride_ = padded<Factor>(problem.I, kBlock<Factor>),
+    factor_stride_ = padded<Factor>(problem.P, kBlock<Factor>);
     h_ = s.take<S>(this->teams() * 2 * most * h_stride_);
-    m_ = s.take<S>(this->teams() * most * m_stride_);
-    masked_ = s.take<S>(problem.direction[0].options.recurrent ? this->teams() * 2 * most * h_stride_ : 0);
+    m_ = s.take<Factor>(this->teams() * most * m_stride_);
+    factors_ = s.take<Factor>(has_factors() ? this->teams() * 2 * most * factor_stride_ : 0);
     if constexpr (kInfo.staged()) {
       gate_stride_ = units.count() * kBlock<S>;
       row_stride_ = padded<S>(G * gate_stride_, kBlock<S>);
       rows_ = s.take<S>(this->teams() * most * row_stride_);
       after_ = s.take<S>(this->workers() * kInfo.states * problem.H);
     }
-    x_ = s.take<S>(kInfo.staged() ? 0 : this->workers() * input_rows * x_stride_);
+    x_ = s.take<Factor>(kInfo.staged() ? 0 : this->workers() * input_rows * x_stride_);
     part_blocks_ = (units.count() + plan.parts - 1) / plan.parts;
     if (steps_at_once_ > 1)
       products_ = s.take<S>(this->workers() * part_blocks_ * input_rows * kProductWidth);
@@ -126,17 +129,19 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const int64_t most = this->most_rows();
     return {h_ + (team * 2 + s % 2) * most * h_stride_, h_stride_};
   }
-  /// What W_hh multiplies: h, or with a mask its product with that.
-  FASTRNN_INLINE Rows<S> operand_buffer(int team, int64_t s) const {
-    const Rows<S> h = h_buffer(team, s);
-    return {problem.direction[0].options.recurrent ? masked_ + (h.data - h_) : h.data, h.stride};
+  /// What W_hh multiplies: h, or with a mask its product with that; rounded where the products take that.
+  FASTRNN_INLINE Rows<Factor> factor_buffer(int team, int64_t s) const {
+    if constexpr (!kRounds)
+      if (!has_factors()) return h_buffer(team, s);
+    return {factors_ + (team * 2 + s % 2) * this->most_rows() * factor_stride_, factor_stride_};
   }
+  FASTRNN_INLINE bool has_factors() const { return kRounds || problem.direction[0].options.recurrent; }
   /// m_t: h_t before its projection.
-  FASTRNN_INLINE Rows<S> m_buffer(int team) const {
+  FASTRNN_INLINE Rows<Factor> m_buffer(int team) const {
     return {m_ + team * this->most_rows() * m_stride_, m_stride_};
   }
   /// x of the team's rows without gaps, for one part: of one step, or of steps_at_once_.
-  FASTRNN_INLINE Rows<S> x_buffer(int team, int part) const {
+  FASTRNN_INLINE Rows<Factor> x_buffer(int team, int part) const {
     return {x_ + (team * plan.parts + part) * steps_at_once_ * this->most_rows() * x_stride_, x_stride_};
   }
   /// Products of several steps: [block of the part][step][row][kProducts][width].
@@ -164,11 +169,22 @@ class Forward : public Scan<S, ForwardProblem<S>> {
           reset_row(dir, kH, first, b, h, problem.P);
         else
           copy_row(h, dir.h0[b], problem.P);
-        if (dir.options.recurrent)
-          scale_row(operand_buffer(team, buffer)[i], h, dir.options.recurrent[b], problem.P);
+        if (!has_factors()) continue;
+        Factor* const factors = factor_buffer(team, buffer)[i];
+        fill_up(factors, problem.P);
+        each_vector<S>(0, problem.P, [&](auto io, int64_t u, int64_t) {
+          const V<S> v = io.load(h + u);
+          io.store(factors + u, dir.options.recurrent ? v * io.load(dir.options.recurrent[b] + u) : v);
+        });
       }
+      if (problem.projected) fill_up(m_buffer(team)[i], problem.H);
       for (int k = 1; k < kInfo.states && resets; ++k) reset_row(dir, k, first, b, dir.last[k][b], problem.H);
     }
+  }
+
+  /// Zeros after the K numbers of a row, as far as the products read it.
+  static void fill_up(Factor* row, int64_t K) {
+    __builtin_memset(row + K, 0, size_t(panel_depth<W>(K) - K) * sizeof *row);
   }
 
   /// The state of row b before step t, which resets it.
@@ -180,17 +196,21 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       __builtin_memset(to, 0, units * sizeof(S));
   }
 
-  void gather_x(int team, int64_t s, Rows<S> x) {
+  void gather_x(int team, int64_t s, Rows<Factor> x) {
     const TeamRows rows = this->rows_of(team);
     const int64_t t = this->time(this->direction_of(team), s), n = this->rows_at(team, s);
-    for (int64_t i = 0; i < n; ++i) copy_row(x[i], problem.x[sequence.row(t, rows.position(i))], problem.I);
+    const Rows<const Factor> given = problem.x.template of<Factor>();
+    for (int64_t i = 0; i < n; ++i) {
+      copy_row(x[i], given[sequence.row(t, rows.position(i))], problem.I);
+      fill_up(x[i], problem.I);
+    }
   }
 
   void step(int team, int64_t s, int part) {
     const Range blocks = blocks_of(part);
     const int64_t n = this->rows_at(team, s), offset = s % steps_at_once_ * this->most_rows();
     const int d = this->direction_of(team);
-    const Rows<S> h_rows = operand_buffer(team, s);
+    const Rows<Factor> h_rows = factor_buffer(team, s);
     if (steps_at_once_ > 1) {
       const Operand h{{h_rows.data, h_rows.stride}, problem.P, nullptr};
       if (offset == 0) input_products(team, s, part);
@@ -201,7 +221,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       }
       return;
     }
-    const Rows<S> x_rows = x_buffer(team, part);
+    const Rows<Factor> x_rows = x_buffer(team, part);
     gather_x(team, s, x_rows);
     S* const turned = turns_ ? turned_ + (team * plan.parts + part) * turned_size() : nullptr;
     const Operand x = operand(x_rows, n, problem.I, turned);
@@ -222,7 +242,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void input_products(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
     const int64_t most = this->most_rows(), steps = min(steps_at_once_, sequence.T - s);
-    const Rows<S> rows = x_buffer(team, part);
+    const Rows<Factor> rows = x_buffer(team, part);
     const Operand x{{rows.data, rows.stride}, problem.I, nullptr};
     bool even = true;  // all steps have the same rows
     for (int64_t k = 0; k < steps; ++k) {
@@ -245,12 +265,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   int64_t turned_rows() const { return (this->most_rows() + kBlock<S> - 1) / kBlock<S> * kBlock<S>; }
   int64_t turned_size() const { return turned_rows() * (problem.I + problem.P); }
 
-  Operand operand(Rows<S> rows, int64_t n, int64_t K, S* turned) const {
-    for (int64_t i = 0; turns_ && i < n; i += kBlock<S>) {
-      const Blocks<S> of{n};
-      pack_transposed<S>({rows[i], rows.stride}, K, of.in_block(i / kBlock<S>), of.vectors(i / kBlock<S>),
-                         turned + i * K);
-    }
+  Operand operand(Rows<Factor> rows, int64_t n, int64_t K, S* turned) const {
+    if constexpr (!kRounds)
+      for (int64_t i = 0; turns_ && i < n; i += kBlock<S>) {
+        const Blocks<S> of{n};
+        pack_transposed<S>(Rows<const S>{rows[i], rows.stride}, K, of.in_block(i / kBlock<S>),
+                           of.vectors(i / kBlock<S>), turned + i * K);
+      }
     return {{rows.data, rows.stride}, K, turns_ ? turned : nullptr};
   }
 
@@ -275,12 +296,19 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   /// One gate's product c [n, units] of a block, in rows ldc apart, from its panel or from W as it lies.
   void gate_product(const Operand& a, int64_t n, const W* panel, const Rows<const S>& w, int64_t block,
                     int gate, S* c, int64_t ldc, bool accumulate) {
-    if (panel) return multiply<S>(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate, far_);
-    const Rows<const S> rows{w[gate * problem.H + block * kBlock<S>], w.stride};
-    if (a.turned)
-      multiply_turned<S>(a.turned, static_cast<int>(n), a.K, rows, units.in_block(block), c, ldc, accumulate);
-    else
-      multiply_transposed<S>(a.rows, n, a.K, rows, units.in_block(block), c, ldc, accumulate);
+    if (panel) {
+      if constexpr (kRounds)
+        return multiply(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate);
+      else
+        return multiply<S>(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate, far_);
+    }
+    const Rows<const Factor> all = w.template of<Factor>(),
+                             rows{all[gate * problem.H + block * kBlock<S>], w.stride};
+    const int count = units.in_block(block);
+    if constexpr (!kRounds)
+      if (a.turned)
+        return multiply_turned<S>(a.turned, static_cast<int>(n), a.K, rows, count, c, ldc, accumulate);
+    multiply_transposed<S>(a.rows, n, a.K, rows, count, c, ldc, accumulate);
   }
 
   void finish(int team, int64_t s, int64_t block, int64_t i, int64_t n, const S* product) {
@@ -305,7 +333,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
     const int width = width_of(block);
     const S *const bias = panels_[d].bias, *const vectors = panels_[d].u;
-    const Rows<S> h_now = h_buffer(team, s), h_next = h_buffer(team, s + 1), m = m_buffer(team);
+    const Rows<S> h_now = h_buffer(team, s), h_next = h_buffer(team, s + 1);
+    const Rows<Factor> next = problem.projected ? m_buffer(team) : factor_buffer(team, s + 1);
     const bool projected = problem.projected;
     for (int64_t k = 0; k < n; ++k) {
       const int64_t i = i_begin + k, position = rows.position(i), b = sequence.batch(position);
@@ -314,7 +343,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       // The state after this step is forgotten before the next one begins.
       const bool forget = position < rows_after && sequence.resets(this->time(d, s + 1), position);
       S* const y_row = projected ? nullptr : dir.history[kH][row];
-      S* const h_row = projected ? m[i] : h_next[i];
+      Factor* const next_row = next[i];
       S* const saved_row = kSaveGates && (!kOptions || dir.saved) ? dir.saved[row] : nullptr;
       S *state_row[kInfo.states], *history_row[kInfo.states];
       for (int k = 1; k < kInfo.states; ++k) {
@@ -346,7 +375,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
             if (history_row[k]) io.store(history_row[k] + u, after);
             io.store(state_row[k] + u, forget ? reset_state(io, dir, k, t_next, b, u) : after);
           }
-          if (projected) return io.store(h_row + u, s.after[kH]);
+          if (projected) return io.store(next_row + u, s.after[kH]);
           const V<S> after = keep_state(io, options, dir, kH, u, s.before[kH], s.after[kH]);
           io.store(y_row + u, after);
           return publish(io, team, s_next, i, u, forget ? reset_state(io, dir, kH, t_next, b, u) : after, dir,
@@ -357,7 +386,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
           io.store(state_row[k] + u, forget ? V<S>{} : s.after[k]);
         }
         if (!projected) io.store(y_row + u, s.after[kH]);
-        io.store(h_row + u, forget && !projected ? V<S>{} : s.after[kH]);
+        const V<S> next = forget && !projected ? V<S>{} : s.after[kH];
+        io.store(next_row + u, next);
+        if (kRounds && kInfo.before(kH) && !projected) io.store(h_next[i] + u, next);
       };
       each_vector<S>(block * kBlock<S>, units.in_block(block), cell);
     }
@@ -383,7 +414,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
                               const ForwardDirection<S>& dir, int64_t b) const {
     io.store(h_buffer(team, s)[i] + u, h);
     if (dir.options.recurrent)
-      io.store(operand_buffer(team, s)[i] + u, h * io.load(dir.options.recurrent[b] + u));
+      io.store(factor_buffer(team, s)[i] + u, h * io.load(dir.options.recurrent[b] + u));
+    else if (kRounds)
+      io.store(factor_buffer(team, s)[i] + u, h);
   }
 
   // ---- A cell in stages: first the products of all units, then whole rows -----------------------------
@@ -396,7 +429,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void row_products(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
     const int64_t n = this->rows_at(team, s);
-    const Rows<S> h_rows = operand_buffer(team, s), to = products_buffer(team);
+    const Rows<Factor> h_rows = factor_buffer(team, s);
+    const Rows<S> to = products_buffer(team);
     const Operand h{{h_rows.data, h_rows.stride}, problem.P, nullptr};
     const Range blocks = blocks_of(part);
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
@@ -460,7 +494,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
             io.store(dir.last[k][b] + u, next(k));
           }
           io.store(dir.history[kH][row] + u, unit.after[kH]);
-          if constexpr (kOptions)
+          if constexpr (kOptions || kRounds)
             publish(io, team, s + 1, i, u, next(kH), dir, b);
           else
             io.store(h_next + u, next(kH));
@@ -484,19 +518,23 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const TeamRows rows = this->rows_of(team);
     const int64_t t = this->time(d, s), n = this->rows_at(team, s);
     const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
-    const Rows<S> h_next = h_buffer(team, s + 1), m = m_buffer(team);
+    const Rows<S> h_next = h_buffer(team, s + 1);
+    const Rows<Factor> m = m_buffer(team);
     const Range blocks = share(outputs.count(), part, plan.parts);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t first = block * kBlock<S>;
       const int count = outputs.in_block(block);
       S* const c = h_next.data + first;
-      if (panels_[d].w_hr)
-        multiply<S>({m.data, m.stride}, n, problem.H, panels_[d].projection_panel(block),
-                    outputs.vectors(block), c, h_next.stride, false);
+      const Rows<const Factor> m_rows{m.data, m.stride}, w = dir.weights.w_hr.template of<Factor>();
+      if (!panels_[d].w_hr)
+        multiply_transposed<S>(m_rows, n, problem.H, Rows<const Factor>{w[first], w.stride}, count, c,
+                               h_next.stride, false);
+      else if constexpr (kRounds)
+        multiply(m_rows, n, problem.H, panels_[d].projection_panel(block), outputs.vectors(block), c,
+                 h_next.stride, false);
       else
-        multiply_transposed<S>({m.data, m.stride}, n, problem.H,
-                               {dir.weights.w_hr[first], dir.weights.w_hr.stride}, count, c, h_next.stride,
-                               false);
+        multiply<S>(m_rows, n, problem.H, panels_[d].projection_panel(block), outputs.vectors(block), c,
+                    h_next.stride, false);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t position = rows.position(i);
         if (dir.options.on) {
@@ -506,6 +544,10 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         copy_row(dir.history[kH][sequence.row(t, position)] + first, h_next[i] + first, count);
         if (position < rows_after && sequence.resets(this->time(d, s + 1), position))
           __builtin_memset(h_next[i] + first, 0, count * sizeof(S));
+        if constexpr (kRounds)
+          each_vector<S>(first, count, [&](auto io, int64_t u, int64_t) {
+            io.store(factor_buffer(team, s + 1)[i] + u, io.load(h_next[i] + u));
+          });
       }
     }
   }
@@ -548,10 +590,11 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
 
   bool turns_ = false, far_ = false;
-  S *h_ = nullptr, *masked_ = nullptr, *m_ = nullptr, *x_ = nullptr, *products_ = nullptr, *turned_ = nullptr;
-  S *rows_ = nullptr, *after_ = nullptr;
+  Factor *factors_ = nullptr, *m_ = nullptr, *x_ = nullptr;
+  S *h_ = nullptr, *products_ = nullptr, *turned_ = nullptr, *rows_ = nullptr, *after_ = nullptr;
   int64_t gate_stride_ = 0, row_stride_ = 0;
-  int64_t h_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0, steps_at_once_ = 1;
+  int64_t h_stride_ = 0, factor_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0,
+          steps_at_once_ = 1;
   Panels panels_[kMaxDirections];
 };
 

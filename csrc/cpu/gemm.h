@@ -2,8 +2,10 @@
 // library to serve: few rows (the batch), one block of units at a time, the weights packed into panels
 // that stream. The micro-kernel `tile` is the only code that knows how many registers there are.
 #pragma once
+#include <cstddef>
 #include <type_traits>
 
+#include "cpu/bfloat16.h"
 #include "cpu/vector.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -37,6 +39,16 @@ struct Blocks {
 struct Pair {
   uint32_t bits;
 };
+
+// What the products multiply with weights W: rounded where these are Bfloat16.
+template <class S, class W>
+using Factor = std::conditional_t<std::is_same_v<W, Bfloat16>, Bfloat16, S>;
+
+// Numbers of a panel for products over K, and of a row of Bfloat16 that it meets: zeros fill the last tile.
+template <class W>
+constexpr int64_t panel_depth(int64_t K) {
+  return std::is_same_v<W, Bfloat16> ? (K + kBfloat16Depth - 1) / kBfloat16Depth * kBfloat16Depth : K;
+}
 
 // Elements of a panel's row.
 template <class S, class W>
@@ -146,6 +158,12 @@ FASTRNN_INLINE void multiply(Rows<const S> a, int64_t n, int64_t K, const W* pan
     multiply_rows<S, W, false>(a, n, K, panel, stride, next, vectors, c, ldc, accumulate);
 }
 
+FASTRNN_INLINE void multiply(Rows<const Bfloat16> a, int64_t n, int64_t K, const Bfloat16* panel, int vectors,
+                             float* c, int64_t ldc, bool accumulate, bool /*far*/ = false) {
+  bfloat16_products()->multiply(a.data, a.stride, n, panel_depth<Bfloat16>(K), panel, vectors, c, ldc,
+                                accumulate);
+}
+
 // Transposes kLanes x kLanes numbers: log2(kLanes) perfect shuffles of the registers.
 template <class S>
 FASTRNN_INLINE void transpose(V<S>* rows) {
@@ -198,6 +216,72 @@ void pack_transposed(Rows<const S> w, int64_t K, int units, int /*vectors*/, Pai
     for (int u = 0; u < L; ++u) panel[k * L + u] = {at(u, k) | at(L + u, k) << 16};
 }
 
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+/// The same of each lane.
+FASTRNN_INLINE Halves to_bfloat16(V<float> v) {
+  const auto bits = reinterpret_cast<Integers<float>>(v);
+  const Integers<float> rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return __builtin_convertvector(v != v ? Integers<float>{} + 0x7fc0 : rounded, Halves);
+}
+
+FASTRNN_INLINE void store(Bfloat16* p, V<float> v, int count = kLanes<float>) {
+  const auto halves = to_bfloat16(v);
+  __builtin_memcpy(p, &halves, size_t(count) * sizeof *p);
+}
+
+FASTRNN_INLINE V<float> load(const Bfloat16* p, int count = kLanes<float>) {
+  Halves halves{};
+  __builtin_memcpy(&halves, p, size_t(count) * sizeof *p);
+  return reinterpret_cast<V<float>>(__builtin_convertvector(halves, Integers<float>) << 16);
+}
+
+/// A factor as the number that it stands for.
+template <class S>
+FASTRNN_INLINE S number(S x) {
+  return x;
+}
+FASTRNN_INLINE float number(Bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// panel[k / 2][unit][k % 2] = w[unit][k], zeros beyond the matrix: pairs of weights are moved as one number.
+template <class S>
+void pack_transposed(Rows<const Bfloat16> w, int64_t K, int units, int vectors, Bfloat16* panel) {
+  constexpr int L = kLanes<float>;
+  const int width = vectors * L;
+  for (int first = 0; first < width; first += L)
+    for (int64_t k = 0; k < panel_depth<Bfloat16>(K); k += 2 * L) {
+      V<float> square[L] = {};
+      const auto count = static_cast<size_t>(min<int64_t>(2 * L, K - k));
+      for (int u = 0; u < min(L, units - first); ++u)
+        __builtin_memcpy(&square[u], w[first + u] + k, count * sizeof *panel);
+      transpose<float>(square);
+      for (int i = 0; i < L; ++i)
+        __builtin_memcpy(panel + (k / 2 + i) * 2 * width + 2 * first, &square[i], sizeof square[i]);
+    }
+}
+
+// panel[k / 2][unit][k % 2] = w[k][unit], zeros beyond the matrix.
+template <class S>
+void pack(Rows<const Bfloat16> w, int64_t K, int units, int vectors, Bfloat16* panel) {
+  constexpr int L = kLanes<float>;
+  const auto row = [&](int64_t k, int first) {
+    Halves halves{};
+    if (k < K && first < units)
+      __builtin_memcpy(&halves, w[k] + first, size_t(min(L, units - first)) * sizeof *panel);
+    return __builtin_convertvector(halves, Integers<float>);
+  };
+  for (int64_t k = 0; k < panel_depth<Bfloat16>(K); k += 2)
+    for (int first = 0; first < vectors * L; first += L, panel += 2 * L) {
+      const Integers<float> pairs = row(k, first) | row(k + 1, first) << 16;
+      __builtin_memcpy(panel, &pairs, sizeof pairs);
+    }
+}
+
 // panel[k][unit] = w[k][unit], units beyond the matrix as zeros.
 template <class S>
 void pack(Rows<const S> w, int64_t K, int units, int vectors, S* panel) {
@@ -247,12 +331,12 @@ constexpr int kDotRows = kRegisters == 32 ? 6 : 3;
 // C[MR, kLanes] (+)= A[MR, K] W[kLanes, K]^T, of which only the first `rows` rows of W exist. With one row of
 // A there are registers for the sums of all rows of W at a time; otherwise four rows of W share each load of
 // A.
-template <int MR, class S>
-void dots(Rows<const S> a, Rows<const S> w, int64_t K, int rows, S* c, int64_t ldc, bool accumulate) {
+template <int MR, class S, class T>
+void dots(Rows<const T> a, Rows<const T> w, int64_t K, int rows, S* c, int64_t ldc, bool accumulate) {
   constexpr int L = kLanes<S>, kTogether = MR == 1 || L < 4 ? L : 4;
   V<S> total[MR][L];
   for (int first = 0; first < L; first += kTogether) {
-    const S *row[kTogether], *ahead[kTogether];
+    const T *row[kTogether], *ahead[kTogether];
     for (int j = 0; j < kTogether; ++j) {
       row[j] = w[min(first + j, rows - 1)];
       ahead[j] = row[j] + kTogether * w.stride;
@@ -271,9 +355,9 @@ void dots(Rows<const S> a, Rows<const S> w, int64_t K, int rows, S* c, int64_t l
       }
     };
     int64_t k = 0;
-    for (; k + L <= K; k += L) step(k, [](const S* p) FASTRNN_LAMBDA_INLINE { return load(p); });
+    for (; k + L <= K; k += L) step(k, [](const T* p) FASTRNN_LAMBDA_INLINE { return load(p); });
     if (const int rest = static_cast<int>(K - k); rest > 0)
-      step(k, [rest](const S* p) FASTRNN_LAMBDA_INLINE { return load(p, rest); });
+      step(k, [rest](const T* p) FASTRNN_LAMBDA_INLINE { return load(p, rest); });
     for (int i = 0; i < MR; ++i)
       for (int j = 0; j < kTogether; ++j) total[i][first + j] = acc[i][j];
   }
@@ -283,24 +367,24 @@ void dots(Rows<const S> a, Rows<const S> w, int64_t K, int rows, S* c, int64_t l
   }
 }
 
-template <class S>
-using Dots = void (*)(Rows<const S>, Rows<const S>, int64_t, int, S*, int64_t, bool);
+template <class S, class T>
+using Dots = void (*)(Rows<const T>, Rows<const T>, int64_t, int, S*, int64_t, bool);
 
-template <class S, int MR = kDotRows>
-FASTRNN_INLINE Dots<S> dots_for(int rows) {
-  if (MR > 1 && rows < MR) return dots_for<S, MR == 1 ? 1 : MR - 1>(rows);
-  return dots<MR, S>;
+template <class S, class T, int MR = kDotRows>
+FASTRNN_INLINE Dots<S, T> dots_for(int rows) {
+  if (MR > 1 && rows < MR) return dots_for<S, T, MR == 1 ? 1 : MR - 1>(rows);
+  return dots<MR, S, T>;
 }
 
 // C[n, units] (+)= A[n, K] W[units, K]^T. C is a tile: its rows have whole registers.
-template <class S>
-void multiply_transposed(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int units, S* c, int64_t ldc,
+template <class S, class T>
+void multiply_transposed(Rows<const T> a, int64_t n, int64_t K, Rows<const T> w, int units, S* c, int64_t ldc,
                          bool accumulate) {
   for (int j = 0; j < units; j += kLanes<S>)
     for (int64_t i = 0, left = (n + kDotRows - 1) / kDotRows; left > 0; --left) {
       const int rows = static_cast<int>((n - i + left - 1) / left);
-      dots_for<S>(rows)({a[i], a.stride}, {w[j], w.stride}, K, min(units - j, kLanes<S>), c + i * ldc + j,
-                        ldc, accumulate);
+      dots_for<S, T>(rows)({a[i], a.stride}, {w[j], w.stride}, K, min(units - j, kLanes<S>), c + i * ldc + j,
+                           ldc, accumulate);
       i += rows;
     }
 }
@@ -327,19 +411,19 @@ void multiply_turned(const S* panel, int n, int64_t K, Rows<const S> w, int unit
 }
 
 // C[n, columns] += A[n, K] W[K, columns], n <= kFewRows: streams W row by row and keeps C in the L1 cache.
-template <class S>
-void multiply_in_place(Rows<const S> a, int64_t n, int64_t K, Rows<const S> w, int64_t columns, Rows<S> c) {
+template <class S, class T>
+void multiply_in_place(Rows<const T> a, int64_t n, int64_t K, Rows<const T> w, int64_t columns, Rows<S> c) {
   const auto sweep = [&](int64_t i, int64_t k, auto depth) FASTRNN_LAMBDA_INLINE {
     constexpr int kDeep = decltype(depth)::value;
     int64_t u = 0;
     for (; u + kLanes<S> <= columns; u += kLanes<S>) {
       V<S> acc = load(c[i] + u);
-      for (int d = 0; d < kDeep; ++d) acc += a[i][k + d] * load(w[k + d] + u);
+      for (int d = 0; d < kDeep; ++d) acc += number(a[i][k + d]) * load(w[k + d] + u);
       store(c[i] + u, acc);
     }
     if (const int rest = static_cast<int>(columns - u); rest > 0) {
       V<S> acc = load(c[i] + u, rest);
-      for (int d = 0; d < kDeep; ++d) acc += a[i][k + d] * load(w[k + d] + u, rest);
+      for (int d = 0; d < kDeep; ++d) acc += number(a[i][k + d]) * load(w[k + d] + u, rest);
       store(c[i] + u, acc, rest);
     }
   };

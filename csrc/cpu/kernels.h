@@ -30,6 +30,7 @@ struct CellKernels {
 struct InstructionSet {
   const char* name;
   int block_bytes;  // of the units that one tile covers
+  bool bfloat16;  // whether its kernels take matrices of Bfloat16, which makes them larger
   CellKernels cells[AllCells::kCount];
 };
 

@@ -10,7 +10,7 @@
 namespace fastrnn::FASTRNN_ISA {
 namespace {
 
-/// W is what a weight is stored as: S itself, or Pair.
+/// W is what a weight is stored as: S itself, Pair or Bfloat16.
 template <class Cell, class S, class W>
 class Panels {
   static constexpr int G = Cell::kInfo.gates, kSplit = Cell::kInfo.split, U = Cell::kInfo.vectors;
@@ -30,9 +30,13 @@ class Panels {
     units_ = {H}, outputs_ = {P};
     bias = memory.take<S>(kProducts * H);
     u = memory.take<S>(U * H);
-    w_ih = packs_ih && !Cell::kInfo.takes_gates ? memory.take<W>(units_.count() * I * kBlockWidth) : nullptr;
-    w_hh = packs_hh && Cell::kInfo.dense ? memory.take<W>(units_.count() * P * kBlockWidth) : nullptr;
-    w_hr = packs_hh && projected ? memory.take<W>(outputs_.count() * H * kPanelWidth<S, W>) : nullptr;
+    w_ih = packs_ih && !Cell::kInfo.takes_gates
+               ? memory.take<W>(units_.count() * panel_depth<W>(I) * kBlockWidth)
+               : nullptr;
+    w_hh = packs_hh && Cell::kInfo.dense ? memory.take<W>(units_.count() * panel_depth<W>(P) * kBlockWidth)
+                                         : nullptr;
+    w_hr = packs_hh && projected ? memory.take<W>(outputs_.count() * panel_depth<W>(H) * kPanelWidth<S, W>)
+                                 : nullptr;
   }
 
   /// Packs one of `parts` shares of the blocks.
@@ -40,16 +44,17 @@ class Panels {
     if (part == 0) pack_vectors(w);
     for (int64_t block = part; block < units_.count(); block += parts)
       for (int gate = 0; gate < G; ++gate) {
-        const auto pack_gate = [&](Rows<const S> weights, int64_t K, W* panels) {
-          pack_transposed<S>({weights[gate * H_ + block * kBlock<S>], weights.stride}, K,
+        const auto pack_gate = [&](Rows<const Given> weights, int64_t K, W* panels) {
+          pack_transposed<S>(Rows<const Given>{weights[gate * H_ + block * kBlock<S>], weights.stride}, K,
                              units_.in_block(block), units_.vectors(block), panels + offset(K, block, gate));
         };
-        if (w_ih) pack_gate(w.w_ih, I_, w_ih);
-        if (w_hh) pack_gate(w.w_hh, P_, w_hh);
+        if (w_ih) pack_gate(w.w_ih.template of<Given>(), I_, w_ih);
+        if (w_hh) pack_gate(w.w_hh.template of<Given>(), P_, w_hh);
       }
+    const Rows<const Given> hr = w.w_hr.template of<Given>();
     for (int64_t block = part; w_hr && block < outputs_.count(); block += parts)
-      pack_transposed<S>({w.w_hr[block * kBlock<S>], w.w_hr.stride}, H_, outputs_.in_block(block),
-                         outputs_.vectors(block), w_hr + block * H_ * kPanelWidth<S, W>);
+      pack_transposed<S>(Rows<const Given>{hr[block * kBlock<S>], hr.stride}, H_, outputs_.in_block(block),
+                         outputs_.vectors(block), projection(block));
   }
 
   FASTRNN_INLINE const W* input_panel(int64_t block, int gate) const {
@@ -58,9 +63,7 @@ class Panels {
   FASTRNN_INLINE const W* recurrent_panel(int64_t block, int gate) const {
     return w_hh + offset(P_, block, gate);
   }
-  FASTRNN_INLINE const W* projection_panel(int64_t block) const {
-    return w_hr + block * H_ * kPanelWidth<S, W>;
-  }
+  FASTRNN_INLINE const W* projection_panel(int64_t block) const { return projection(block); }
 
   S* bias = nullptr;  // [kProducts, H]
   S* u = nullptr;  // [U, H] vectors of parameters
@@ -69,10 +72,15 @@ class Panels {
   W* w_hr = nullptr;  // [block of outputs][H][panel], or null
 
  private:
+  using Given = Factor<S, W>;  // what the matrices of a call hold
+
   static constexpr int64_t kBlockWidth = G * kPanelWidth<S, W>;
 
   FASTRNN_INLINE int64_t offset(int64_t K, int64_t block, int gate) const {
-    return K * (block * kBlockWidth + gate * panel_width<S, W>(units_.vectors(block)));
+    return panel_depth<W>(K) * (block * kBlockWidth + gate * panel_width<S, W>(units_.vectors(block)));
+  }
+  FASTRNN_INLINE W* projection(int64_t block) const {
+    return w_hr + block * panel_depth<W>(H_) * kPanelWidth<S, W>;
   }
 
   void pack_vectors(const Weights<S>& w) const {

@@ -96,9 +96,9 @@ class Products {
       __builtin_memset(problem.dx[row] + first, 0, columns * sizeof(S));
     for (int d = 0; d < problem.directions; ++d) {
       const ProductsDirection<S>& dir = problem.direction[d];
-      multiply_in_place<S>({dir.dgates.data + of_input(0, 0), dir.dgates.stride}, all_rows(), G * problem.H,
-                           {dir.weights.w_ih.data + first, dir.weights.w_ih.stride}, columns,
-                           {problem.dx.data + first, problem.dx.stride});
+      multiply_in_place<S, S>({dir.dgates.data + of_input(0, 0), dir.dgates.stride}, all_rows(),
+                              G * problem.H, {dir.weights.w_ih.data + first, dir.weights.w_ih.stride},
+                              columns, {problem.dx.data + first, problem.dx.stride});
     }
   }
 

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "common/operators.h"
+#include "cpu/bfloat16.h"
 #include "cpu/kernels.h"
 #include "cpu/memory.h"
 #include "cpu/packs.h"
@@ -49,9 +50,11 @@ Tensor pack(std::string name, Tensors given, int64_t slots, bool bfloat16) {
 
 struct Cpu {
   static void forward(const ForwardCall& call) {
+    check(call.weights);
     run(call, call.y, [](const auto& kernels) { return kernels.forward; });
   }
   static void backward(const BackwardCall& call) {
+    check(call.weights);
     run(call, call.y, [](const auto& kernels) { return kernels.backward; });
   }
   static void products(const ProductsCall& call) {
@@ -75,6 +78,11 @@ struct Cpu {
   }
 
  private:
+  static void check(const LayerWeights& weights) {
+    STD_TORCH_CHECK(!weights.bfloat16 || bfloat16_products(),
+                    "this processor has no products of bfloat16: convert the weights to float32");
+  }
+
   template <class Call, class F>
   static void run(const Call& call, const Tensor& like, F choose) {
     with_kernels(call.cell, like, [&]<class S>(const Kernels<S>& kernels) {

@@ -20,6 +20,7 @@ struct Full {
   FASTRNN_INLINE void store(S* p, V<S> v) const {
     FASTRNN_ISA::store(p, v);
   }
+  FASTRNN_INLINE void store(Bfloat16* p, V<float> v) const { FASTRNN_ISA::store(p, v); }
   template <class V>
   FASTRNN_INLINE V only(V v) const {
     return v;
@@ -39,6 +40,7 @@ struct Part {
   FASTRNN_INLINE void store(S* p, V<S> v) const {
     FASTRNN_ISA::store(p, v, count);
   }
+  FASTRNN_INLINE void store(Bfloat16* p, V<float> v) const { FASTRNN_ISA::store(p, v, count); }
   /// Zero in the lanes beyond the row.
   template <class V>
   FASTRNN_INLINE V only(V v) const {

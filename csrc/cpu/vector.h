@@ -42,6 +42,9 @@ template <class S>
 struct VectorOf {
   typedef S type __attribute__((vector_size(kVectorBytes)));
 };
+/// Rounded when it is stored.
+template <>
+struct VectorOf<Bfloat16> : VectorOf<float> {};
 template <class S>
 using V = typename VectorOf<S>::type;
 
