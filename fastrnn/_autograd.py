@@ -280,8 +280,10 @@ def _gradients(form: Form, wanted, listener, over, rows, kept, gradients, inputs
         listener(complete)
     products: Callable = _operators.weight_gradients_options if more else _operators.weight_gradients
     rounds = _operators.rounds_products(states, weights)
-    if rounds or (x.is_cuda and not _is_traced()):  # past the dispatcher, which takes longer than a product
+    if (rounds or x.is_cuda) and not _is_traced():  # past the dispatcher, which takes longer than a product
         products = _operators.weight_gradients_of_torch
+    elif rounds:
+        products = _operators.composed_weight_gradients
     of_weights = any(any(wanted_weights[slot::SLOTS]) for slot in cell.product_slots)
     of_x = wanted[0] and not cell.takes_gates
     more = _operators.with_options(numbers, masks, reset_to)

@@ -108,8 +108,11 @@ def _explain_module(
 
         forward, backward = plan(True), plan(False)
     else:
-        forward = _shared_out(T, B, H, P, numbers.gates, D, weight.element_size())
-        backward = _shared_out(T, B, P, H, numbers.gates, D, weight.element_size())
+        products = functional.dtype_of_products(weight, module._scan_layers()[0][1])
+        size = (products or weight.dtype).itemsize
+        note = functional.note_of_products(products)
+        forward = _shared_out(T, B, H, P, numbers.gates, D, size) + note
+        backward = _shared_out(T, B, P, H, numbers.gates, D, size) + note
     return Explanations(
         Explanation(name, layer, f"fastrnn::{cell}", forward + _prepack.note(weights), backward, options)
         for layer, (_, weights) in enumerate(module._scan_layers())

@@ -164,6 +164,9 @@ def composed_weight_gradients(
     cell, h0 = CELLS[name], states[0]
     D, B, P = h0.shape
     rows = Rows.of(x.shape[0], B, batch_first, batch_sizes, lengths, reset)
+    sums = dgates.sum(1)
+    if rounds_products(states, weights):
+        dgates = dgates.bfloat16()
     dgx, w_ih = input_gradients(cell, dgates), weights[:: slots.bit_count()]
     dx = [sum(dgx[d] @ w_ih[d] for d in range(D))] if inputs else []
     if not of_weights:
@@ -171,8 +174,9 @@ def composed_weight_gradients(
     dga = recurrent_gradients(cell, dgates)
     x, dweights = rows.without_padding(x), []
     for d in range(D):
-        before = _operand(rows, y[:, d * P : (d + 1) * P], h0[d], d, options, option_slots)
-        found = (dgx[d].T @ x, dga[d].T @ before, dgx[d].sum(0), dga[d].sum(0))
+        before = _operand(rows, y[:, d * P : (d + 1) * P], h0[d], d, options, option_slots).to(dga.dtype)
+        of_x, of_h = input_gradients(cell, sums[d]), recurrent_gradients(cell, sums[d])
+        found = (dgx[d].T @ x, dga[d].T @ before, of_x, of_h)
         dweights += [found[slot] for slot in cell.product_slots]
     return dx, dweights
 

@@ -266,7 +266,7 @@ def layer(
     has no kernel."""
     x = _as(states[0].dtype, x)
     scan = partial(_layer, name, rows=rows, keep_history=keep_history, composed=composed, listener=listener)
-    products = None if x.is_cuda or composed else _dtype_of_products(x, weights)
+    products = None if x.is_cuda or composed else dtype_of_products(x, weights)
     if products is None:
         return scan(x, states, weights, options=options)
     matrices = (W_HH,) if CELLS[name].takes_gates else (W_IH, W_HH, W_HR)
@@ -319,17 +319,25 @@ def _layer(
 _BFLOAT16_PRODUCTS = torch.ops.fastrnn.cpu_bfloat16()
 
 
-def _dtype_of_products(x: Tensor, weights: _autograd.Weights) -> torch.dtype | None:
+def dtype_of_products(x: Tensor, weights: _autograd.Weights) -> torch.dtype | None:
     """What a layer in 16 bits on the CPU, or in float32 under autocast, multiplies: bfloat16 where the
     processor has instructions for it, else float32. States and sums are float32. None: a layer in float32 or
     float64 as it is."""
     given = x.dtype
-    if given is torch.float32 and torch.is_autocast_enabled("cpu") and not _prepack.has_pack(weights):
-        given = torch.get_autocast_dtype("cpu")
-    rounds = given is torch.bfloat16 and _BFLOAT16_PRODUCTS and not _autograd._is_traced()
-    if rounds and weights[W_HH] is not None:
+    if given is torch.float32 and x.is_cpu and torch.is_autocast_enabled("cpu"):
+        given = given if _prepack.has_pack(weights) else torch.get_autocast_dtype("cpu")
+    if given is torch.bfloat16 and _BFLOAT16_PRODUCTS and x.is_cpu and weights[W_HH] is not None:
         return torch.bfloat16
     return torch.float32 if x.dtype in SUMMED_IN_FLOAT32 else None
+
+
+def note_of_products(products: torch.dtype | None) -> str:
+    """explain()'s words for what ``dtype_of_products`` gives."""
+    if products is None:
+        return ""
+    return ", in float32" + f" with products of bfloat16 ({_BFLOAT16_PRODUCTS})" * (
+        products is torch.bfloat16
+    )
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:

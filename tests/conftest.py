@@ -56,3 +56,9 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def without_16_bit_kernels(monkeypatch):
+    """16 bits on the CPU as a dtype without kernels, which other devices and dtypes are."""
+    monkeypatch.setattr("fastrnn.functional.SUMMED_IN_FLOAT32", ())

@@ -2,14 +2,13 @@
 bfloat16 where the processor has instructions for them."""
 
 import copy
-import os
 
 import pytest
 import torch
 from scans import FORMS, make_scan
-from test_isa_threads import check, finish, start
+from test_isa_threads import finish, start
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn import functional, step_options
@@ -52,7 +51,7 @@ SIZES = [(1, 1, 1), (1, 5, 3), (3, 2, 7), (4, 17, 16), (2, 33, 31), (9, 48, 32),
 @pytest.mark.parametrize(("T", "B", "H"), SIZES)
 def test_every_step_is_the_reference_from_the_state_before_it(name, T, B, H, rounded_h):
     for D in (1, 2):
-        scan, exact = make(name, T, B, H, D=D, I=33)
+        scan, _ = make(name, T, B, H, D=D, I=33)
         poison()
         y, *_, history = scan.kernel(save=2)
         others = [t.view(D, T, B, H) for t in scan._apart(history)] if history.numel() else []
@@ -80,7 +79,9 @@ def test_every_form_and_the_way_back(name, form, rounded_h):
         poison()
         found, expected = scan.kernel(), exact.reference()
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=0, atol=0.02 * max(1, b.abs().max().item()) if b.numel() else 0)
+            torch.testing.assert_close(
+                a.double(), b, rtol=0, atol=0.02 * max(1, b.abs().max().item()) if b.numel() else 0
+            )
         gradients = scan.gradients(found)
         back = exact.reference_backward(
             tuple(t.double() for t in found), tuple(g if g is None else g.double() for g in gradients)
@@ -108,12 +109,15 @@ def results(module, x, dtype, **keywords):
 
 
 def error(found, exact):
-    return [((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(found, exact, strict=True)]
+    return [
+        ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+        for a, b in zip(found, exact, strict=True)
+    ]
 
 
 MODULES = [
     ("LSTM", {}), ("LSTM", {"num_layers": 2, "bidirectional": True}), ("LSTM", {"proj_size": 16}),
-    ("GRU", {}), ("GRU", {"bias": False, "batch_first": True}), ("RNN", {}), ("RNN", {"nonlinearity": "relu"}),
+    ("GRU", {}), ("GRU", {"bias": False, "batch_first": True}), ("RNN", {"nonlinearity": "relu"}),
     ("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {"bias": False}),
 ]  # fmt: skip
 
@@ -139,7 +143,9 @@ def test_lengths_and_resets_in_16_bits_are_those_of_float64(dtype):
     fused = fastrnn.convert(exact)
     x, reset = torch.randn(12, 9, 24).to(dtype), torch.rand(12, 9) < 0.2
     keywords = {"lengths": [12, 3, 0, 7, 1, 12, 5, 9, 2], "reset": reset}
-    for a, b in zip(results(ours, x, dtype, **keywords), results(fused, x, torch.float64, **keywords), strict=True):
+    for a, b in zip(
+        results(ours, x, dtype, **keywords), results(fused, x, torch.float64, **keywords), strict=True
+    ):
         assert max(error(a, b)) < 8 * torch.finfo(dtype).eps
 
 
@@ -256,7 +262,8 @@ torch.manual_seed(0)
 torch.set_num_threads(int(sys.argv[2]))
 print(torch.ops.fastrnn.cpu_bfloat16())
 found = []
-for kind, options in (("LSTM", {"bidirectional": True}), ("LSTM", {"proj_size": 24}), ("GRU", {}), ("RNN", {})):
+kinds = ("LSTM", {"bidirectional": True}), ("LSTM", {"proj_size": 24}), ("GRU", {}), ("RNN", {})
+for kind, options in kinds:
     for B in (1, 3, 40):
         module = getattr(fastrnn, kind)(65, 72, **options, dtype=torch.bfloat16)
         x = torch.randn(10, B, 65).bfloat16().requires_grad_()
@@ -287,10 +294,8 @@ def test_products_that_the_processor_has_not_are_refused():
     assert "FASTRNN_CPU_BFLOAT16=mmx is unknown or not available" in output
     script = "import torch, fastrnn; print(torch.ops.fastrnn.cpu_bfloat16() or 'none')"
     assert finish(start(script, isa="baseline")).split()[-1] == "none"
+    scan, _ = make("gru", 2, 3, 4)
+    given = fastrnn._operators.given(scan.slots)
+    dgates, y, rows = torch.zeros(1, 6, 16), torch.zeros(6, 4), (None, None, None, False)
     with pytest.raises(RuntimeError, match="gradients of bfloat16 weights are products of torch's"):
-        scan, _ = make("gru", 2, 3, 4)
-        given = fastrnn._operators.given(scan.slots)
-        dgates, rows = torch.zeros(1, 6, 16), (None, None, None, False)
-        torch.ops.fastrnn.weight_gradients(
-            "gru", dgates, scan.x, torch.zeros(6, 4), scan.states, *given, *rows, True, True
-        )
+        torch.ops.fastrnn.weight_gradients("gru", dgates, scan.x, y, scan.states, *given, *rows, True, True)

@@ -79,6 +79,7 @@ def test_a_cell_follows_the_paper(bias):
 
 
 @pytest.mark.filterwarnings("ignore:fastrnn")
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_it_runs_without_kernels_too():
     for kind in ("LSTM", "LSTMCell"):
         module, x = make(kind, torch.bfloat16, coupled=True), make_input(kind, torch.bfloat16)

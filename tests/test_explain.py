@@ -1,5 +1,6 @@
 """explain() says which kernel runs, for every layer, and changes nothing."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -27,6 +28,7 @@ def test_every_layer_is_named_with_its_operator_and_instruction_set():
     assert "rnn layer 1: fastrnn::lstm" in str(found)
 
 
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_a_layer_without_a_kernel_is_said_to_take_the_path_of_torch():
     module = fastrnn.GRU(3, 4).to(torch.bfloat16)
     with torch.no_grad():
@@ -80,6 +82,7 @@ def test_inputs_may_be_given_by_name():
     assert (found[0].forward, found[0].backward) == (alone.forward, alone.backward)
 
 
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_autocast_decides_by_its_dtype(monkeypatch):
     """CUDA's autocast lowers the weights, here to a dtype without a kernel."""
     monkeypatch.setattr(fastrnn.functional, "lowered", lambda tensors: [t.bfloat16() for t in tensors])

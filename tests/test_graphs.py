@@ -333,6 +333,7 @@ def test_the_products_of_cuda_take_nothing_from_the_padding(name, form):
 
 
 @pytest.mark.filterwarnings("ignore:fastrnn")
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_padding_is_harmless_where_a_module_is_composed_of_torch_operations():
     module = fastrnn.LSTM(3, 4).to(torch.bfloat16)
     x = torch.randn(5, 2, 3).to(torch.bfloat16)

@@ -116,6 +116,7 @@ def test_prepacked_weights_serve_it_until_one_changes(lstm):
     torch.testing.assert_close(changed, loop(lstm, x)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_it_runs_without_kernels_too():
     lstm = make("LSTM", torch.float32, layer_norm=True)
     x = make_input("LSTM", torch.float32)

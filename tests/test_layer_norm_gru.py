@@ -195,6 +195,7 @@ def test_vmap_gradients_of_each_sample_and_graphs(kind, options):
 
 
 @pytest.mark.filterwarnings("ignore:fastrnn")
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_it_runs_without_kernels_too(gru):
     low = copy.deepcopy(gru).bfloat16()
     x, lengths = torch.randn(T, B, I).bfloat16(), torch.tensor([2, 5, 0])

@@ -670,7 +670,7 @@ def forgotten_warnings():
     fastrnn.set_strict(False)
 
 
-@pytest.mark.usefixtures("forgotten_warnings")
+@pytest.mark.usefixtures("forgotten_warnings", "without_16_bit_kernels")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dtype_without_a_kernel_takes_torch_nns_path_and_warns_once(kind):
     theirs, ours = make_pair(kind, dtype=torch.bfloat16)
@@ -684,7 +684,7 @@ def test_a_dtype_without_a_kernel_takes_torch_nns_path_and_warns_once(kind):
     assert "bfloat16" in reasons[0]
 
 
-@pytest.mark.usefixtures("forgotten_warnings")
+@pytest.mark.usefixtures("forgotten_warnings", "without_16_bit_kernels")
 @pytest.mark.parametrize("kind", KINDS)
 def test_strict_mode_raises_instead(kind):
     assert fastrnn.set_strict(True) is False

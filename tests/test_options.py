@@ -209,6 +209,7 @@ def test_a_cell_with_peepholes_follows_the_paper(bias):
 
 
 @pytest.mark.filterwarnings("ignore:fastrnn")
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_peepholes_run_without_kernels_too():
     lstm, cell = make("LSTM", peephole=True, bidirectional=True), make("LSTMCell", peephole=True)
     for module in (lstm, cell):  # to numbers that bfloat16 holds

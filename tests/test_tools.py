@@ -416,6 +416,7 @@ def test_messages_have_torch_nns_class_names_for_parametrized_modules_too(kind):
 
 @pytest.mark.usefixtures("forgotten_warnings")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_a_warning_points_at_the_line_of_the_caller(kind):
     ours = getattr(fastrnn, kind)(3, 4, dtype=torch.bfloat16)
     model = nn.Sequential(ours)

@@ -78,8 +78,9 @@ FASTRNN_AMX void amx_tiles(const Bfloat16* a, int64_t lda, int upper, int64_t K,
   if (kLower && kWide) _tile_stored(3, c_lower + kUnits, c_bytes);
 }
 
-FASTRNN_AMX void amx_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t K, const Bfloat16* panel,
-                              int vectors, float* c, int64_t ldc, bool accumulate) {
+FASTRNN_AMX void amx_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t K, const Bfloat16* panels,
+                              int count, int vectors, float* c, int64_t c_step, int64_t ldc,
+                              bool accumulate) {
   constexpr int64_t kRows = 2 * 16;
   for (int64_t i = 0, left = (n + kRows - 1) / kRows; left > 0; --left) {
     const auto rows = static_cast<int>((n - i + left - 1) / left), upper = rows > 16 ? (rows + 1) / 2 : rows;
@@ -87,7 +88,9 @@ FASTRNN_AMX void amx_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t
     const auto tiles = rows > upper   ? vectors == 2 ? amx_tiles<true, true> : amx_tiles<true, false>
                        : vectors == 2 ? amx_tiles<false, true>
                                       : amx_tiles<false, false>;
-    tiles(a + i * lda, lda, upper, K, panel, c + i * ldc, ldc, accumulate);
+    for (int p = 0; p < count; ++p)
+      tiles(a + i * lda, lda, upper, K, panels + p * K * vectors * kUnits, c + i * ldc + p * c_step, ldc,
+            accumulate);
     i += rows;
   }
   _tile_release();  // what else uses tiles shapes them for itself, and empty ones cost no context switch
@@ -135,13 +138,14 @@ auto avx512_tile_for(int rows, int vectors) {
   return vectors == 2 ? avx512_tile<MR, 2> : avx512_tile<MR, 1>;
 }
 
-void avx512_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t K, const Bfloat16* panel, int vectors,
-                     float* c, int64_t ldc, bool accumulate) {
-  for (int64_t i = 0, left = (n + kTileRows - 1) / kTileRows; left > 0; --left) {
-    const auto rows = static_cast<int>((n - i + left - 1) / left);
-    avx512_tile_for(rows, vectors)(a + i * lda, lda, K, panel, c + i * ldc, ldc, accumulate);
-    i += rows;
-  }
+void avx512_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t K, const Bfloat16* panels, int count,
+                     int vectors, float* c, int64_t c_step, int64_t ldc, bool accumulate) {
+  for (int p = 0; p < count; ++p, panels += K * vectors * kUnits, c += c_step)
+    for (int64_t i = 0, left = (n + kTileRows - 1) / kTileRows; left > 0; --left) {
+      const auto rows = static_cast<int>((n - i + left - 1) / left);
+      avx512_tile_for(rows, vectors)(a + i * lda, lda, K, panels, c + i * ldc, ldc, accumulate);
+      i += rows;
+    }
 }
 
 /// The instructions that this processor has beyond what the kernels are compiled for: leaf 7 of cpuid.
@@ -166,16 +170,17 @@ float value(Bfloat16 x) {
   return number;
 }
 
-void portable_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t K, const Bfloat16* panel,
-                       int vectors, float* c, int64_t ldc, bool accumulate) {
+void portable_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t K, const Bfloat16* panels,
+                       int count, int vectors, float* c, int64_t c_step, int64_t ldc, bool accumulate) {
   const int64_t width = 16 * vectors;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t u = 0; u < width; ++u) {
-      float sum = accumulate ? c[i * ldc + u] : 0;
-      for (int64_t k = 0; k < K; ++k)
-        sum += value(a[i * lda + k]) * value(panel[(k / 2 * width + u) * 2 + k % 2]);
-      c[i * ldc + u] = sum;
-    }
+  for (int p = 0; p < count; ++p, panels += K * width, c += c_step)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t u = 0; u < width; ++u) {
+        float sum = accumulate ? c[i * ldc + u] : 0;
+        for (int64_t k = 0; k < K; ++k)
+          sum += value(a[i * lda + k]) * value(panels[(k / 2 * width + u) * 2 + k % 2]);
+        c[i * ldc + u] = sum;
+      }
 }
 
 constexpr Bfloat16Products kPortable{"portable", portable_multiply};

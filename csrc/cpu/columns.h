@@ -28,7 +28,7 @@ class Columns {
                                bool accumulate) const {
     const int vectors = blocks_.vectors(block);
     if constexpr (std::is_same_v<W, Bfloat16>)
-      FASTRNN_ISA::multiply(a, n, K_, panel(block), vectors, c, ldc, accumulate);
+      FASTRNN_ISA::multiply(a, n, K_, panel(block), 1, vectors, c, 0, ldc, accumulate);
     else if (packed(block))
       FASTRNN_ISA::multiply<S>(a, n, K_, panel(block), vectors, c, ldc, accumulate);
     else

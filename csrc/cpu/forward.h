@@ -2,6 +2,7 @@
 // other and runs the cell on the block while its products are in the L1 cache; a projection is a second phase
 // of the step. With few rows a step, the products with x are made for several steps at once.
 #pragma once
+
 #include "cpu/math.h"
 #include "cpu/panels.h"
 #include "cpu/scan.h"
@@ -18,6 +19,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   static constexpr CellInfo kInfo = Cell::kInfo;
   static constexpr int G = kInfo.gates, kProducts = Panels::kProducts;
   using Factor = FASTRNN_ISA::Factor<S, W>;  // what x and h are rounded to before their products
+  static constexpr int kShared = G - kInfo.split;  // gates whose products with x and h are one sum
   static constexpr bool kRounds = !std::is_same_v<Factor, S>;
   static constexpr int64_t kWidth = G * kBlock<S>, kProductWidth = kProducts * kBlock<S>;
   // Rows whose products for one block are kept at a time: about 24 KB.
@@ -26,7 +28,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   static constexpr int64_t kNear = 16 << 20;
   // Batch at least this many rows into one input projection, taking rows from several time steps if needed;
   // more when W_ih streams from DRAM.
-  static constexpr int64_t kInputRows = 2 * kTileRows, kFarInputRows = 96;
+  static constexpr int64_t kInputRows = kRounds ? 32 : 2 * kTileRows, kFarInputRows = 96;
 
  public:
   FASTRNN_INLINE explicit Forward(const ForwardProblem<S>& given)
@@ -277,31 +279,44 @@ class Forward : public Scan<S, ForwardProblem<S>> {
 
   /// W_ih x of n rows, as the first of a block's products.
   void input_product(int d, int64_t block, const Operand& x, int64_t n, S* product) {
-    const auto& weights = problem.direction[d].weights.w_ih;
-    for (int gate = 0; gate < G; ++gate)
-      gate_product(x, n, panels_[d].w_ih ? panels_[d].input_panel(block, gate) : nullptr, weights, block,
-                   gate, product + Panels::input_product(gate) * width_of(block), kProducts * width_of(block),
-                   false);
+    const W* const panel = panels_[d].w_ih ? panels_[d].input_panel(block, 0) : nullptr;
+    const int64_t width = width_of(block);
+    gate_products(x, n, panel, problem.direction[d].weights.w_ih, block, 0, kShared, product, width,
+                  kProducts * width, false);
+    gate_products(x, n, panel, problem.direction[d].weights.w_ih, block, kShared, G,
+                  product + kInfo.split * width, width, kProducts * width, false);
   }
 
   /// Adds W_hh h of n rows to the products of a block.
   void recurrent_product(int d, int64_t block, const Operand& h, int64_t n, S* product) {
-    const auto& weights = problem.direction[d].weights.w_hh;
-    for (int gate = 0; gate < G; ++gate)
-      gate_product(h, n, panels_[d].w_hh ? panels_[d].recurrent_panel(block, gate) : nullptr, weights, block,
-                   gate, product + gate * width_of(block), kProducts * width_of(block),
-                   Panels::input_product(gate) == gate);
+    const W* const panel = panels_[d].w_hh ? panels_[d].recurrent_panel(block, 0) : nullptr;
+    const int64_t width = width_of(block);
+    gate_products(h, n, panel, problem.direction[d].weights.w_hh, block, 0, kShared, product, width,
+                  kProducts * width, true);
+    gate_products(h, n, panel, problem.direction[d].weights.w_hh, block, kShared, G, product, width,
+                  kProducts * width, false);
+  }
+
+  /// The products of the gates first to end - 1 with a block, [n, units] at c + gate * c_step in rows ldc
+  /// apart, from their panels (that of gate 0 is given) or from W as it lies.
+  void gate_products(const Operand& a, int64_t n, const W* panel, const Rows<const S>& w, int64_t block,
+                     int first, int end, S* c, int64_t c_step, int64_t ldc, bool accumulate) {
+    const int vectors = units.vectors(block);
+    const int64_t size = panel_depth<W>(a.K) * panel_width<S, W>(vectors);
+    if constexpr (kRounds)
+      if (panel && first < end)
+        return multiply(a.rows, n, a.K, panel + first * size, end - first, vectors, c + first * c_step,
+                        c_step, ldc, accumulate);
+    for (int gate = first; gate < end; ++gate)
+      gate_product(a, n, panel ? panel + gate * size : nullptr, w, block, gate, c + gate * c_step, ldc,
+                   accumulate);
   }
 
   /// One gate's product c [n, units] of a block, in rows ldc apart, from its panel or from W as it lies.
   void gate_product(const Operand& a, int64_t n, const W* panel, const Rows<const S>& w, int64_t block,
                     int gate, S* c, int64_t ldc, bool accumulate) {
-    if (panel) {
-      if constexpr (kRounds)
-        return multiply(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate);
-      else
-        return multiply<S>(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate, far_);
-    }
+    if constexpr (!kRounds)
+      if (panel) return multiply<S>(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate, far_);
     const Rows<const Factor> all = w.template of<Factor>(),
                              rows{all[gate * problem.H + block * kBlock<S>], w.stride};
     const int count = units.in_block(block);
@@ -434,10 +449,9 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const Operand h{{h_rows.data, h_rows.stride}, problem.P, nullptr};
     const Range blocks = blocks_of(part);
     for (int64_t block = blocks.begin; block < blocks.end; ++block)
-      for (int gate = 0; gate < G; ++gate)
-        gate_product(h, n, panels_[d].w_hh ? panels_[d].recurrent_panel(block, gate) : nullptr,
-                     problem.direction[d].weights.w_hh, block, gate,
-                     to.data + gate * gate_stride_ + block * kBlock<S>, to.stride, false);
+      gate_products(h, n, panels_[d].w_hh ? panels_[d].recurrent_panel(block, 0) : nullptr,
+                    problem.direction[d].weights.w_hh, block, 0, G, to.data + block * kBlock<S>, gate_stride_,
+                    to.stride, false);
   }
 
   /// The step of a part's rows.
@@ -530,7 +544,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
         multiply_transposed<S>(m_rows, n, problem.H, Rows<const Factor>{w[first], w.stride}, count, c,
                                h_next.stride, false);
       else if constexpr (kRounds)
-        multiply(m_rows, n, problem.H, panels_[d].projection_panel(block), outputs.vectors(block), c,
+        multiply(m_rows, n, problem.H, panels_[d].projection_panel(block), 1, outputs.vectors(block), c, 0,
                  h_next.stride, false);
       else
         multiply<S>(m_rows, n, problem.H, panels_[d].projection_panel(block), outputs.vectors(block), c,

@@ -158,10 +158,11 @@ FASTRNN_INLINE void multiply(Rows<const S> a, int64_t n, int64_t K, const W* pan
     multiply_rows<S, W, false>(a, n, K, panel, stride, next, vectors, c, ldc, accumulate);
 }
 
-FASTRNN_INLINE void multiply(Rows<const Bfloat16> a, int64_t n, int64_t K, const Bfloat16* panel, int vectors,
-                             float* c, int64_t ldc, bool accumulate, bool /*far*/ = false) {
-  bfloat16_products()->multiply(a.data, a.stride, n, panel_depth<Bfloat16>(K), panel, vectors, c, ldc,
-                                accumulate);
+/// The same of some panels, whose C's stand side by side in columns c_step apart.
+FASTRNN_INLINE void multiply(Rows<const Bfloat16> a, int64_t n, int64_t K, const Bfloat16* panels, int count,
+                             int vectors, float* c, int64_t c_step, int64_t ldc, bool accumulate) {
+  bfloat16_products()->multiply(a.data, a.stride, n, panel_depth<Bfloat16>(K), panels, count, vectors, c,
+                                c_step, ldc, accumulate);
 }
 
 // Transposes kLanes x kLanes numbers: log2(kLanes) perfect shuffles of the registers.
