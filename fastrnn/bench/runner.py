@@ -42,6 +42,8 @@ def measure_case(
     check(rival, reference(case.plain, mode) if case.options else expected)
     check(subject, expected)
     contenders: dict[str, Callable[[], object]] = {RIVAL: rival, SUBJECT: subject}
+    if case.dtype == torch.bfloat16:
+        contenders["fastrnn float32"] = Workload(case, fastrnn, mode, torch.float32)
     if mode == INFER:
         contenders |= {name: call for name in peers if (call := _peer(name, rival, threads, expected))}
     timing = paired(contenders, SUBJECT, seconds, others_cpu)

@@ -16,7 +16,7 @@ from fastrnn.bench.cases import TRAIN, Case
 from fastrnn.bench.loops import LOOPS
 
 # Limits of ||a - b|| / ||b||, wide enough for gradients that are sums over thousands of rows.
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 0.1}
 
 # torch's warning at each projected LSTM; the benchmark measures this path on purpose and hides it.
 NO_PROJECTION = "LSTM with projections is not supported with oneDNN"
