@@ -325,7 +325,9 @@ def dtype_of_products(x: Tensor, weights: _autograd.Weights) -> torch.dtype | No
     float64 as it is."""
     given = x.dtype
     if given is torch.float32 and x.is_cpu and torch.is_autocast_enabled("cpu"):
-        given = given if _prepack.has_pack(weights) else torch.get_autocast_dtype("cpu")
+        # Few rows take no longer than to round the matrices, which a call of autocast would have to do.
+        cast = len(x) > 16 and not _prepack.has_pack(weights)
+        given = torch.get_autocast_dtype("cpu") if cast else given
     if given is torch.bfloat16 and _BFLOAT16_PRODUCTS and x.is_cpu and weights[W_HH] is not None:
         return torch.bfloat16
     return torch.float32 if x.dtype in SUMMED_IN_FLOAT32 else None

@@ -44,7 +44,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   bool run() {
     if (sequence.T == 0 || sequence.B == 0) return true;
     const int64_t most = this->most_rows();
-    turns_ = !kInfo.staged() && !kRounds && turning_pays();
+    turns_ = !kInfo.staged() && turning_pays();
     far_ = (problem.I + problem.P) * kWidth * units.count() * int64_t(sizeof(S)) > kNear;
     const int64_t wanted = far_ ? kFarInputRows : kInputRows;
     steps_at_once_ = turns_ || kInfo.staged() ? 1 : min(sequence.T, (wanted + most - 1) / most);
@@ -79,7 +79,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   struct Operand {
     Rows<const Factor> rows;
     int64_t K;
-    const S* turned;
+    const Factor* turned;
 
     FASTRNN_INLINE Operand from(int64_t i) const {
       return {{rows[i], rows.stride}, K, turned ? turned + i * K : nullptr};
@@ -92,9 +92,14 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   bool turning_pays() const {
     constexpr int64_t L = kLanes<S>;
     const int64_t rows = this->most_rows(), GH = G * problem.H;
-    const int64_t K = problem.I + (kInfo.dense ? problem.P : 0);
-    return !problem.packed && (rows > L || kTileRows >= 8) && 4 * rows >= 3 * ((rows + L - 1) / L * L) &&
-           3 * sequence.T * rows * (K + 2 * GH) <= 2 * K * GH;
+    const int64_t P = kInfo.dense ? problem.P : 0, K = problem.I + P;
+    // Whole tiles of W alone can be read in place; few rows take as long as many, because W's bytes bind
+    // them.
+    const bool fills = kRounds ? problem.I % kBfloat16Depth == 0 && P % kBfloat16Depth == 0
+                               : (rows > L || kTileRows >= 8) && 4 * rows >= 3 * ((rows + L - 1) / L * L);
+    constexpr int64_t kCost =
+        kRounds ? 24 : 3;  // of a number of x or of a product, beside one of W; measured
+    return !problem.packed && fills && kCost * sequence.T * rows * (K + 2 * GH) <= 2 * K * GH;
   }
 
   void lay_out(Memory& s) {
@@ -117,7 +122,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     part_blocks_ = (units.count() + plan.parts - 1) / plan.parts;
     if (steps_at_once_ > 1)
       products_ = s.take<S>(this->workers() * part_blocks_ * input_rows * kProductWidth);
-    if (turns_) turned_ = s.take<S>(this->workers() * turned_size());
+    if (turns_) turned_ = s.take<Factor>(this->workers() * turned_size());
     const bool packs_ih = problem.packed || (!turns_ && packing_pays(most * sequence.T, problem.I));
     const bool packs_hh = problem.packed || (!turns_ && packing_pays(most * sequence.T, problem.P));
     Memory kept(const_cast<char*>(problem.packed));
@@ -225,7 +230,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     }
     const Rows<Factor> x_rows = x_buffer(team, part);
     gather_x(team, s, x_rows);
-    S* const turned = turns_ ? turned_ + (team * plan.parts + part) * turned_size() : nullptr;
+    Factor* const turned = turns_ ? turned_ + (team * plan.parts + part) * turned_size() : nullptr;
     const Operand x = operand(x_rows, n, problem.I, turned);
     const Operand h = operand(h_rows, n, problem.P, turned + turned_rows() * problem.I);
     const int64_t chunk = turns_ ? kBlock<S> : kChunk;
@@ -267,13 +272,12 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   int64_t turned_rows() const { return (this->most_rows() + kBlock<S> - 1) / kBlock<S> * kBlock<S>; }
   int64_t turned_size() const { return turned_rows() * (problem.I + problem.P); }
 
-  Operand operand(Rows<Factor> rows, int64_t n, int64_t K, S* turned) const {
-    if constexpr (!kRounds)
-      for (int64_t i = 0; turns_ && i < n; i += kBlock<S>) {
-        const Blocks<S> of{n};
-        pack_transposed<S>(Rows<const S>{rows[i], rows.stride}, K, of.in_block(i / kBlock<S>),
-                           of.vectors(i / kBlock<S>), turned + i * K);
-      }
+  Operand operand(Rows<Factor> rows, int64_t n, int64_t K, Factor* turned) const {
+    for (int64_t i = 0; turns_ && i < n; i += kBlock<S>) {
+      const Blocks<S> of{n};
+      pack_transposed<S>(Rows<const Factor>{rows[i], rows.stride}, K, of.in_block(i / kBlock<S>),
+                         of.vectors(i / kBlock<S>), turned + i * K);
+    }
     return {{rows.data, rows.stride}, K, turns_ ? turned : nullptr};
   }
 
@@ -320,9 +324,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const Rows<const Factor> all = w.template of<Factor>(),
                              rows{all[gate * problem.H + block * kBlock<S>], w.stride};
     const int count = units.in_block(block);
-    if constexpr (!kRounds)
-      if (a.turned)
-        return multiply_turned<S>(a.turned, static_cast<int>(n), a.K, rows, count, c, ldc, accumulate);
+    if (a.turned)
+      return multiply_turned<S>(a.turned, static_cast<int>(n), a.K, rows, count, c, ldc, accumulate);
     multiply_transposed<S>(a.rows, n, a.K, rows, count, c, ldc, accumulate);
   }
 
@@ -604,8 +607,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
 
   bool turns_ = false, far_ = false;
-  Factor *factors_ = nullptr, *m_ = nullptr, *x_ = nullptr;
-  S *h_ = nullptr, *products_ = nullptr, *turned_ = nullptr, *rows_ = nullptr, *after_ = nullptr;
+  Factor *factors_ = nullptr, *m_ = nullptr, *x_ = nullptr, *turned_ = nullptr;
+  S *h_ = nullptr, *products_ = nullptr, *rows_ = nullptr, *after_ = nullptr;
   int64_t gate_stride_ = 0, row_stride_ = 0;
   int64_t h_stride_ = 0, factor_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0,
           steps_at_once_ = 1;

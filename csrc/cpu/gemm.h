@@ -392,13 +392,16 @@ void multiply_transposed(Rows<const T> a, int64_t n, int64_t K, Rows<const T> w,
 
 // The same product for up to kBlock rows with A^T [K, n] packed as a panel: C^T = W A^T, with W, read in
 // place, as the left operand. units is rounded up to whole registers in C.
-template <class S>
-void multiply_turned(const S* panel, int n, int64_t K, Rows<const S> w, int units, S* c, int64_t ldc,
+template <class S, class T>
+void multiply_turned(const T* panel, int n, int64_t K, Rows<const T> w, int units, S* c, int64_t ldc,
                      bool accumulate) {
   constexpr int L = kLanes<S>;
   alignas(64) S product[kBlock<S> * kBlock<S>];  // [units][n]
   const int vectors = n > L ? 2 : 1, width = vectors * L;
-  multiply<S>(w, units, K, panel, vectors, product, width, false);
+  if constexpr (std::is_same_v<T, Bfloat16>)
+    multiply(w, units, K, panel, 1, vectors, product, 0, width, false);
+  else
+    multiply<S>(w, units, K, panel, vectors, product, width, false);
   for (int u = 0; u < units; u += L)
     for (int first = 0; first < n; first += L) {
       V<S> square[L];
