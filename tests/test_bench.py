@@ -1,5 +1,6 @@
 """The benchmark tells the truth: its cases, its pairing, its files and its verdicts."""
 
+import importlib
 import sys
 import time
 from dataclasses import replace
@@ -270,16 +271,16 @@ def test_memory_of_a_step_holds_at_least_what_it_returns():
     assert returned < peak_megabytes(case, "torch.nn", 1) < 5 * returned
 
 
+@pytest.mark.parametrize("peer", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_onnx_runtime_computes_the_same_with_converted_weights(cell, bidirectional):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    from fastrnn.bench import onnx_peer
-
+def test_a_peer_computes_the_same_with_converted_weights(cell, bidirectional, peer):
+    for package in ("onnx", "onnxruntime", peer):
+        pytest.importorskip(package)
+    make_call = importlib.import_module(runner.PEERS[peer]).make_call
     case = Case(cell, 4, 3, 5, 6, layers=2, bidirectional=bidirectional)
     work = workload.Workload(case, nn, INFER)
-    outputs = [torch.from_numpy(array) for array in onnx_peer.make_call(work, 1)()]
+    outputs = [torch.from_numpy(array) for array in make_call(work, 1)()]
     workload.agree(case.name, outputs, workload.reference_results(case, INFER))
 
 

@@ -16,7 +16,7 @@ from fastrnn.bench.results import RIVAL, SUBJECT, Record
 from fastrnn.bench.workload import Workload, agree, check, reference_results
 
 # A peer is a module with supports(case) and make_call(workload, threads); it serves inference.
-PEERS = {"onnxruntime": "fastrnn.bench.onnx_peer"}
+PEERS = {"onnxruntime": "fastrnn.bench.onnx_peer", "openvino": "fastrnn.bench.openvino_peer"}
 
 reference = lru_cache(maxsize=2)(reference_results)
 
