@@ -221,6 +221,9 @@ class Build(BuildExtension):
         subprocess.run([*compiler, "-shared", *objects, *options, "-ldl", "-lrt", "-o", target], check=True)
 
 
+# torch's ninja files quote a CXX of several words, such as "ccache g++", as one.
+NINJA = len(shlex.split(os.environ.get("CXX", "c++"))) == 1
+
 setup(
     libraries=LIBRARIES,
     ext_modules=[
@@ -256,6 +259,6 @@ setup(
         ),
         *([Extension(CUDA, [], depends=[*CUDA_SOURCES, *CUDA_HEADERS], py_limited_api=True)] if NVCC else []),
     ],
-    cmdclass={"build_clib": BuildKernels, "build_ext": Build},
+    cmdclass={"build_clib": BuildKernels, "build_ext": Build.with_options(use_ninja=NINJA)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -2,7 +2,8 @@
 
 Runs the part of a suite that meets recurrent modules twice, as it is and with torch.nn's LSTM, GRU, RNN and
 cells replaced by fastrnn's, and names the tests whose outcome differs; ends with 1 if a test that passed does
-not any more. CHECKOUT is a folder with the project's sources; what it depends on must be installed.
+not any more. CHECKOUT is a folder with the project's sources; what it depends on must be installed. Of a
+project that is compiled, such as TorchRL, install it and give a folder with its ``test`` alone.
 """
 
 import os
@@ -14,17 +15,20 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 SUITES = {
-    "icefall": ["egs/librispeech/ASR/pruned_transducer_stateless2", "-k", "lstm or gru or rnn"],
+    "icefall": [
+        "egs/librispeech/ASR/transducer/test_rnn.py",
+        "egs/librispeech/ASR/lstm_transducer_stateless2/test_lstmp.py",
+    ],
     "keras": ["keras/src/layers/rnn"],  # on torch; its layers have loops of their own
     "opacus": [
         "opacus/tests/grad_samples/dp_rnn_test.py", "opacus/tests/dp_layers/dp_rnn_test.py",
         "opacus/tests/validators/lstm_test.py", "opacus/tests/validators/gru_test.py",
     ],
-    "pytorch-forecasting": ["tests/test_models/test_nn/test_rnn.py"],
+    "pytorch-forecasting": ["tests/test_models/test_nn/test_rnn.py", "tests/test_models/test_deepar.py"],
     "rsl_rl": ["tests/models/test_rnn_model.py", "tests/runners/test_on_policy_runner.py"],
     "sb3-contrib": ["tests/test_lstm.py", "-k", "not performance"],
-    "speechbrain": ["tests/unittests", "-k", "rnn or lstm or gru or RNN"],
-    "torchrl": ["test", "-k", "lstm or gru or LSTM or GRU"],
+    "speechbrain": ["tests/unittests/test_RNN.py"],
+    "torchrl": ["test/modules/test_rnn.py"],
 }  # fmt: skip
 ENVIRONMENT = {"KERAS_BACKEND": "torch", "OMP_WAIT_POLICY": "passive"}
 SWAP = "FASTRNN_EXTERNAL_SWAP"
@@ -47,7 +51,8 @@ def outcomes(checkout: Path, arguments: list[str], swapped: bool) -> dict[str, s
             sys.executable, "-m", "pytest", "-q", "-p", "external", "-p", "no:cacheprovider",
             f"--junitxml={report}", *arguments,
         ]  # fmt: skip
-        paths = [checkout, ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", "")]
+        folders = [(checkout / a).parent for a in arguments if (checkout / a).is_file()]  # icefall's siblings
+        paths = [checkout, ROOT, ROOT / "tests", os.environ.get("PYTHONPATH", ""), *folders]
         variables = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
         if swapped:
             variables[SWAP] = "1"

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fastrnn.training.errors import InputError, in_short
+from fastrnn.training.guide import hint
 
 LONGEST = 800  # characters of an error's line; some quote a whole file
 REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, NotImplementedError, AttributeError)
@@ -48,7 +49,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # of a parser inside the parser, which catches jsonargparse's own errors
             super().error(message, ex)
-        raise InputError(innermost(message)) from ex
+        raise InputError(hint(innermost(message))) from ex
 
     def save(self, cfg: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         """Write a run's configuration; one that cannot be written (a default that YAML has no word for) does

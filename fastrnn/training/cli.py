@@ -13,18 +13,21 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from fastrnn.training import compare, sweep
-from fastrnn.training.arguments import Parser, refused
+from fastrnn.training.arguments import Parser, load_value, refused
 from fastrnn.training.clipping import GradientClipping
 from fastrnn.training.data.module import SequenceData
 from fastrnn.training.errors import InputError, check_number
 from fastrnn.training.gradient_flow import GradientFlow
+from fastrnn.training.guide import CONFIGS, given, help_text, shipped_names
+from fastrnn.training.progress import Bar, Lines, Summary, say
 from fastrnn.training.report import Report
 from fastrnn.training.run import (
     AtomicCheckpoints,
@@ -38,7 +41,7 @@ from fastrnn.training.run import (
 from fastrnn.training.speed import Throughput
 from fastrnn.training.tasks import SequenceTask
 
-CONFIGS = Path(__file__).parent / "configs"
+DESCRIPTION = "Train a sequence model. python -m fastrnn train --help is shorter, and says how to begin."
 UNCHECKED = {  # the trainer's settings that Lightning takes as they are, and divides by
     "val_check_interval": "(0, inf)",
     "check_val_every_n_epoch": "(0, inf)",
@@ -53,28 +56,6 @@ UNCHECKED = {  # the trainer's settings that Lightning takes as they are, and di
 def as_list(value: Any) -> list[Any]:
     """One or several values of a setting, or none."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-class Lines(ProgressBar):
-    """The progress of a run where there is no terminal: one line at each validation."""
-
-    def disable(self) -> None:
-        """Lightning's call in all processes but the first, which alone prints."""
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.is_global_zero:
-            shown = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k != "v_num"}
-            values = "  ".join(f"{k} {v:.5g}" for k, v in shown.items())
-            say(f"step {trainer.global_step}  {values}")
-
-
-@rank_zero_only
-def say(line: str) -> None:
-    """Print a line; a reader who has left (a closed pipe, a lost terminal) does not end the run."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class SequenceCLI(LightningCLI):
@@ -104,9 +85,11 @@ class SequenceCLI(LightningCLI):
                 check_number(f"trainer.{name}", trainer[name], interval)
         if trainer.barebones:  # Lightning refuses these defaults of this command line
             trainer.log_every_n_steps = trainer.enable_model_summary = None
-        elif trainer.enable_progress_bar is not False:
-            bar = RichProgressBar() if sys.stdout.isatty() else Lines()
-            self.trainer_defaults["callbacks"].append(bar)
+            return
+        if trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(Bar() if sys.stdout.isatty() else Lines())
+        if trainer.enable_model_summary is not False:
+            self.trainer_defaults["callbacks"].append(Summary())
 
     def instantiate_classes(self) -> None:
         """All objects; a checkpoint to be used, not trained on, decides how data is numbered."""
@@ -214,6 +197,7 @@ def with_shipped_configs(argv: list[str]) -> list[str]:
     """The arguments, with the bare names of shipped configurations replaced by their paths."""
     found: list[str] = []
     for argument in argv:
+        argument = {"-config": "--config", "--help-all": "--help"}.get(argument, argument)
         joined = re.fullmatch(r"(--config=|-c=?)(.*)", argument, re.DOTALL)
         if found and found[-1] in ("-c", "--config"):
             found.append(shipped_config(argument))
@@ -224,28 +208,38 @@ def with_shipped_configs(argv: list[str]) -> list[str]:
     return found
 
 
-def shipped_names() -> str:
-    return ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-
-
-def help_text() -> str:
-    return (
-        f"Train a sequence model. --config takes a file, or a shipped name: {shipped_names()}. "
-        "Beside the subcommands below: sweep (a grid of hyper-parameters) and compare (runs)."
-    )
-
-
 def shipped_config(name: str) -> str:
+    """The path of a configuration: a file, or a shipped name.
+
+    Raises:
+        InputError: neither, or a file of something else, such as data.
+    """
     path = CONFIGS / f"{name}.yaml"
-    if Path(name).is_file() or name.startswith("-"):
+    if name.startswith("-"):
+        return name
+    if Path(name).is_file():
+        check_config(Path(name))
         return name
     if not path.is_file():
-        raise InputError(f"no configuration {name}: give a file, or one of {shipped_names()}")
+        raise InputError(f"no configuration {name}: give a file, or one of {', '.join(shipped_names())}")
     return str(path)
+
+
+def check_config(path: Path) -> None:
+    """Refuse a file that holds no settings; what is wrong in one that does is said by the parser."""
+    try:
+        settings = load_value(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is no configuration in YAML; {given(str(path))}")
 
 
 def main(argv: list[str]) -> int:
     """Run one command; bad input ends with one line on stderr and status 2."""
+    if argv in ([], ["-h"], ["--help"]) or (argv[:1] == ["fit"] and argv[-1] in ("-h", "--help")):
+        print(help_text())
+        return 0
     try:
         if argv[:1] == ["sweep"]:
             return sweep.main(argv[1:])
@@ -270,14 +264,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+NO_WARNINGS = ("The number of training batches", "The dirpath has changed")  # true of no run of these
+NO_NEWS = (
+    "💡",
+    "`weights_only`",
+    "TPU",
+    "Loading `train_dataloader`",
+    "Trainer already configured with model",
+)
+
+
 def is_news(record: logging.LogRecord) -> bool:
     """False for Lightning's advertisements and for hints that do not apply to these runs."""
-    return not record.getMessage().startswith(("💡", "`weights_only`", "TPU"))
+    return not record.getMessage().startswith(NO_NEWS)
 
 
 def run(argv: list[str], kind: type[SequenceCLI] = SequenceCLI) -> SequenceCLI:
     """Runs one command in this process; the result has the trainer and the task as attributes."""
-    for noise in ("LightningCLI's args parameter", ".*LeafSpec", ".*num_workers"):
+    for noise in ("LightningCLI's args parameter", ".*LeafSpec", ".*num_workers", *NO_WARNINGS):
         warnings.filterwarnings("ignore", message=noise)
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").addFilter(is_news)
@@ -292,7 +296,7 @@ def run(argv: list[str], kind: type[SequenceCLI] = SequenceCLI) -> SequenceCLI:
                 load_from_checkpoint_support=False,
                 parser_class=Parser,
                 seed_everything_default=0,
-                parser_kwargs={"prog": "python -m fastrnn train", "description": help_text()},
+                parser_kwargs={"prog": "python -m fastrnn train", "description": DESCRIPTION},
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults={
                     "callbacks": [Throughput(), Resume(), LearningRateMonitor("step"), interrupts],

@@ -111,13 +111,16 @@ class GradientFlow(L.Callback):
             return "No layer ran on fastrnn's kernels: of the states no gradients are known."
         first, last = describe(self._last_profile(0)), describe(self._last_profile(-1))
         start, end = self.records[0]["step"], self.records[-1]["step"]
+        if len(self.records) == 1:
+            return f"{last[0].upper()}{last[1:]}, at step {end}."
         if first == last:
             return f"{last[0].upper()}{last[1:]}, from step {start} to step {end}."
         return f"At step {end}, {last}; at step {start}, {first}."
 
     def effort(self) -> str:
         """How the records were made, and what they cost."""
-        return f"{len(self.records)} records; {100 * self.cost:.2g} % of the training time."
+        count = f"{len(self.records)} record{'s' if len(self.records) > 1 else ''}"
+        return f"{count}; {100 * self.cost:.2g} % of the training time."
 
     def stacked(self, loss: str, quantity: str) -> np.ndarray:
         """Norms [records, K]; shorter records are filled with NaN."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Rows = Sequence[dict[str, float]]  # of the run's log: a step, and what was logged there
 Item = TypeVar("Item")
@@ -73,6 +74,18 @@ def look(i: int) -> dict[str, str]:
     return {"color": f"C{i}", "linestyle": ("-", "--", ":", "-.")[i // 10 % 4]}
 
 
+def dot(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
+    """A curve of one point is a dot: a line through it would not be seen."""
+    return {"marker": "."} if len(values) == 1 else {}
+
+
+def edges(centres: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The n + 1 edges of n cells, half-way between their centres; a single cell is one wide."""
+    c = np.asarray(centres, float)
+    half = np.diff(c) / 2 if len(c) > 1 else np.array([0.5])
+    return np.append(c - np.append(half[:1], half)[: len(c)], c[-1] + half[-1])
+
+
 def beside(entries: int = 9) -> dict[str, Any]:
     """Where the legend of many entries stands: beside the axes."""
     return {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if entries > 8 else {}
@@ -85,7 +98,7 @@ def curves(rows: Rows, metric: str) -> Figure:
     if values:
         ax.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
         mean = smooth(values, max(1, len(values) // 30))
-        ax.plot(steps, mean, color="tab:blue", label="training")
+        ax.plot(steps, mean, color="tab:blue", label="training", **dot(mean))
     steps, values = series(rows, f"val/{metric}")
     if values:
         ax.plot(steps, values, "o-", color="tab:orange", markersize=3, label="validation")
@@ -98,7 +111,7 @@ def single(rows: Rows, key: str, label: str) -> Figure:
     """One logged quantity over the steps; logarithmic where its values span two decades."""
     figure, ax = axes(label, "optimizer step", label)
     steps, values = series(rows, key)
-    ax.plot(steps, values, linewidth=0.9)
+    ax.plot(steps, values, linewidth=0.9, **dot(values))
     positive = [v for v in values if v > 0 and math.isfinite(v)]
     if positive and max(positive) > 100 * min(positive):
         ax.set_yscale("log")
@@ -157,12 +170,13 @@ def heat_map(norms: np.ndarray, steps: Sequence[int], title: str) -> Figure:
     figure, ax = axes(title, "steps back in time", "optimizer step", (7.2, 3.4))
     records, back = (np.array(spread(range(n), CELLS)) for n in norms.shape)
     image = ax.pcolormesh(
-        back,
-        np.asarray(steps)[records],
+        edges(back),
+        edges(np.asarray(steps)[records]),
         np.log10(np.maximum(norms[np.ix_(records, back)], 1e-12)),
-        shading="nearest",
         cmap="magma",
     )
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=ax, label="log10 of the norm")
     return figure
 
@@ -174,7 +188,7 @@ def profile(norms: dict[str, np.ndarray], title: str) -> Figure:
         title = f"{title}: {len(shown)} of {len(norms)} states"
     figure, ax = axes(title, "steps back in time", "norm of the gradient")
     for i, (key, label) in enumerate(zip(shown, texts(shown), strict=True)):
-        ax.semilogy(np.maximum(norms[key], 1e-20), label=label, **look(i))
+        ax.semilogy(np.maximum(norms[key], 1e-20), label=label, **look(i), **dot(norms[key]))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, **beside(len(shown)))
     return figure
@@ -189,7 +203,7 @@ def lines(rows: Rows, title: str) -> Figure:
     figure, ax = axes(title, "optimizer step", "norm", (7.2, 3.8))
     for i, (key, label) in enumerate(zip(keys, texts(keys), strict=True)):
         steps, values = series(rows, key)
-        ax.semilogy(steps, values, linewidth=0.9, label=label, **look(i))
+        ax.semilogy(steps, values, linewidth=0.9, label=label, **look(i), **dot(values))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7, **beside())
     return figure
@@ -204,7 +218,7 @@ def overlay(runs: Mapping[str, Rows], metric: str) -> Figure:
     for i, (name, rows) in enumerate(zip(names, runs.values(), strict=True)):
         steps, values = series(rows, f"train/{metric}")
         label = name if i < RUNS else "_"  # matplotlib's word for none
-        ax.plot(steps, values, alpha=0.7, linewidth=0.9, label=label, **look(i))
+        ax.plot(steps, values, alpha=0.7, linewidth=0.9, label=label, **look(i), **dot(values))
         steps, values = series(rows, f"val/{metric}")
         ax.plot(steps, values, "o", color=f"C{i}", markersize=4)
     ax.grid(alpha=0.3)

@@ -41,14 +41,19 @@ def run_padded(rnn: nn.Module, x: Tensor, lengths: Tensor) -> tuple[Tensor, Any]
 # ---- The options of fastrnn's modules, from their own signatures and docstrings --------------------------
 
 
+def _entry(docstring: str, name: str) -> str:
+    """What a docstring says of an argument, under whatever heading and among whatever names; nothing under
+    ``python -OO``, which has no docstrings."""
+    found = re.search(rf"^( +)(?:\w+, )*{name}(?:, \w+)*: (.*(?:\n\1 +.*)*)", docstring, re.MULTILINE)
+    return " ".join(found[2].split()) if found else ""
+
+
 def _options() -> dict[str, tuple[Any, str]]:
     """{name: (type, help)} of the keyword-only arguments of fastrnn.LSTM, which has all that GRU and RNN
     have, but those that are fields of a stack."""
-    section = (fastrnn.LSTM.__doc__ or "").split("Keyword Args:\n")[1].split("\n\n")[0]
-    entries = re.split(r"^        (?=\w+: )", section, flags=re.MULTILINE)[1:]
-    texts = {entry.partition(":")[0]: " ".join(entry.partition(": ")[2].split()) for entry in entries}
     parameters = inspect.signature(fastrnn.LSTM).parameters.values()
     own = {p.name: p.annotation for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    texts = {name: _entry(inspect.getdoc(fastrnn.LSTM) or "", name) for name in own}
     return {"bias": (bool, "whether there are biases.")} | {
         name: (kind, texts[name]) for name, kind in own.items() if name != "forget_bias"
     }

@@ -4,12 +4,17 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import RunningStage
 
 from fastrnn.training.arguments import load_value
 from fastrnn.training.cli import CONFIGS, main, run
+from fastrnn.training.guide import settings
+from fastrnn.training.progress import Pace
 
 SHORT = [
     "--trainer.max_steps=3",
@@ -129,15 +134,76 @@ def test_a_text_on_one_line_is_learnt_tested_and_continued(
         (["--config", "co2", "--model.stack.cell=lsmt"], "cell must be one of lstm, gru, rnn, rnn_relu, got"),
         (["--config", "co2", "--data.window=3000"], "too short for a window of 3000"),
         (["--config", "shakespeare", "--data.paths=['/absent']"], "cannot read /absent"),
+        (["--config", "shakespeare", "--data.paths=/absent"], "cannot read /absent"),
+        ([], "begin with python -m fastrnn train fit --config NAME, of adding"),
+        (["co2"], "unrecognized arguments: co2; there is --config co2"),
+        (["--config", "my.csv"], "my.csv is no configuration in YAML; a CSV file is given as --data.source"),
+        (["--data", "my.csv"], "data must be a class, such as SeriesData, TextData"),
+        (["my.csv"], "unrecognized arguments: my.csv; a CSV file is given as --data.source FILE"),
+        (["--config", "co2", "--lr=1"], "unrecognized arguments: --lr=1; there is --model.optim.lr"),
+        (["--config", "co2", "--epochs", "1"], "there is --trainer.max_epochs"),
+        (["--config", "co2", "--data.sorce=my.csv"], "'sorce' is not accepted; there is --data.source"),
+        (["--config", "co2", "--model.hidden_size=3"], "there is --model.stack.hidden_size"),
+        (["--config", "co2", "--data.rows=3"], "--data.rows is a setting of TextData"),
+        (["--config", "co2", "--data.source=my.csv"], "as --data.columns '[a, b]'; there are time, load"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.csv").write_text("time,load\n2025-01-01,3\n")
     assert main(["fit", *arguments, f"--runs={tmp_path}"]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["fit", "-h"], ["fit", "--config", "co2", "--help"]])
+def test_the_first_screen_says_how_to_begin(argv: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) < 60
+    assert all(re.search(rf"^  {path.stem} +\w", shown, re.M) for path in CONFIGS.glob("*.yaml"))
+    named = set(re.findall(r"\b(?:model|data|trainer)\.(?!help|stack\.help|optim\.help)[\w.]+\w", shown))
+    assert "model.optim.lr" in named
+    assert named <= settings().keys()
+
+
+def test_progress_in_lines_has_the_speed_and_the_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastrnn.training.progress.EVERY", 0.0)
+    given = ["--data.length=8", "--data.epoch=5", "--trainer.max_epochs=4", "--report.write=false"]
+    assert main(["fit", "--config=adding", *given, f"--runs={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"^Forecaster: [\d,]+ parameters on \w+.*; rnn \(GRU, [\d,]+\), head \(Linear, 33\)", shown, re.M
+    )
+    lines = re.findall(r"^step (\d+) of 20, ([\d.e+]+) steps/s, (\S+) left  train/loss ", shown, re.M)
+    assert [int(step) for step, *_ in lines] == list(range(1, 21))
+    assert all(float(speed) > 0 for _, speed, _ in lines)
+    assert lines[-1][2] == "0:00:00"
+    assert len(re.findall(r"^step (5|10|15|20) of 20  .*val/rmse", shown, re.M)) == 4
+
+
+def test_time_left_is_that_of_the_steps_to_come_or_of_max_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    run = SimpleNamespace(estimated_stepping_batches=50, global_step=10, callbacks=[])  # resumed at step 10
+    pace = Pace(run)
+    assert pace.left(run) is None
+    run.global_step, now = 20, 105.0  # two steps a second
+    assert pace.left(run) == 15.0
+    run.callbacks = [timer := Timer(duration={"seconds": 8})]
+    timer._start_time[RunningStage.TRAINING] = 100.0
+    assert pace.left(run) == 3.0
+    endless = Pace(SimpleNamespace(**{**vars(run), "estimated_stepping_batches": -1, "callbacks": []}))
+    assert endless.left(SimpleNamespace(**{**vars(run), "callbacks": []})) is None
 
 
 def test_sweep_writes_a_sorted_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """The report stands whatever things are called, and does not grow with their number."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,43 @@ def test_pictures_do_not_grow_with_the_data(kind: str) -> None:
     most.savefig("/dev/null", format="png")
     if kind == "heat_map":
         assert most.axes[0].collections[0].get_array().size < 200_000
+
+
+def ink(figure: Figure) -> int:
+    """Pixels of the axes' inside that are not white."""
+    figure.axes[0].grid(False)
+    if legend := figure.axes[0].get_legend():
+        legend.set_visible(False)
+    figure.canvas.draw()
+    box = figure.axes[0].get_window_extent().padded(-6).extents.astype(int)
+    image = np.asarray(figure.canvas.buffer_rgba())[::-1][box[1] : box[3], box[0] : box[2], :3]
+    return int((image < 200).any(-1).sum())
+
+
+ONE = [{"step": 7, "train/loss": 2.0, "norm": 3.0}]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plots.heat_map(np.full((1, 5), 0.1), [0], "one record"),
+        lambda: plots.heat_map(np.full((4, 1), 0.1), [0, 1, 2, 3], "one step back"),
+        lambda: plots.profile({"h": np.array([0.5])}, "one step back"),
+        lambda: plots.lines([{"step": 7, "norm": 3.0}], "one record"),
+        lambda: plots.single(ONE, "norm", "one record"),
+        lambda: plots.curves(ONE, "loss"),
+        lambda: plots.overlay({"run": ONE}, "loss"),
+    ],
+)
+def test_a_single_value_is_seen(draw: Callable[[], Figure]) -> None:
+    figure = draw()
+    FigureCanvasAgg(figure)
+    assert ink(figure) > 5
+
+
+def test_the_cells_of_a_heat_map_lie_around_their_steps() -> None:
+    assert list(plots.edges([3])) == [2.5, 3.5]
+    assert list(plots.edges([0, 10, 30])) == [-5, 5, 20, 40]
 
 
 def test_a_large_confusion_matrix_shows_the_classes_with_the_most_errors() -> None:

@@ -1,6 +1,8 @@
 """A stack's options reach the modules by name, and what stands between layers sees valid steps alone."""
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastrnn
 from fastrnn.training import Forecaster, InputError, LanguageModel, Stack, StateGradientNorms, TextData
 from fastrnn.training.cli import Parsed, run, with_shipped_configs
-from fastrnn.training.stack import NormedLayers, run_padded
+from fastrnn.training.stack import NormedLayers, _entry, run_padded
 
 T, B, I, H = 7, 4, 3, 5
 LENGTHS = torch.tensor([7, 2, 5, 1])
@@ -42,6 +44,24 @@ def test_each_option_of_the_modules_stands_in_the_help_with_its_own_text() -> No
         text = documented.split(f"\n    {name}: ")[1].split(". ")[0].split(" (")[0]
         assert f"stack.options.{name} " in shown
         assert " ".join(words(text))[:60] in shown
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    [
+        "Args:\n    other: o.\n    zoneout: p in [0, 1),\n        as in the paper.\n    heads: n.",
+        "Keyword Arguments:\n  heads, zoneout: p in [0, 1),\n    as in the paper.\n\nReturns:\n  zoneout.",
+    ],
+)
+def test_the_help_of_an_option_is_found_under_any_heading(docstring: str) -> None:
+    assert _entry(docstring, "zoneout") == "p in [0, 1), as in the paper."
+    assert _entry(docstring, "memory") == _entry("", "zoneout") == ""
+
+
+def test_training_is_imported_without_docstrings() -> None:
+    code = "from fastrnn.training import Stack; print(Stack(options={'zoneout': 0.1}).build(2))"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=False)
+    assert "zoneout=0.1" in done.stdout, done.stderr
 
 
 def test_options_of_the_command_line_are_those_of_the_module() -> None:

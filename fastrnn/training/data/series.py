@@ -40,7 +40,7 @@ class SeriesData(SequenceData):
     def __init__(
         self,
         source: str = "co2",
-        columns: list[str] | None = None,
+        columns: list[str] | str | None = None,
         window: int = 104,
         horizon: int = 12,
         season: int | None = None,
@@ -57,12 +57,17 @@ class SeriesData(SequenceData):
         for name, size in (("window", window), ("horizon", horizon), ("batch_size", batch_size)):
             check_whole(name, size)
         if season is not None:
-            check_whole("season", season, 1, window)
+            check_whole("season", season)
+            if season > window:
+                raise InputError(
+                    f"season must be at most the window, {window} steps, where the naive forecast "
+                    f"finds the value of one season before, got {season}"
+                )
         check_whole("seed", seed, 0, MOST_SEED)
         check_held_out(held_out)
-        columns = several(columns)
-        check_once("columns", columns or ())
-        self.source, self.columns = source, columns or SHIPPED.get(source)
+        names: list[str] | None = several(columns)
+        check_once("columns", names or ())
+        self.source, self.columns = source, names or SHIPPED.get(source)
         self.window, self.horizon, self.season = window, horizon, season
         self.held_out, self.missing = held_out, missing
         self.batch_size, self.seed = batch_size, seed
@@ -89,7 +94,7 @@ class SeriesData(SequenceData):
             if len(part) < self.window + self.horizon:
                 raise InputError(
                     f"{name} has {len(part)} steps of {self.source}: too short for a window of "
-                    f"{self.window} and {self.horizon} steps ahead"
+                    f"{self.window} and {self.horizon} steps ahead; set data.window or data.horizon smaller"
                 )
         return parts
 

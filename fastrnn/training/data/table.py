@@ -8,6 +8,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ class CsvFormat:
         skipinitialspace: blanks after a separator do not count.
         skiprows: lines above the header, such as Excel's ``sep=;``.
         comment: this character and the rest of its line do not count; None for no such character.
-        parse_dates: those of the columns that hold dates; they become seconds since 1970, in UTC.
+        parse_dates: those of the columns that hold dates, or one; they become seconds since 1970, in UTC.
         date_format: of these dates, such as ``%d.%m.%Y``; guessed from the first when left out.
 
     Raises:
@@ -56,7 +57,7 @@ class CsvFormat:
     skipinitialspace: bool = True
     skiprows: int = 0
     comment: str | None = None
-    parse_dates: list[str] | None = None
+    parse_dates: list[str] | str | None = None
     date_format: str | None = None
 
     def __post_init__(self) -> None:
@@ -74,9 +75,10 @@ class CsvFormat:
             if getattr(self, one) is not None and getattr(self, one) == getattr(self, other):
                 raise InputError(f"{one} and {other} must differ, got {getattr(self, one)!r} for both")
         check_whole("skiprows", self.skiprows, 0)
-        dates = self.parse_dates
-        if dates is not None and (isinstance(dates, str) or not isinstance(dates, Sequence)):
-            raise InputError(f"parse_dates must be a list of columns, got {dates!r}")
+        if isinstance(self.parse_dates, str):
+            object.__setattr__(self, "parse_dates", [self.parse_dates])
+        if not isinstance(self.parse_dates, (Sequence, NoneType)):
+            raise InputError(f"parse_dates must be a list of columns, got {self.parse_dates!r}")
 
 
 @dataclass(frozen=True)
@@ -266,7 +268,7 @@ def find(columns: list[str] | None, found: list[str], form: CsvFormat, name: str
     if len(found) == 1:
         there += f" (cells are split by sep = {form.sep!r})"
     if not columns:
-        raise InputError(f"name the columns of {name} to use; {there}")
+        raise InputError(f"name the columns of {name} to use, as --data.columns '[a, b]'; {there}")
     wanted = [plain(c) for c in columns]
     if absent := [c for c, w in zip(columns, wanted, strict=True) if w not in found]:
         raise InputError(f"{name} has no column {listing(absent)}; {there}")

@@ -73,13 +73,13 @@ class TextData(SequenceData):
 
     def __init__(
         self,
-        paths: list[str] | None = None,
+        paths: list[str] | str | None = None,
         rows: int = 64,
         k1: int = 128,
         k2: int | None = None,
         held_out: tuple[float, float] = (0.05, 0.05),
         limit: int | None = None,
-        prompts: tuple[str, ...] | None = None,
+        prompts: tuple[str, ...] | str | None = None,
         encoding: str = "utf-8",
     ) -> None:
         super().__init__()
@@ -125,7 +125,10 @@ class TextData(SequenceData):
         for name in (part, "test") if part == "train" else (part,):  # a test comes after training: too late
             size = sum(map(len, self.parts[name]))
             if size < 2 * self.rows:
-                raise InputError(f"{name} has {size} characters: too short for {self.rows} parallel rows")
+                raise InputError(
+                    f"{name} has {size} characters: too short for {self.rows} parallel rows; "
+                    "set data.rows smaller"
+                )
         k2 = self.k2 if part == "train" else None
         return StreamChunks(self.parts[part], self.rows, self.k1, k2, rank, world)
 
