@@ -93,22 +93,25 @@ class GradientClipping(L.Callback):
         self._read()
         return self._counts
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pending, self._failed = [], None
+
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
-        named = [(name, p) for name, p in pl_module.named_parameters() if p.grad is not None]
-        parameters = [p for _, p in named]
+        given = (p for group in optimizer.param_groups for p in group["params"])
+        parameters = [p for p in given if p.grad is not None]
         norms = norms_of(parameters)
         total = torch.linalg.vector_norm(norms)
-        largest = norms_of(parameters, torch.inf).max() if self.value is not None and named else None
+        largest = norms_of(parameters, torch.inf).max() if self.value is not None else None
         clip_to(parameters, total, self.norm, self.value)
-        self._pending.append(Pending(trainer.global_step, [name for name, _ in named], norms, total, largest))
+        self._pending.append(Pending(trainer.global_step, pl_module, parameters, norms, total, largest))
         self._counts["steps"] += 1
         scaler = getattr(trainer, "scaler", None)
         if scaler and scaler.is_enabled():
-            self._read(pl_module, by_scaler=scaler.get_scale() > 1.0)
+            self._read(waiting=True, by_scaler=scaler.get_scale() > 1.0)
         elif self.nonfinite != "ignore" and not is_fused(optimizer):
-            self._read(pl_module)
+            self._read(waiting=True)
         elif self.nonfinite != "ignore":
             failed = total.isfinite().logical_not().float()
             if self.nonfinite == "raise":
@@ -122,8 +125,8 @@ class GradientClipping(L.Callback):
         elif len(self._pending) >= MOST_PENDING:
             self._read()
 
-    def _read(self, waiting: L.LightningModule | None = None, by_scaler: bool = False) -> None:
-        """Count the pending steps; ``waiting`` is the model before the last one."""
+    def _read(self, waiting: bool = False, by_scaler: bool = False) -> None:
+        """Count the pending steps; ``waiting``: the optimizer has yet to make the last one."""
         pending, self._pending = self._pending, []
         if not pending:
             return
@@ -134,13 +137,12 @@ class GradientClipping(L.Callback):
                 over = self.norm is not None and total > self.norm
                 self._counts["clipped"] += over or (self.value is not None and entry > self.value)
             elif self.nonfinite == "raise" and not by_scaler:
-                bad = (~step.norms.isfinite()).tolist()
-                names = ", ".join(name for name, is_bad in zip(step.names, bad, strict=True) if is_bad)
-                raise FloatingPointError(f"gradient is not finite at step {step.step}: {names}")
+                raise FloatingPointError(f"gradient is not finite at step {step.number}: {step.bad()}")
             elif self.nonfinite == "skip" or by_scaler:
                 self._counts["skipped"] += 1
                 if waiting and not by_scaler:
-                    waiting.zero_grad()  # optimizers leave such parameters, and their moments, as they are
+                    for p in step.parameters:
+                        p.grad = None  # optimizers leave such parameters, and their moments, as they are
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._read()
@@ -158,8 +160,16 @@ class GradientClipping(L.Callback):
 class Pending(NamedTuple):
     """A step whose norms are still on the device."""
 
-    step: int
-    names: list[str]  # of the parameters that have a gradient
+    number: int
+    model: nn.Module
+    parameters: list[nn.Parameter]  # that have a gradient
     norms: Tensor  # [parameters]
     total: Tensor
     largest: Tensor | None  # absolute value of an entry, where it is limited
+
+    def bad(self) -> str:
+        """Which gradients are not finite, by the names of their parameters."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        finite = self.norms.isfinite().tolist()
+        found = [names[id(p)] for p, ok in zip(self.parameters, finite, strict=True) if not ok]
+        return ", ".join(found) or "the norm of all together overflows"

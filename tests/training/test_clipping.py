@@ -94,7 +94,7 @@ def test_no_gradient_anywhere_is_nothing_to_clip() -> None:
     trainer = SimpleNamespace(
         global_step=0, scaler=None, is_last_batch=False, fast_dev_run=False, _logger_connector=logs
     )
-    clipping.on_before_optimizer_step(trainer, model, None)
+    clipping.on_before_optimizer_step(trainer, model, torch.optim.SGD(model.parameters()))
     assert clipping.counts == {"steps": 1, "clipped": 0, "skipped": 0}
 
 
@@ -182,6 +182,24 @@ def test_a_run_that_a_nan_ends_keeps_the_weights_from_before_it(
 def test_a_nan_ends_a_run_after_50_steps_at_the_latest(text: TextData, tmp_path: Path) -> None:
     poison, _ = fit_poisoned(text, tmp_path, "raise", Optim(), 2, max_steps=90)
     assert len(poison.after) == MOST_PENDING - 1
+
+
+def test_a_run_after_one_that_a_nan_has_ended_trains_again(text: TextData, tmp_path: Path) -> None:
+    clipping, poison = GradientClipping(), PoisonedSteps(1)
+    with pytest.raises(FloatingPointError):
+        trainer(tmp_path, poison, clipping, max_steps=3, log_every_n_steps=9).fit(language_model(text), text)
+    again = PoisonedSteps()
+    trainer(tmp_path, again, clipping, max_steps=3).fit(language_model(text), text)
+    assert not any(same(a, b) for a, b in pairwise(again.after))
+
+
+def test_a_norm_that_overflows_is_named_as_such() -> None:
+    model = nn.Linear(1, 1)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1.5e19)  # whose square is in float32, and twice its square is not
+    clipping, optimizer = GradientClipping(), torch.optim.SGD(model.parameters())
+    with pytest.raises(FloatingPointError, match="the norm of all together overflows"):
+        clipping.on_before_optimizer_step(SimpleNamespace(global_step=0, scaler=None), model, optimizer)
 
 
 def test_no_checkpoint_is_written_of_a_run_that_a_nan_has_ended(text: TextData, tmp_path: Path) -> None:
