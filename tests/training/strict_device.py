@@ -184,7 +184,9 @@ def strict_device(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     waits.clear()
     with torch.library._scoped_library("aten", "IMPL") as library, ToDevice():
         # torch.nn's layers as single operators, in place of the kernels that CUDA has for their steps
-        library.impl("lstm.input", decompositions.lstm_impl, "AutogradPrivateUse1")
-        library.impl("gru.input", decompositions.gru_impl, "AutogradPrivateUse1")
+        for name in ("lstm", "gru"):
+            for form, made in (("input", "impl"), ("data", "data_impl" if name == "lstm" else "impl_data")):
+                made_of = getattr(decompositions, f"{name}_{made}")
+                library.impl(f"{name}.{form}", made_of, "AutogradPrivateUse1")
         with torch.autograd.set_multithreading_enabled(False):  # no thread for this device
             yield waits
