@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What a CUDA device says of fastrnn: builds for it, runs the tests on it, the tools of compute-sanitizer, and
-# the benchmark against cuDNN. Downloads nothing; within ten minutes on 16 cores, or REPORT_SECONDS.
+# What a CUDA device says of fastrnn: builds for it, runs the tests on it, the training command line, the tools of
+# compute-sanitizer, and the benchmark against cuDNN. Downloads nothing; within ten minutes on 16 cores, or REPORT_SECONDS.
 #   PYTHON=python3 benchmarks/gpu_report.sh OUT [STAGE...]
-# Stages: build tests sanitizers bench; all of them by default. A stage that fails is told and the next one
+# Stages: build tests training sanitizers bench; all of them by default. A stage that fails is told and the next one
 # runs; the exit status is 1 if any has failed or was not possible. OUT gets summary.txt, a log of each stage,
 # gpu.json and gpu.png.
 # shellcheck disable=SC2317  # stages are called by their names
@@ -16,7 +16,7 @@ mkdir -p "$1" || exit
 out=$(cd "$1" && pwd)
 shift
 stages=("$@")
-((${#stages[@]})) || stages=(build tests sanitizers bench)
+((${#stages[@]})) || stages=(build tests training sanitizers bench)
 python=${PYTHON:-python3}
 cuda=${CUDA_HOME:-/usr/local/cuda}
 summary=$out/summary.txt
@@ -87,6 +87,19 @@ tests() {
     "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" tests/test_cuda.py
 }
 
+# Every command of the training command line, to its report.
+training() {
+  local module
+  for module in lightning jsonargparse torchmetrics matplotlib rich; do
+    if ! has_module "$module"; then
+      missing "the Python package $module: the training command line is left out"
+      return
+    fi
+  done
+  run "benchmarks/gpu_training.py" 150 training.log "$python" benchmarks/gpu_training.py "$out/runs"
+  grep '^== train' "$out/training.log" | sed 's/^== /        /' | tee -a "$summary"
+}
+
 # The same kernels on the processor: beside the others, for they need no device.
 host_tests() {
   failed=0
@@ -154,8 +167,8 @@ for stage in "${stages[@]}"; do
       host=$!
       tests
       ;;
-    build | sanitizers | bench) "$stage" ;;
-    *) missing "a stage called $stage: there are build, tests, sanitizers and bench" ;;
+    build | training | sanitizers | bench) "$stage" ;;
+    *) missing "a stage called $stage: there are build, tests, training, sanitizers and bench" ;;
   esac
 done
 [[ -z $host ]] || wait "$host" || failed=1

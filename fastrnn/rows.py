@@ -116,7 +116,11 @@ class Rows(NamedTuple):
         """Whether a row [N] with lengths belongs to a step, or to the padding."""
         assert self.lengths is not None
         t, b = torch.arange(self.T, device=self.lengths.device), self.lengths
-        return (t < b.unsqueeze(1) if self.batch_first else t.unsqueeze(1) < b).flatten().to(device)
+        return (
+            (t < b.unsqueeze(1) if self.batch_first else t.unsqueeze(1) < b)
+            .flatten()
+            .to(device, non_blocking=True)
+        )
 
     def keep(self, rows: Tensor, state: Tensor, to: Tensor | None = None) -> Tensor:
         """The state [n, *] before the given rows, where it is reset zero or ``to`` [n, *]."""
@@ -139,7 +143,7 @@ class Rows(NamedTuple):
             index = first[t] + b
         else:
             index = b * self.T + t if self.batch_first else t * self.B + b
-        return rows.index_select(0, index.to(rows.device))
+        return rows.index_select(0, index.to(rows.device, non_blocking=True))
 
     def segments(self, k: int, direction: int, device: torch.device) -> list[tuple["Rows", Where]]:
         """Every k steps of a direction from its own start, as time-major rows of one that runs forwards, and
@@ -165,7 +169,7 @@ class Rows(NamedTuple):
     def of_batch(self, t: Tensor) -> Tensor:
         """[B, *] -> [N, *], the same in every step."""
         if self.batch_sizes is not None:
-            return t[self.places()[1].to(t.device)]
+            return t[self.places()[1].to(t.device, non_blocking=True)]
         return t.repeat_interleave(self.T, 0) if self.batch_first else t.repeat(self.T, *[1] * (t.dim() - 1))
 
     def previous(self, y: Tensor, h0: Tensor, direction: int, to: Tensor | None = None) -> Tensor:
@@ -174,7 +178,7 @@ class Rows(NamedTuple):
         if self.B == 0:
             return y
         if self.batch_sizes is not None:
-            before = torch.cat((h0, y))[self._previous_index(direction).to(y.device)]
+            before = torch.cat((h0, y))[self._previous_index(direction).to(y.device, non_blocking=True)]
         else:
             dim, T = 1 if self.batch_first else 0, self.T
             steps = self.dense(y)
@@ -186,7 +190,9 @@ class Rows(NamedTuple):
             if direction == 1 and self.lengths is not None:
                 t = torch.arange(T, device=self.lengths.device).unsqueeze(1 - dim)
                 last = t == (self.lengths - 1).unsqueeze(dim)
-                shifted = torch.where(last.unsqueeze(-1).to(y.device), h0.unsqueeze(dim), shifted)
+                shifted = torch.where(
+                    last.unsqueeze(-1).to(y.device, non_blocking=True), h0.unsqueeze(dim), shifted
+                )
             before = shifted.flatten(0, 1)
         if self.reset is None:
             return before

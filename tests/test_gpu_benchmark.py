@@ -171,6 +171,7 @@ def test_a_report_in_which_all_passes_ends_with_zero(tmp_path):
         "setup.py build_ext",
         "tests/test_cuda.py",
         "tests/test_cuda_kernels.py",
+        "benchmarks/gpu_training.py",
         "benchmarks/gpu.py",
     ):
         assert part in calls
@@ -179,7 +180,7 @@ def test_a_report_in_which_all_passes_ends_with_zero(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "failing", ["build_ext", "test_cuda.py", "test_cuda_kernels.py", "racecheck", "gpu.py"]
+    "failing", ["build_ext", "test_cuda.py", "test_cuda_kernels.py", "gpu_training.py", "racecheck", "gpu.py"]
 )
 def test_a_stage_that_fails_is_told_and_the_later_ones_run(tmp_path, failing):
     status, summary, calls = report(tmp_path, failing=failing)

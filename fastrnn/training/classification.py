@@ -87,7 +87,7 @@ class SequenceClassifier(SequenceTask):
         if self.training and self.noise:
             x = x + self.noise * torch.randn_like(x)
         y, state = run_padded(self.rnn, x, lengths)
-        return self.head(self.dropout(self._pooled(y, state, lengths.to(y.device))))
+        return self.head(self.dropout(self._pooled(y, state, lengths.to(y.device, non_blocking=True))))
 
     def _pooled(self, y: Tensor, state: Any, lengths: Tensor) -> Tensor:  # [B, output_size]
         if self.pool == "last":
@@ -102,10 +102,11 @@ class SequenceClassifier(SequenceTask):
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         logits = self(batch.x, batch.lengths)
         loss = F.cross_entropy(logits, batch.y, label_smoothing=self.label_smoothing)
-        size = len(batch.y)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        right = (logits.argmax(-1) == batch.y).float().mean()
-        self.log("train/accuracy", right, batch_size=size)
+        if self.logs:
+            size = len(batch.y)
+            self.show("train/loss", loss.detach(), batch_size=size)
+            right = (logits.argmax(-1) == batch.y).float().mean()
+            self.log("train/accuracy", right, batch_size=size)
         return loss * batch.weight
 
     def _evaluate(self, batch: SequenceBatch, stage: str) -> None:

@@ -93,7 +93,7 @@ class Forecaster(SequenceTask):
         scaled = self._scaled(x, x, lengths)
         y, state = run_padded(self.rnn, scaled, lengths)
         inside = self.head(self.dropout(y))  # [T, B, O]
-        at = (lengths.to(x.device) - 1).view(1, -1, 1).expand(1, -1, inside.shape[-1])
+        at = (lengths.to(x.device, non_blocking=True) - 1).view(1, -1, 1).expand(1, -1, inside.shape[-1])
         ahead = [inside.gather(0, at)]
         for _ in range(steps - 1):
             y, state = self.rnn(ahead[-1], state)
@@ -101,7 +101,7 @@ class Forecaster(SequenceTask):
         return torch.cat(ahead), inside
 
     def _last(self, x: Tensor, lengths: Tensor) -> Tensor:  # [1, B, I]: the last known values
-        at = (lengths.to(x.device) - 1).view(1, -1, 1).expand(1, -1, x.shape[-1])
+        at = (lengths.to(x.device, non_blocking=True) - 1).view(1, -1, 1).expand(1, -1, x.shape[-1])
         return x.gather(0, at)
 
     def _origin(self, x: Tensor, lengths: Tensor) -> Tensor | None:
@@ -131,9 +131,10 @@ class Forecaster(SequenceTask):
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         loss, end, ahead = self._losses(batch)
         self.end_loss = (lambda: end) if self.one_step else None
-        size = batch.y.shape[1]
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
-        self.log("train/rmse", F.mse_loss(ahead.detach(), batch.y).sqrt(), batch_size=size)
+        if self.logs:
+            size = batch.y.shape[1]
+            self.show("train/loss", loss.detach(), batch_size=size)
+            self.log("train/rmse", F.mse_loss(ahead.detach(), batch.y).sqrt(), batch_size=size)
         return loss * batch.weight
 
     def _evaluate(self, batch: SequenceBatch, stage: str) -> None:

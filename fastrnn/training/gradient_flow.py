@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastrnn.training import plots
 from fastrnn.training.errors import check_whole
+from fastrnn.training.speed import synchronized
 from fastrnn.training.states import StateGradientNorms
 
 VANISHED = 0.01  # of the norm at the loss
@@ -26,7 +27,7 @@ class GradientFlow(L.Callback):
     The backward kernels of fastrnn's layers give them on the step's own back-propagation; training
     is not changed by it. Where a task's loss stands at many steps, its ``end_loss``, which stands at
     the last one, is propagated back beside it: that one says how far back gradients reach. The cost
-    is logged as ``gradient/flow_cost``.
+    is logged as ``gradient/flow_cost``. A recorded step waits for the device, the others do not.
 
     Args:
         every_n_steps: optimizer steps from one record to the next; 0 switches it off.
@@ -59,7 +60,7 @@ class GradientFlow(L.Callback):
         end_loss = getattr(pl_module, "end_loss", None)
         if self._listening is None or end_loss is None or not self._listening.parameters:
             return
-        start = time.perf_counter()
+        start = synchronized(pl_module.device)
         torch.autograd.grad(end_loss(), self._listening.parameters, retain_graph=True, allow_unused=True)
         self._take("last step")
         self.seconds += time.perf_counter() - start
@@ -74,7 +75,7 @@ class GradientFlow(L.Callback):
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._listening is None:
             return
-        start = time.perf_counter()
+        start = synchronized(pl_module.device)
         self._take("loss")
         self._listening.close()
         self.seconds += self._listening.seconds + time.perf_counter() - start
@@ -95,9 +96,9 @@ class GradientFlow(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
         if self.records and self.records[-1]["step"] == trainer.global_step:
-            self.records[-1]["parameters"] = {
-                name: float(p.grad.norm()) for name, p in pl_module.named_parameters() if p.grad is not None
-            }
+            named = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
+            norms = torch.stack(torch._foreach_norm([grad for _, grad in named])).tolist()
+            self.records[-1]["parameters"] = dict(zip([name for name, _ in named], norms, strict=True))
 
     def _last_profile(self, record: int = -1) -> np.ndarray:
         """The norm [K] over all states, h and c, for the loss that stands latest in time."""

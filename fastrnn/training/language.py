@@ -90,7 +90,7 @@ class LanguageModel(SequenceTask):
 
     def forward(self, x: Tensor, state: State = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """Logits [T, B, V] of the next symbols, and the state after x [T, B]."""
-        reset = torch.zeros_like(x, dtype=torch.bool) if reset is None else reset
+        reset = torch.zeros(x.shape, dtype=torch.bool) if reset is None else reset
         y, state = scan(self.rnn, self.dropout(self.embed(x)), state, reset)
         return self.head(self.dropout(y)), state
 
@@ -102,8 +102,9 @@ class LanguageModel(SequenceTask):
         logits = self._chunk_logits(batch, self.carriers["train"])
         self.end_loss = lambda: mean_nats(logits[-1], batch.y[-1])
         loss = mean_nats(logits, batch.y)
-        self.log("train/loss", loss.detach())
-        self.log("train/bpc", loss.detach() / math.log(2), prog_bar=True)
+        if self.logs:
+            self.log("train/loss", loss.detach())
+            self.show("train/bpc", loss.detach() / math.log(2))
         return loss * batch.weight
 
     def _evaluate(self, batch: StreamBatch, stage: str) -> None:

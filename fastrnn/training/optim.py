@@ -19,6 +19,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # factor at a share in [0, 1
 }
 
 
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``found_inf``, a number on the device, makes the optimizer leave out its update."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
 @dataclass
 class Optim:
     """One optimizer with a warm-up and a schedule, stepped at every batch.
@@ -58,8 +63,12 @@ class Optim:
         check_number("optim.floor", self.floor, "[0, 1]")
         check_whole("optim.warmup", self.warmup, 0)
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer over two groups: decayed, and left alone."""
+    def optimizer(self, parameters: Iterable[nn.Parameter], fused: bool = True) -> torch.optim.Optimizer:
+        """The optimizer over two groups: decayed, and left alone.
+
+        fused: one kernel for all parameters where torch has one, which is for all but rmsprop. It can leave
+        out an update by a number on the device (``GradientClipping``).
+        """
         wanted = [p for p in parameters if p.requires_grad]
         decayed = [p for p in wanted if self.decay_all or p.dim() >= 2]
         plain = [p for p in wanted if not self.decay_all and p.dim() < 2]
@@ -68,13 +77,19 @@ class Optim:
             {"params": plain, "weight_decay": 0.0},
         ]
         betas = (0.9, self.beta2)
+        how: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
         makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-            "sgd": lambda g: torch.optim.SGD(g, lr=self.lr, momentum=self.momentum),
-            "adam": lambda g: torch.optim.Adam(g, lr=self.lr, betas=betas),
-            "adamw": lambda g: torch.optim.AdamW(g, lr=self.lr, betas=betas),
-            "rmsprop": lambda g: torch.optim.RMSprop(g, lr=self.lr, momentum=self.momentum),
+            "sgd": lambda g: torch.optim.SGD(g, lr=self.lr, momentum=self.momentum, **how),
+            "adam": lambda g: torch.optim.Adam(g, lr=self.lr, betas=betas, **how),
+            "adamw": lambda g: torch.optim.AdamW(g, lr=self.lr, betas=betas, **how),
+            "rmsprop": lambda g: torch.optim.RMSprop(g, lr=self.lr, momentum=self.momentum, foreach=True),
         }
-        return makers[self.name]([group for group in groups if group["params"]])
+        optimizer = makers[self.name]([group for group in groups if group["params"]])
+        if self.name == "sgd" and self.momentum and fused:
+            # torch 2.13 leaves the momentum uninitialised where the first update of all is left out.
+            for p in wanted:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
 
     def factor(self, step: int, total: float) -> float:
         """Share of lr at a step of a run of ``total`` steps."""

@@ -29,11 +29,13 @@ def run_padded(rnn: nn.Module, x: Tensor, lengths: Tensor) -> tuple[Tensor, Any]
 
     Args:
         x: [T, B, I], padded; T is the longest length.
-        lengths: [B], each at least 1.
+        lengths: [B], each at least 1; on the CPU, or the host waits for them.
     """
     lengths = lengths.cpu()
     if bool((lengths == len(x)).all()):
         return rnn(x)
+    if isinstance(rnn, (fastrnn.LSTM, fastrnn.GRU, fastrnn.RNN)):  # 1.3 to 2 times as fast as packing
+        return rnn(x, lengths=lengths)
     y, state = rnn(pack_padded_sequence(x, lengths, enforce_sorted=False))
     return pad_packed_sequence(y)[0], state
 

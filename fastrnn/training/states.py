@@ -50,7 +50,9 @@ class StateGradientNorms:
             for kind, values in (("h", gradients.dh), ("c", gradients.dc)):
                 if values is not None:
                     squares = values[d].float().square().sum(-1)
-                    profile = squares.new_zeros(rows.T).index_add(0, back.to(squares.device), squares)
+                    profile = squares.new_zeros(rows.T).index_add(
+                        0, back.to(squares.device, non_blocking=True), squares
+                    )
                     self._heard[
                         f"{kind} {prefix}layer {gradients.layer + 1}{' reverse' if d else ''}"
                     ].append(profile)

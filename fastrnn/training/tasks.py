@@ -11,8 +11,19 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastrnn.training.errors import InputError
-from fastrnn.training.optim import Optim
+from fastrnn.training.optim import Optim, is_fused
 from fastrnn.training.stack import Stack
+
+
+def is_logged(trainer: L.Trainer) -> bool:
+    """Whether the values of this training step are logged: Lightning's loggers take them, or an epoch ends.
+
+    At every other step nothing is logged and no value is read: a call of ``log`` takes the host some 50 us,
+    and reading a value waits until the device has done all its work.
+    """
+    last = trainer.is_last_batch or trainer.fast_dev_run  # type: ignore[attr-defined]
+    return trainer._logger_connector.should_update_logs or bool(last)
+
 
 FREE = {"backend", "dropout", "forget_bias"}  # of a stack: may differ between a checkpoint and its reader
 ITS_STATE = ("optim.name", "optim.decay_all")  # decide what the optimizer's state in a checkpoint means
@@ -54,6 +65,21 @@ class SequenceTask(L.LightningModule):
                 f"this data's spec has {', '.join(spec) or 'nothing'}"
             )
 
+    @property
+    def logs(self) -> bool:
+        """Whether the values of this step are logged."""
+        return self._trainer is None or is_logged(self._trainer)
+
+    def show(self, name: str, value: Tensor, **given: Any) -> None:
+        """``log`` of a training step with the value in the progress bar too.
+
+        There as a number, which waits for the device once: a tensor that was logged with ``prog_bar``
+        Lightning 2.6 reads at every batch, until the next one is logged.
+        """
+        self.log(name, value, **given)
+        if self._trainer is not None:
+            self.trainer.progress_bar_metrics[name] = float(value)
+
     def loss_of(self, batch: Any) -> Tensor:
         """The training loss of a batch; nothing is changed by it."""
         raise NotImplementedError
@@ -66,7 +92,9 @@ class SequenceTask(L.LightningModule):
         return iter(())
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optim.optimizer(self.parameters())
+        # A GradScaler unscales gradients before they are clipped, which fused optimizers leave no time for.
+        fused = getattr(self.trainer, "scaler", None) is None
+        optimizer = self.optim.optimizer(self.parameters(), fused)
         total = self.trainer.estimated_stepping_batches
         scheduler = self.optim.scheduler(optimizer, total)
         return {
@@ -132,11 +160,14 @@ class SequenceTask(L.LightningModule):
     def _renew_optimizer(self) -> None:
         """Give the optimizer this configuration's numbers, where its state came with the checkpoint's."""
         (optimizer,), (schedule,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        given = self.optim.optimizer(self.parameters()).param_groups
+        given = self.optim.optimizer(self.parameters(), is_fused(optimizer)).param_groups
         factor = self.optim.factor(schedule.scheduler.last_epoch, self.trainer.estimated_stepping_batches)
         for group, new in zip(optimizer.param_groups, given, strict=True):
             group.update({k: v for k, v in new.items() if k != "params"})
             group.update(initial_lr=self.optim.lr, lr=self.optim.lr * factor)
+        for p, state in optimizer.state.items():  # a fused optimizer counts its steps on the device
+            if "step" in state:
+                state["step"] = state["step"].to(p.device if is_fused(optimizer) else "cpu")
         schedule.scheduler.base_lrs = [self.optim.lr] * len(given)
         schedule.scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 

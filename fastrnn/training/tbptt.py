@@ -106,7 +106,8 @@ def scan(rnn: nn.Module, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor
         rnn: any module called as ``y, state = rnn(x, state)``.
         x: [T, B, I].
         state: before the first step; None is zero.
-        reset: bool [T, B]: before this step the row's state becomes zero.
+        reset: bool [T, B]: before this step the row's state becomes zero. On the CPU it is read at once;
+            elsewhere the host waits for it.
 
     Returns:
         y [T, B, P] and the state after the last step.
@@ -114,8 +115,9 @@ def scan(rnn: nn.Module, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor
     cuts = reset.any(1).nonzero().flatten().tolist()
     outputs = []
     for start, end in pairwise(sorted({0, *cuts, len(x)})):
-        fresh = reset[start].view(1, -1, 1)
-        state = map_state(partial(Tensor.masked_fill, mask=fresh, value=0.0), state)
+        if start in cuts and state is not None:
+            fresh = reset[start].view(1, -1, 1).to(x.device, non_blocking=True)
+            state = map_state(partial(Tensor.masked_fill, mask=fresh, value=0.0), state)
         y, state = rnn(x[start:end], state)
         outputs.append(y)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs), state

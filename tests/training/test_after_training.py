@@ -105,7 +105,7 @@ def test_the_speed_is_measured_where_the_run_trained(
     seen = []
 
     def step(task: Any, batch: Any, precision: Precision) -> float:
-        seen.append({task.device, batch.x.device, batch.reset.device, *(p.device for p in task.parameters())})
+        seen.append({task.device, batch.x.device, batch.y.device, *(p.device for p in task.parameters())})
         return 1.0
 
     monkeypatch.setattr(speed, "timed_step", step)

@@ -1,8 +1,11 @@
 """Clipping, its figures, and the three policies for gradients that are not finite."""
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from conftest import language_model, trainer
@@ -10,6 +13,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from fastrnn.training import GradientClipping, InputError, Optim, TextData, clip
+from fastrnn.training.clipping import MOST_PENDING
+from fastrnn.training.run import LastCheckpoint
 
 
 def test_clip_returns_the_norm_before_and_limits_norm_and_value() -> None:
@@ -85,7 +90,11 @@ def test_no_gradient_anywhere_is_nothing_to_clip() -> None:
     model = nn.Linear(2, 2)
     model.log = lambda *args: None
     clipping = GradientClipping(norm=1.0, value=1.0)
-    clipping.on_before_optimizer_step(SimpleNamespace(global_step=0, scaler=None), model, None)
+    logs = SimpleNamespace(should_update_logs=True)
+    trainer = SimpleNamespace(
+        global_step=0, scaler=None, is_last_batch=False, fast_dev_run=False, _logger_connector=logs
+    )
+    clipping.on_before_optimizer_step(trainer, model, torch.optim.SGD(model.parameters()))
     assert clipping.counts == {"steps": 1, "clipped": 0, "skipped": 0}
 
 
@@ -98,6 +107,112 @@ def test_a_nan_gradient_is_skipped_and_counted(text: TextData, tmp_path: Path) -
 def test_a_nan_gradient_is_ignored_when_asked(text: TextData, tmp_path: Path) -> None:
     _, after, _ = poisoned(text, tmp_path, "ignore")
     assert any(v.isnan().any() for v in after.values())
+
+
+class PoisonedSteps(L.Callback):
+    """Gradients that are NaN at some steps; the weights and the optimizer's state after each step."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step in self.steps:
+            pl_module.head.weight.grad[0, 0] = float("nan")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        found = {f"weight {k}": v.clone() for k, v in pl_module.state_dict().items()}
+        for i, state in enumerate(trainer.optimizers[0].state.values()):
+            found |= {f"{k} {i}": v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+        self.after.append(found)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def fit_poisoned(
+    text: TextData, folder: Path, policy: str, optim: Optim, *steps: int, **settings: Any
+) -> tuple[PoisonedSteps, GradientClipping]:
+    model = language_model(text)
+    model.optim = optim
+    poison, clipping = PoisonedSteps(*steps), GradientClipping(norm=1.0, nonfinite=policy)
+    run = trainer(folder, poison, clipping, **{"log_every_n_steps": 1000, "max_steps": 6, **settings})
+    if policy == "raise":
+        with pytest.raises(FloatingPointError, match=r"step 2: head\.weight$"):
+            run.fit(model, datamodule=text)
+    else:
+        run.fit(model, datamodule=text)
+    return poison, clipping
+
+
+OPTIMS = [Optim("sgd", momentum=0.9), Optim("sgd"), Optim("adam"), Optim("adamw"), Optim("rmsprop")]
+
+
+@pytest.mark.parametrize("optim", OPTIMS, ids=lambda optim: optim.name)
+def test_a_skipped_step_leaves_weights_and_moments_as_they_were(
+    text: TextData, tmp_path: Path, optim: Optim
+) -> None:
+    """The first step, from which an optimizer has no moments yet, and one in the middle; none is logged."""
+    poison, clipping = fit_poisoned(text, tmp_path, "skip", optim, 0, 3)
+    before = language_model(text).state_dict()
+    assert all(torch.equal(poison.after[0][f"weight {k}"], v) for k, v in before.items())
+    changed = [not same(a, b) for a, b in pairwise(poison.after)]
+    assert changed == [True, True, False, True, True]
+    assert all(v.isfinite().all() for v in poison.after[-1].values())
+    assert clipping.counts == {"steps": 6, "clipped": clipping.counts["clipped"], "skipped": 2}
+    if optim.name != "rmsprop":  # which counts its steps, but does not use the count
+        assert {float(v) for k, v in poison.after[-1].items() if k.startswith("step ")} <= {4.0}
+
+
+@pytest.mark.parametrize("optim", OPTIMS, ids=lambda optim: optim.name)
+@pytest.mark.parametrize(
+    ("end", "settings"), [(6, {}), (5, {"log_every_n_steps": 5}), (4, {"val_check_interval": 4})]
+)
+def test_a_run_that_a_nan_ends_keeps_the_weights_from_before_it(
+    text: TextData, tmp_path: Path, optim: Optim, end: int, settings: dict[str, int]
+) -> None:
+    """It ends where the norms are read: at its end, at a logged step, before a validation."""
+    poison, _ = fit_poisoned(text, tmp_path, "raise", optim, 2, **settings)
+    waits = optim.name == "rmsprop"
+    assert len(poison.after) == (2 if waits else 6 if end == 6 else 4)
+    assert all(same(poison.after[1], later) for later in poison.after[2:])
+
+
+def test_a_nan_ends_a_run_after_50_steps_at_the_latest(text: TextData, tmp_path: Path) -> None:
+    poison, _ = fit_poisoned(text, tmp_path, "raise", Optim(), 2, max_steps=90)
+    assert len(poison.after) == MOST_PENDING - 1
+
+
+def test_a_run_after_one_that_a_nan_has_ended_trains_again(text: TextData, tmp_path: Path) -> None:
+    clipping, poison = GradientClipping(), PoisonedSteps(1)
+    with pytest.raises(FloatingPointError):
+        trainer(tmp_path, poison, clipping, max_steps=3, log_every_n_steps=9).fit(language_model(text), text)
+    again = PoisonedSteps()
+    trainer(tmp_path, again, clipping, max_steps=3).fit(language_model(text), text)
+    assert not any(same(a, b) for a, b in pairwise(again.after))
+
+
+def test_a_norm_that_overflows_is_named_as_such() -> None:
+    model = nn.Linear(1, 1)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1.5e19)  # whose square is in float32, and twice its square is not
+    clipping, optimizer = GradientClipping(), torch.optim.SGD(model.parameters())
+    with pytest.raises(FloatingPointError, match="the norm of all together overflows"):
+        clipping.on_before_optimizer_step(SimpleNamespace(global_step=0, scaler=None), model, optimizer)
+
+
+def test_no_checkpoint_is_written_of_a_run_that_a_nan_has_ended(text: TextData, tmp_path: Path) -> None:
+    last = LastCheckpoint(every_n_train_steps=4)
+    last.dirpath = str(tmp_path)
+    model = language_model(text)
+    run = trainer(
+        tmp_path, PoisonedSteps(2), GradientClipping(), last, log_every_n_steps=1000, max_steps=9,
+        enable_checkpointing=True,
+    )  # fmt: skip
+    with pytest.raises(FloatingPointError, match="step 2"):
+        run.fit(model, datamodule=text)
+    assert not list(tmp_path.glob("**/*.ckpt"))
 
 
 @pytest.mark.parametrize("limits", [{"norm": 0.0}, {"norm": -1.0}, {"value": float("nan")}, {"value": 0}])

@@ -19,13 +19,19 @@ class StreamBatch(NamedTuple):
 
     x: Tensor  # [T, B] symbols
     y: Tensor  # [T, B] next symbols, IGNORE where there is none
-    reset: Tensor  # bool [T, B]: a new document starts here, the state before it is zero
+    reset: Tensor  # bool [T, B] on the CPU: a new document starts here, the state before it is zero
     keep: int  # the state after this many steps is the next chunk's first
     weight: float = 1.0  # this process's share of the targets, times the number of processes
 
     @property
     def tokens(self) -> int:
         return self.x.numel()
+
+    def to(self, device: torch.device) -> "StreamBatch":
+        """Where Lightning trains. The host reads ``reset``, which stays: reading it there would wait for the
+        device."""
+        x, y = (t.to(device, non_blocking=True) for t in (self.x, self.y))
+        return self._replace(x=x, y=y)
 
 
 class SequenceBatch(NamedTuple):
@@ -39,6 +45,11 @@ class SequenceBatch(NamedTuple):
     @property
     def tokens(self) -> int:
         return int(self.lengths.sum())
+
+    def to(self, device: torch.device) -> "SequenceBatch":
+        """Where Lightning trains; the lengths stay, as the host reads them."""
+        x, y = (t.to(device, non_blocking=True) for t in (self.x, self.y))
+        return self._replace(x=x, y=y)
 
 
 class Batches(ABC):
