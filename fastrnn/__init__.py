@@ -1,12 +1,11 @@
 """Drop-in torch.nn.LSTM, GRU and RNN with fused kernels: change the import, and nothing else."""
 
-import os
 import sys
 
-# OpenMP reads this when torch is loaded, which is below. Threads that spin while they wait take cores that
-# others want (benchmarks/NOTES.md). A user's own setting stands; bench measures torch as it comes.
-if sys.argv[:2] == ["-m", "train"] and "fastrnn" in sys.orig_argv and "GOMP_SPINCOUNT" not in os.environ:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if sys.argv[:2] == ["-m", "train"] and "fastrnn" in sys.orig_argv:
+    from ._load import let_threads_sleep
+
+    let_threads_sleep()  # OpenMP reads it when torch is loaded, which is below
 
 try:
     from . import _compile, _flops, functional, init  # noqa: F401  (for torch.compile, flop_counter)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastrnn import _load, doctor
+from fastrnn.bench.neighbours import busy_neighbours
 
 ROOT = Path(__file__).parents[1]
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -94,6 +95,17 @@ def test_the_doctor_sees_a_loaded_machine_and_says_what_helps(machine, monkeypat
     assert "OMP_WAIT_POLICY" not in doctor.check_load().advice
 
 
+def test_threads_sleep_on_a_busy_machine_and_spin_on_a_quiet_one(machine, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch puts back what was there
+        monkeypatch.delenv(name)
+    _load.let_threads_sleep()
+    assert "OMP_WAIT_POLICY" not in os.environ
+    machine.next = (1.5, 0.0, 0.0)
+    _load.let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
 SAY = "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'), flush=True)"
 
 
@@ -107,17 +119,18 @@ SAY = "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_
         ("doctor", {}, None),
     ],
 )
-def test_only_training_lets_threads_sleep_and_only_if_the_user_has_not_chosen(
+def test_beside_busy_processes_only_training_lets_threads_sleep_unless_the_user_has_chosen(
     tmp_path, command, given, policy
 ):
     # A torch that says what it finds when it is loaded, and ends the process.
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(f"{SAY}\nos._exit(7)")
     kept = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    found = subprocess.run(
-        [sys.executable, "-m", "fastrnn", command, "--help"],
-        env=kept | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"} | given,
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    with busy_neighbours(len(os.sched_getaffinity(0)) + 1):
+        found = subprocess.run(
+            [sys.executable, "-m", "fastrnn", command, "--help"],
+            env=kept | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"} | given,
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
     assert found.returncode == 7, found.stderr
     assert found.stdout.split() == [str(policy), given.get("GOMP_SPINCOUNT", "None")]
