@@ -2,6 +2,11 @@
 
 import sys
 
+if sys.argv[:2] == ["-m", "train"] and "fastrnn" in sys.orig_argv:
+    from ._load import let_threads_sleep
+
+    let_threads_sleep()  # OpenMP reads it when torch is loaded, which is below
+
 try:
     from . import _compile, _flops, functional, init  # noqa: F401  (for torch.compile, flop_counter)
     from ._explain import Explanation, explain

@@ -11,11 +11,14 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+
+from fastrnn._load import Load
 
 OK, NOTE, WARNING, BROKEN, SKIPPED = "ok", "note", "warning", "broken", "skipped"
 COLOURS = {OK: "32", NOTE: "36", WARNING: "33", BROKEN: "31", SKIPPED: "2"}
@@ -25,6 +28,7 @@ EXTRAS = {
     "train": ("jsonargparse", "lightning", "matplotlib", "numpy", "rich", "tensorboard", "torchmetrics"),
     "bench": ("matplotlib", "rich"),
 }
+LOOK = 0.5  # seconds for which the load of the machine is counted
 # Largest error, relative to the largest value, of fastrnn beside torch.nn in float64.
 BOUNDS = {"float64": 1e-10, "float32": 1e-4}
 
@@ -141,6 +145,20 @@ def check_threads() -> Check:
         )
         return Check("threads", WARNING, found, advice)
     return Check("threads", OK, found)
+
+
+def check_load() -> Check:
+    import torch
+
+    load = Load()
+    time.sleep(LOOK)
+    found = load.against(torch.get_num_threads())
+    if not found:
+        return Check("load", OK, "the cores are free")
+    advice = "fewer threads: OMP_NUM_THREADS"
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+        advice = f"OMP_WAIT_POLICY=passive, so that torch's threads sleep while they wait; or {advice}"
+    return Check("load", WARNING, f"{found}: expect less speed", advice)
 
 
 def check_instruction_set(isa: str) -> Check:
@@ -261,7 +279,7 @@ def run_checks() -> list[Check]:
     checks = [guarded(check_python), guarded(check_torch)]
     if checks[-1].status == BROKEN:
         return [*checks, *(Check(name, SKIPPED, "needs torch") for name in ("build", "self-test"))]
-    checks += [guarded(check) for check in (check_build, check_cuda, check_threads, check_extras)]
+    checks += [guarded(check) for check in (check_build, check_cuda, check_threads, check_load, check_extras)]
     if checks[2].status == BROKEN:
         return [*checks, Check("self-test", SKIPPED, "needs the compiled part")]
     native = check_native()

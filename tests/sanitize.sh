@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer in a folder of its own and runs
 # random configurations and the forms of the operators through it, on the best instruction set of the processor.
-# The package in the tree is not touched.
+# The teams of threads run under ThreadSanitizer, in a program of their own. The package in the tree is not touched.
 #   PYTHON=.venv/bin/python tests/sanitize.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,10 @@ cp -r setup.py pyproject.toml csrc fastrnn tests "$work"
 cd "$work"
 rm -f fastrnn/_C*.so
 FASTRNN_SANITIZE=1 "$python" setup.py -q build_clib build_ext --inplace
+
+g++ -std=c++20 -O1 -g -fsanitize=thread -Icsrc csrc/testing/team_races.cpp csrc/testing/team.cpp csrc/cpu/team.cpp \
+  -pthread -o team_races
+TSAN_OPTIONS=halt_on_error=1 ./team_races
 
 # The runtime must be there before Python's own allocator. torch leaks on purpose at exit.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"

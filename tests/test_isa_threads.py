@@ -104,6 +104,28 @@ def test_busy_neighbours_do_not_stop_it():
             neighbour.communicate()
 
 
+BITS = """
+import hashlib, torch, fastrnn
+torch.set_num_threads(2)
+torch.manual_seed(0)
+m = fastrnn.LSTM(40, 256, 2)
+x = torch.randn(300, 1, 40, requires_grad=True)
+assert torch.ops.fastrnn.cpu_plan(300, 1, 256, 296, 4, 1, 4) == [1, 2]  # units are shared
+digest = hashlib.sha256()
+for _ in range(20):
+    y = m(x)[0]
+    for found in (y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()])):
+        digest.update(found.detach().numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="needs taskset")
+def test_the_bits_do_not_depend_on_how_many_members_a_team_has_left():
+    # On one core each team loses members, in a call and from the next one on.
+    assert check(script=BITS) == check(script=BITS, prefix=("taskset", "-c", "0"))
+
+
 CONCURRENT = """
 import threading, torch, fastrnn
 torch.set_num_threads(4)

@@ -112,9 +112,9 @@ def test_the_measuring_stick_itself_is_true(function):
 # ---- Team: never a deadlock, whoever comes late or not at all ------------------------------------------
 
 
-def run_team(internals, parts, phases, members, one_thread=False, stall_every=0, seed=0):
+def run_team(internals, parts, phases, members, one_thread=False, stall_every=0, seed=0, tick_us=0):
     made = [internals.Member(part, late) for part, late in members]
-    return internals.run_team(parts, phases, made, one_thread, stall_every, seed)
+    return internals.run_team(parts, phases, made, one_thread, stall_every, seed, tick_us)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 128])
@@ -142,7 +142,8 @@ def test_members_that_never_come_are_stood_in_for(internals):
     assert run_team(internals, 8, 200, [(2, 0), (5, 100)]) == ""
 
 
-def test_many_random_schedules_finish_and_keep_the_order(internals):
+@pytest.mark.parametrize("tick_us", [0, 10_000], ids=["real_clock", "who_is_late_is_dropped"])
+def test_many_random_schedules_finish_and_keep_the_order(internals, tick_us):
     r = random.Random(0)
     for seed in range(300):
         parts = r.choice([1, 2, 2, 3, 4, 9])
@@ -150,9 +151,74 @@ def test_many_random_schedules_finish_and_keep_the_order(internals):
         members = [(part, r.choice([0, 0, 0, 50, 500])) for part in here]
         stalls = r.choice([0, 0, 5, 40])
         phases = r.choice([1, 2, 30]) if stalls else r.choice([1, 30, 1000])
-        wrong = run_team(internals, parts, phases, members, False, stalls, seed)
+        wrong = run_team(internals, parts, phases, members, False, stalls, seed, tick_us)
         assert wrong == "", (parts, phases, members, stalls, seed)
 
 
 def test_more_members_than_cores_finish(internals):
     assert run_team(internals, 32, 200, [(part, 0) for part in range(32)]) == ""
+
+
+# ---- Busy machines: a team goes on without members that are descheduled --------------------------------
+
+
+@pytest.mark.parametrize(("parts", "held"), [(2, 1), (3, 1), (3, 2), (8, 3)])
+def test_members_that_stay_in_their_parts_are_dropped_and_the_others_go_on(internals, parts, held):
+    found = internals.hold_members(parts, 50, held, phase=5, worked_us=300, waited_us=10_000)
+    assert found.wrong == ""
+    assert found.late == held
+    assert found.done == [True] * (parts - held) + [False] * held
+    assert found.after == 0
+
+
+# Patience: half a millisecond, or half of the time before. One phase of that time is usual, not lost.
+@pytest.mark.parametrize(
+    ("worked_us", "waited_us", "late"),
+    [(600, 550, 0), (600, 800, 1), (60_000, 39_000, 0), (60_000, 42_000, 1)],
+)
+def test_a_wait_may_take_half_of_the_time_that_was_worked(internals, worked_us, waited_us, late):
+    found = internals.hold_members(2, 20, 1, phase=5, worked_us=worked_us, waited_us=waited_us)
+    assert found.wrong == ""
+    assert found.late == late
+    assert found.done == [True, not late]
+
+
+def test_nobody_waits_for_a_member_that_does_not_claim_its_parts(internals):
+    # Spinning for it in each phase would take 20 us each: 2 s.
+    assert internals.seconds_without_neighbour(100_000, shared=10) < 0.5
+
+
+def test_after_contention_teams_are_smaller_for_a_while_that_doubles_and_halves(internals):
+    ms = 1_000_000
+    memory, now = internals.Contention(), 0
+
+    def small_for(limit):
+        """How many ms teams of four have fewer members, and how many they have."""
+        nonlocal now
+        begun, members = now, memory.members(4)
+        while memory.members(4) < 4 and now < begun + limit * ms:
+            now += ms
+            internals.set_clock(now)
+        return (now - begun) // ms, members
+
+    internals.set_clock(now)
+    assert memory.members(4) == 4
+    memory.report(4, 4, 1)
+    assert small_for(100) == (10, 3)
+    memory.report(4, 4, 2)
+    assert memory.members(4) == 2
+    memory.report(4, 2, 1)  # and of these two one was late again
+    assert memory.members(2) == memory.members(4) == 1
+    memory.report(4, 1, 0)  # which says nothing about four
+    assert small_for(100) == (40, 1)
+    for _ in range(20):
+        memory.report(4, 4, 1)
+    assert small_for(5000) == (1280, 3)
+    for _ in range(7):
+        memory.report(4, 4, 0)
+    memory.report(4, 4, 1)
+    assert small_for(100) == (20, 3)
+    for _ in range(9):
+        memory.report(4, 4, 0)
+    memory.report(4, 4, 1)
+    assert small_for(100) == (10, 3)

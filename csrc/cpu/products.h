@@ -38,7 +38,7 @@ class Products {
     if (packers > 1) ::new (everyone_) Team(packers);
     problem.parallel(workers_, [&](int64_t worker) {
       if (problem.dx) {
-        together(everyone_, packers, worker % packers, 1, [&](int64_t, int part) {
+        together(everyone_, packers, packers == 1, worker % packers, 1, [&](int64_t, int part) {
           for (int d = 0; d < problem.directions; ++d) w_ih_[d].pack(part, packers);
         });
         input_gradient(worker);

@@ -129,11 +129,12 @@ FASTRNN_INLINE Range share(int64_t count, int part, int parts) {
   return {count * part / parts, count * (part + 1) / parts};
 }
 
-/// f(phase, part) for all phases, as a member of a team of `parts`; alone there is no team.
+/// f(phase, part) for all phases, as a member of a team of `parts`; who is alone needs no team.
 template <class F>
-FASTRNN_INLINE void together(Team* team, int parts, int64_t self, int64_t phases, const F& f) {
-  if (parts == 1) {
-    for (int64_t phase = 0; phase < phases; ++phase) f(phase, 0);
+FASTRNN_INLINE void together(Team* team, int parts, bool alone, int64_t self, int64_t phases, const F& f) {
+  if (alone) {
+    for (int64_t phase = 0; phase < phases; ++phase)
+      for (int part = 0; part < parts; ++part) f(phase, part);
     return;
   }
   team->work(
@@ -177,16 +178,21 @@ struct Scan {
   /// Self is the scan with `prepare(part, parts)` and `phase(team, phase, part)`.
   template <class Self>
   FASTRNN_INLINE void run(Self& self, int64_t phases) {
-    const int preparers = min(workers(), kMaxParts);
+    // Beside busy processes a team starts with fewer members, who do the same parts: the same bits.
+    const int members = plan.parts > 1 ? contention().members(plan.parts) : 1;
+    const int started = teams() * members, preparers = min(started, kMaxParts);
     if (preparers > 1) ::new (everyone_) Team(preparers);
-    for (int team = 0; team < teams() && plan.parts > 1; ++team) ::new (teams_ + team) Team(plan.parts);
-    problem.parallel(workers(), [&](int64_t worker) {
-      together(everyone_, preparers, worker % preparers, 1,
+    for (int team = 0; team < teams() && members > 1; ++team) ::new (teams_ + team) Team(plan.parts);
+    problem.parallel(started, [&](int64_t worker) {
+      together(everyone_, preparers, preparers == 1, worker % preparers, 1,
                [&](int64_t, int part) { self.prepare(part, preparers); });
-      const auto team = static_cast<int>(worker / plan.parts);
-      together(teams_ + team, plan.parts, worker % plan.parts, phases,
+      const auto team = static_cast<int>(worker / members);
+      together(teams_ + team, plan.parts, members == 1, worker % members, phases,
                [&](int64_t phase, int part) { self.phase(team, phase, part); });
     });
+    int late = 0;
+    for (int team = 0; team < teams() && members > 1; ++team) late = max(late, teams_[team].late());
+    if (members > 1) contention().report(plan.parts, members, late);
   }
 
  private:

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/team.h"
 #include "testing/math.h"
 #include "testing/team.h"
 
@@ -93,5 +94,20 @@ PYBIND11_MODULE(fastrnn_testing, m) {
       .def(py::init<int, int>(), py::arg("part"), py::arg("late_us"));
   m.def("run_team", &run_team, py::call_guard<py::gil_scoped_release>(), py::arg("parts"), py::arg("phases"),
         py::arg("members"), py::arg("one_thread"), py::arg("stall_every"), py::arg("seed"),
+        py::arg("tick_us"),
         "What went wrong, or an empty string. With one_thread the members work one after another.");
+  py::class_<Held>(m, "Held")
+      .def_readonly("wrong", &Held::wrong)
+      .def_readonly("late", &Held::late)
+      .def_readonly("done", &Held::done)
+      .def_readonly("after", &Held::after);
+  m.def("hold_members", &hold_members, py::call_guard<py::gil_scoped_release>(), py::arg("parts"),
+        py::arg("phases"), py::arg("held"), py::arg("phase"), py::arg("worked_us"), py::arg("waited_us"));
+  m.def("seconds_without_neighbour", &seconds_without_neighbour, py::call_guard<py::gil_scoped_release>(),
+        py::arg("phases"), py::arg("shared"));
+  py::class_<fastrnn::Contention>(m, "Contention", "By a clock that set_clock sets.")
+      .def(py::init([] { return new fastrnn::Contention(manual_ns); }))
+      .def("members", &fastrnn::Contention::members)
+      .def("report", &fastrnn::Contention::report);
+  m.def("set_clock", &set_manual_ns, py::arg("ns"));
 }

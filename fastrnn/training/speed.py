@@ -8,7 +8,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import rank_zero_info
 
+from fastrnn._load import Load
 from fastrnn.training.tasks import SequenceTask, is_logged
 
 
@@ -16,11 +18,18 @@ class Throughput(L.Callback):
     """Logs ``speed/tokens_per_s`` and ``speed/seconds`` of the training steps alone.
 
     The device's work counts too: the host waits for it where the figures are logged, and before a validation.
+    A run that begins while others use its cores says that it is slower for it.
     """
 
     def __init__(self) -> None:
         self.tokens, self.seconds = 0, 0.0
         self._started = 0.0
+        self._load = Load()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = self._load.against(torch.get_num_threads()) if trainer.world_size == 1 else ""
+        if found:
+            rank_zero_info(f"this machine is busy: {found}, and training is slower for it")
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self._started = time.perf_counter()
