@@ -8,6 +8,7 @@
 
 #include "common/operators.h"
 #include "cpu/bfloat16.h"
+#include "cpu/int8.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 #include "cuda/describe.h"
@@ -45,15 +46,19 @@ std::string cpu_bfloat16() {
   return products ? products->name : "";
 }
 
-// {teams of rows, parts of units} of a direction, for a product of B rows with [units, K] in each of T steps.
+// Which instructions multiply int8 weights.
+std::string cpu_int8() { return int8_products().name; }
+
+// {teams of rows, parts of units} of a direction, for a product of B rows with [units, K] in each of T steps,
+// the sums in numbers of sum_bytes and the weights in numbers of weight_bytes.
 std::vector<int64_t> cpu_plan(int64_t T, int64_t B, int64_t units, int64_t K, int64_t gates,
-                              int64_t directions, int64_t element_bytes) {
-  const int64_t block = instruction_set().block_bytes / element_bytes;
+                              int64_t directions, int64_t sum_bytes, int64_t weight_bytes) {
+  const int64_t block = instruction_set().block_bytes / sum_bytes;
   const Plan plan = choose_plan({.T = T,
                                  .B = B,
                                  .blocks = (units + block - 1) / block,
                                  .block_weights = K * gates * block,
-                                 .element_bytes = element_bytes,
+                                 .element_bytes = weight_bytes,
                                  .directions = static_cast<int>(directions),
                                  .threads = static_cast<int>(torch::stable::get_num_threads())});
   return {plan.teams, plan.parts};
@@ -76,7 +81,10 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def("cell_info(str cell) -> int[]");
   m.def("cpu_isa() -> str");
   m.def("cpu_bfloat16() -> str");
-  m.def("cpu_plan(int T, int B, int units, int K, int gates, int directions, int element_bytes) -> int[]");
+  m.def("cpu_int8() -> str");
+  m.def(
+      "cpu_plan(int T, int B, int units, int K, int gates, int directions, int sum_bytes, int weight_bytes) "
+      "-> int[]");
   const std::string cuda_scan =
       "(bool forward, str numbers, int gates, int T, int B, int H, int directions, bool projected, "
       "int multiprocessors, int shared_bytes) -> ";
@@ -92,6 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("cell_info", TORCH_BOX(&fastrnn::cell_info));
   m.impl("cpu_isa", TORCH_BOX(&fastrnn::cpu_isa));
   m.impl("cpu_bfloat16", TORCH_BOX(&fastrnn::cpu_bfloat16));
+  m.impl("cpu_int8", TORCH_BOX(&fastrnn::cpu_int8));
   m.impl("cpu_plan", TORCH_BOX(&fastrnn::cpu_plan));
   m.impl("cuda_plan", TORCH_BOX(&fastrnn::cuda_answer<fastrnn::describe_cuda>));
   m.impl("cuda_geometry", TORCH_BOX(&fastrnn::cuda_answer<fastrnn::geometry_numbers>));

@@ -106,16 +106,19 @@ def _explain_module(
             acting = step_options.acting(module._fused_options, training, gradients=not forward)  # type: ignore[union-attr]
             return _cuda.plan(weight, numbers, forward, T, B, H, D, H != P, [*acting, *acts])
 
-        forward, backward = plan(True), plan(False)
+        forwards, backward = [plan(True)] * L, plan(False)
     else:
         products = functional.dtype_of_products(weight, module._scan_layers()[0][1])
         size = (products or weight.dtype).itemsize
         note = functional.note_of_products(products)
-        forward = _shared_out(T, B, H, P, numbers.gates, D, size) + note
+        forwards = [
+            _shared_out(T, B, H, P, numbers.gates, D, 1 if _prepack.in_int8(weights) else size) + note
+            for _, weights in module._scan_layers()
+        ]
         backward = _shared_out(T, B, P, H, numbers.gates, D, size) + note
     return Explanations(
         Explanation(name, layer, f"fastrnn::{cell}", forward + _prepack.note(weights), backward, options)
-        for layer, (_, weights) in enumerate(module._scan_layers())
+        for layer, (forward, (_, weights)) in enumerate(zip(forwards, module._scan_layers(), strict=True))
     )
 
 
@@ -147,8 +150,9 @@ def _sequence_sizes(batch_first: bool, input: Tensor | PackedSequence) -> tuple[
     return T, B
 
 
-def _shared_out(T: int, B: int, units: int, K: int, gates: int, D: int, element_bytes: int) -> str:
-    teams, parts = torch.ops.fastrnn.cpu_plan(T, max(B, 1), units, K, gates, D, element_bytes)
+def _shared_out(T: int, B: int, units: int, K: int, gates: int, D: int, weight_bytes: int) -> str:
+    sum_bytes = max(weight_bytes, 4)
+    teams, parts = torch.ops.fastrnn.cpu_plan(T, max(B, 1), units, K, gates, D, sum_bytes, weight_bytes)
     work = f"{torch.ops.fastrnn.cpu_isa()} kernels, "
     if D * teams * parts == 1:
         return work + "one thread: too little work to share, or no other thread"

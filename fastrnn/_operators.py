@@ -133,7 +133,7 @@ def _(a, b, h0, *rows_and_form):
 
 
 @torch.library.register_fake("fastrnn::pack")
-def _(cell, weights, slots, bfloat16):  # how long depends on the processor
+def _(cell, weights, slots, storage=""):  # how long depends on the processor
     return weights[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 

@@ -20,6 +20,12 @@ from ._warn import warn
 _Module = TypeVar("_Module", bound=nn.Module)
 Weights = Sequence[Tensor | None]  # of one layer, as the operators take them
 _CHANGED = "the weights have changed"
+_PREPACKED = "prepacked"
+_STORAGE = {
+    None: "",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+}  # of prepack's argument, for the operator
 
 
 class State(NamedTuple):
@@ -77,10 +83,11 @@ def _key(weights: Weights) -> tuple[int, ...]:
     return tuple(map(id, _tensors(weights)))
 
 
-def _make(cell: str, weights: Weights, bfloat16: bool) -> Pack:
+def _make(cell: str, weights: Weights, storage: str) -> Pack:
     with torch.no_grad():
-        packed = torch.ops.fastrnn.pack(cell, *_operators.given(weights), bfloat16)
-    return Pack(packed, "prepacked" + " as bfloat16" * bfloat16, [State.of(t) for t in _tensors(weights)])
+        packed = torch.ops.fastrnn.pack(cell, *_operators.given(weights), storage)
+    note = _PREPACKED + (storage and f" as {storage}")
+    return Pack(packed, note, [State.of(t) for t in _tensors(weights)])
 
 
 def has_pack(weights: Weights) -> bool:
@@ -99,6 +106,12 @@ def find(weights: Weights, for_gradients: bool) -> Tensor | None:
     pack.undo(reason)
     warn(f"prepack() is undone, because {reason}")
     return None
+
+
+def in_int8(weights: Weights) -> bool:
+    """Whether a call without gradients reads these weights as int8."""
+    pack = packs.get(_key(weights))
+    return pack is not None and pack.note == f"{_PREPACKED} as int8" and pack.serves(weights)
 
 
 def note(weights: Weights) -> str:
@@ -167,8 +180,8 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
     Raises RuntimeError for a module in training mode, and ValueError where there is nothing to prepack: no
     fastrnn module, parametrized weights, or a device or dtype without these kernels.
     """
-    if weights not in (None, torch.bfloat16):
-        raise ValueError(f"weights must be None or torch.bfloat16, got {weights}")
+    if weights not in _STORAGE:
+        raise ValueError(f"weights must be None, torch.bfloat16 or torch.int8, got {weights}")
     found = list(_recurrent_modules(module))
     if not found:
         raise ValueError("prepack: no fastrnn module inside")
@@ -179,7 +192,7 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
         layers = child._scan_layers()  # type: ignore[operator]
         for cell, layer in layers:
             if (key := _key(layer)) not in made:
-                made[key] = _make(cell, layer, weights is not None)
+                made[key] = _make(cell, layer, _STORAGE[weights])
         _owners[child] = [made[_key(layer)] for _, layer in layers]
     packs.update(made)
     return module

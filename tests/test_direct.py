@@ -288,7 +288,7 @@ def test_a_layer_with_a_pack_uses_it():
 
 def test_a_damaged_pack_is_not_read():
     lstm = fastrnn.LSTM(I, H).eval()
-    packed = torch.ops.fastrnn.pack("lstm", lstm._flat_weights, 15, False)
+    packed = torch.ops.fastrnn.pack("lstm", lstm._flat_weights, 15)
     with torch.no_grad():
 
         def run(pack):
@@ -307,5 +307,5 @@ def test_a_damaged_pack_is_not_read():
             _C.forward("lstm", torch.randn(T, B, I + 1), (), lstm._flat_weights, 1, 1, False, False, [packed])
             is None
         )
-        other = torch.ops.fastrnn.pack("lstm", fastrnn.LSTM(I + 1, H)._flat_weights, 15, False)
+        other = torch.ops.fastrnn.pack("lstm", fastrnn.LSTM(I + 1, H)._flat_weights, 15)
         assert run(other) is None

@@ -21,7 +21,7 @@ def plan():
 
     def ask(threads, T, B, H, gates, D=1):
         torch.set_num_threads(threads)  # starts none
-        return torch.ops.fastrnn.cpu_plan(T, B, H, H, gates, D, 4)
+        return torch.ops.fastrnn.cpu_plan(T, B, H, H, gates, D, 4, 4)
 
     yield ask
     torch.set_num_threads(before)

@@ -57,7 +57,7 @@ def served(*args, cls=fastrnn.LSTM, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_packed_weights_give_the_same_bits_in_every_form(name, form, dtype):
     scan = make_scan(name, 30, 7, 50, D=2, dtype=dtype, **FORMS[form])  # rows enough to pack in each call
-    packed = torch.ops.fastrnn.pack(name, *given(scan.slots), False)
+    packed = torch.ops.fastrnn.pack(name, *given(scan.slots))
     for save in (0, 1, 2):
         got = scan.kernel(save, packed)
         assert all(torch.equal(a, b) for a, b in zip(got, scan.kernel(save), strict=True))
@@ -67,7 +67,7 @@ def test_packed_weights_give_the_same_bits_in_every_form(name, form, dtype):
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (3, 2), (1, 40), (60, 5)])
 def test_packed_weights_agree_with_the_reference_with_few_rows_and_many(T, B, P):
     scan = make_scan("lstm", T, B, 45, D=2, P=P, bias=P is None)
-    packed = torch.ops.fastrnn.pack("lstm", *given(scan.slots), False)
+    packed = torch.ops.fastrnn.pack("lstm", *given(scan.slots))
     got = scan.kernel(1, packed)
     for a, b in zip(got, scan.reference(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
@@ -79,7 +79,7 @@ def test_packed_weights_agree_with_the_reference_with_few_rows_and_many(T, B, P)
 def test_bfloat16_is_the_scan_with_weights_rounded_to_it(name, H, B):
     scan = make_scan(name, 30, B, H, dtype=torch.float32)
     (scan.w_hh or scan.w_ih)[0][0, 0] = float("nan")
-    packed = torch.ops.fastrnn.pack(name, *given(scan.slots), True)
+    packed = torch.ops.fastrnn.pack(name, *given(scan.slots), "bfloat16")
     got = scan.kernel(0, packed)
     scan.w_ih, scan.w_hh = ([w.bfloat16().float() for w in part] for part in (scan.w_ih, scan.w_hh))
     for a, b in zip(got, scan.kernel(False), strict=True):
@@ -90,14 +90,14 @@ def test_bfloat16_is_the_scan_with_weights_rounded_to_it(name, H, B):
 def test_the_operators_keep_their_promises_to_torch(name):
     scan = make_scan(name, 3, 2, 5, dtype=torch.float32)
     pack = torch.ops.fastrnn.pack.default
-    torch.library.opcheck(pack, (name, *given(scan.slots), True))
-    arguments = scan.arguments(1, pack(name, *given(scan.slots), False))
+    torch.library.opcheck(pack, (name, *given(scan.slots), "bfloat16"))
+    arguments = scan.arguments(1, pack(name, *given(scan.slots)))
     torch.library.opcheck(torch.ops.fastrnn.scan.default, arguments)
 
 
 def test_what_is_no_pack_for_this_call_is_refused():
     scan = make_scan("lstm", 3, 2, 5, dtype=torch.float32)
-    packed = torch.ops.fastrnn.pack("lstm", *given(scan.slots), False)
+    packed = torch.ops.fastrnn.pack("lstm", *given(scan.slots))
 
     def call(packed, scan=scan):
         return scan.kernel(0, packed)
@@ -117,18 +117,19 @@ def test_what_is_no_pack_for_this_call_is_refused():
     with pytest.raises(RuntimeError, match=r"x must be \[N, I\] = \[6, 3\], got \[6, 4\]"):
         call(packed)
     with pytest.raises(RuntimeError, match="only float32"):
-        torch.ops.fastrnn.pack("lstm", *given(scan.map(torch.Tensor.double).slots), True)
+        torch.ops.fastrnn.pack("lstm", *given(scan.map(torch.Tensor.double).slots), "bfloat16")
 
 
 HEADER = 128  # bytes: 16 that name the kernels, then int64 fields, D among them
 
 
 @pytest.mark.parametrize(
-    ("name", "P", "bfloat16"), [("lstm", None, False), ("lstm", 4, True), ("gru", None, True)]
+    ("name", "P", "storage"),
+    [("lstm", None, ""), ("lstm", 4, "bfloat16"), ("gru", None, "bfloat16"), ("lstm", 4, "int8")],
 )
-def test_a_pack_with_one_damaged_byte_in_its_header_is_refused(name, P, bfloat16):
+def test_a_pack_with_one_damaged_byte_in_its_header_is_refused(name, P, storage):
     scan = make_scan(name, 3, 2, 5, P=P, dtype=torch.float32)
-    packed = torch.ops.fastrnn.pack(name, *given(scan.slots), bfloat16)
+    packed = torch.ops.fastrnn.pack(name, *given(scan.slots), storage)
     for place in range(HEADER):
         for flips in (1, 2, 3, 0x40, 0x80, 0xFF):
             damaged = packed.clone()
@@ -142,7 +143,7 @@ def test_a_pack_with_one_damaged_byte_in_its_header_is_refused(name, P, bfloat16
 def test_a_pack_with_a_damaged_size_is_refused(field, value):
     """Even where the call and the number of bytes go with it."""
     scan = make_scan("lstm", 3, 2, 1, I=1, dtype=torch.float32)
-    packed = torch.ops.fastrnn.pack("lstm", *given(scan.slots), False)
+    packed = torch.ops.fastrnn.pack("lstm", *given(scan.slots))
     before = packed[:HEADER].view(torch.int64)[field].item()
     damaged = torch.cat([packed[:HEADER], *[packed[HEADER:]] * (value if 0 < value <= 40 else 1)])
     damaged[:HEADER].view(torch.int64)[field] = value
@@ -154,7 +155,7 @@ def test_a_pack_with_a_damaged_size_is_refused(field, value):
 
 def test_a_pack_of_two_sizes_at_once_that_overflow_is_refused():
     scan = make_scan("rnn_tanh", 3, 2, 5, dtype=torch.float32)
-    packed = torch.ops.fastrnn.pack("rnn_tanh", *given(scan.slots), False)
+    packed = torch.ops.fastrnn.pack("rnn_tanh", *given(scan.slots))
     sizes = packed[:HEADER].view(torch.int64)
     sizes[(sizes == 5).nonzero().flatten()] = 2**34  # H and P: H * P is 0 in 64 bits but for the padding
     with pytest.raises(RuntimeError, match="packed must be the result"):
@@ -163,7 +164,7 @@ def test_a_pack_of_two_sizes_at_once_that_overflow_is_refused():
 
 def test_a_pack_that_begins_between_two_numbers_is_refused():
     scan = make_scan("gru", 3, 2, 5, dtype=torch.float32)
-    packed = torch.ops.fastrnn.pack("gru", *given(scan.slots), False)
+    packed = torch.ops.fastrnn.pack("gru", *given(scan.slots))
     moved = torch.empty(len(packed) + 1, dtype=torch.uint8)[1:].copy_(packed)
     with pytest.raises(RuntimeError, match="packed must be aligned"):
         scan.kernel(0, moved)
@@ -551,7 +552,9 @@ def test_what_cannot_be_prepacked_is_said():
         fastrnn.prepack(fastrnn.LSTM(2, 3))
     with pytest.raises(ValueError, match="no fastrnn module inside"):
         fastrnn.prepack(nn.LSTM(2, 3).eval())
-    with pytest.raises(ValueError, match=r"weights must be None or torch.bfloat16, got torch.float16"):
+    with pytest.raises(
+        ValueError, match=r"weights must be None, torch.bfloat16 or torch.int8, got torch.float16"
+    ):
         fastrnn.prepack(fastrnn.LSTM(2, 3).eval(), torch.float16)
     with pytest.raises(ValueError, match=r"float32 modules, LSTM has torch\.float64"):
         fastrnn.prepack(fastrnn.LSTM(2, 3).double().eval(), torch.bfloat16)

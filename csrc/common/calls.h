@@ -76,7 +76,7 @@ class LayerWeights {
   /// In the form that pack() gives them; the tensors are then none.
   struct Packed {
     const char* panels = nullptr;
-    bool pairs = false;  // they hold bfloat16
+    Storage storage = Storage::kAsGiven;
   } packed;
   LayerWeights(int64_t D_, int64_t I_, int64_t H_, int64_t P_, bool projected_, Packed packed_)
       : D(D_), I(I_), H(H_), P(P_), projected(projected_), packed(packed_), tensors_(size_t(D_ * kSlots)) {}
@@ -338,7 +338,7 @@ struct ForwardCall : ScanCall {
   ForwardProblem<S> problem(const Sequence& sequence) const {
     auto problem = describe<ForwardProblem<S>>(sequence);
     problem.x = rows<S>(x), problem.I = sizes.I, problem.projected = weights.projected;
-    problem.packed = weights.packed.panels, problem.pairs = weights.packed.pairs;
+    problem.packed = weights.packed.panels, problem.storage = weights.packed.storage;
     for (int64_t d = 0; d < sizes.D; ++d) {
       ForwardDirection<S>& direction = problem.direction[d];
       direction.weights = weights.of<S>(d);

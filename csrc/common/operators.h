@@ -80,9 +80,9 @@ constexpr Schema kWeightGradients{
     "batch_sizes, Tensor? lengths, Tensor? reset, bool batch_first, bool inputs, bool of_weights",
     "(Tensor[] dx, Tensor[] dweights)"};
 
-// -> uint8 [bytes]: valid in this process alone. With bfloat16 the weights (not the biases) are rounded to
-// it.
-constexpr const char* kPack = "pack(str cell, Tensor[] weights, int slots, bool bfloat16) -> Tensor";
+// -> uint8 [bytes]: valid in this process alone. storage: what the matrices (not the biases and vectors) are
+// rounded to, "bfloat16" or "int8"; "" for not at all.
+constexpr const char* kPack = "pack(str cell, Tensor[] weights, int slots, str storage=\"\") -> Tensor";
 
 inline const CellInfo& cell_named(const std::string& name) {
   const CellInfo* found = nullptr;

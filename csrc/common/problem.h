@@ -50,6 +50,9 @@ struct Rows {
   }
 };
 
+/// What packed weights are stored as: the numbers of the call, or instead of float32 fewer bits.
+enum class Storage : int64_t { kAsGiven, kBfloat16, kInt8, kCount };
+
 /// The upper half of a float32.
 struct Bfloat16 {
   uint16_t bits;
@@ -167,13 +170,14 @@ struct ForwardProblem : Problem<ForwardDirection<S>> {
   int64_t I;
   bool projected;
   const char* packed;  // what a PackProblem made of the weights, which are then null; or null
-  bool pairs;  // packed holds bfloat16
+  Storage storage;  // of packed
 };
 /// The weights of all directions in the form that the kernels stream.
 template <class S>
 struct PackProblem {
   int64_t I, H, P;
-  bool projected, pairs;
+  bool projected;
+  Storage storage;
   int directions;
   Weights<S> weights[kMaxDirections];
   char* to;  // null: only the size is wanted

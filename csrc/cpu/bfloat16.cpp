@@ -5,14 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/amx.h"
 #include "cpu/kernels.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace fastrnn {
 namespace {
@@ -25,22 +19,6 @@ constexpr int kUnits = 16;  // of a register
 // ---- Advanced matrix extensions: tiles of 16 rows of 64 bytes ------------------------------------------
 
 #define FASTRNN_AMX __attribute__((target("amx-tile,amx-bf16," FASTRNN_AVX512)))
-
-/// What ldtilecfg reads.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-/// Tiles 0 to 3 are C, two rows of tiles with `upper` and `lower` rows; 4 and 5 are A, 6 and 7 the panel.
-FASTRNN_AMX void shape_tiles(int upper, int lower) {
-  const int rows[] = {upper, upper, lower, lower, upper, lower, kUnits, kUnits};
-  TileShapes shapes;
-  for (int tile = 0; tile < 8; ++tile)
-    if (rows[tile] > 0) shapes.rows[tile] = static_cast<uint8_t>(rows[tile]), shapes.row_bytes[tile] = 64;
-  _tile_loadconfig(&shapes);
-}
 
 /// One or two rows of tiles of C, each one or two tiles wide.
 template <bool kLower, bool kWide>
@@ -84,7 +62,7 @@ FASTRNN_AMX void amx_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t
   constexpr int64_t kRows = 2 * 16;
   for (int64_t i = 0, left = (n + kRows - 1) / kRows; left > 0; --left) {
     const auto rows = static_cast<int>((n - i + left - 1) / left), upper = rows > 16 ? (rows + 1) / 2 : rows;
-    shape_tiles(upper, rows - upper);
+    amx::shape_tiles(upper, rows - upper);
     const auto tiles = rows > upper   ? vectors == 2 ? amx_tiles<true, true> : amx_tiles<true, false>
                        : vectors == 2 ? amx_tiles<false, true>
                                       : amx_tiles<false, false>;
@@ -94,12 +72,6 @@ FASTRNN_AMX void amx_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t
     i += rows;
   }
   _tile_release();  // what else uses tiles shapes them for itself, and empty ones cost no context switch
-}
-
-/// Linux lends a process the tiles' registers on request.
-bool amx_allowed() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
 // ---- AVX-512: a register of C is 16 units of a row -----------------------------------------------------
@@ -148,15 +120,7 @@ void avx512_multiply(const Bfloat16* a, int64_t lda, int64_t n, int64_t K, const
     }
 }
 
-/// The instructions that this processor has beyond what the kernels are compiled for: leaf 7 of cpuid.
-bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
-bool has_amx() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16) && (edx & kAmxTile) &&
-         amx_allowed();
-}
-
+constexpr unsigned kAmxBf16 = 1u << 22;
 constexpr Bfloat16Products kAmx{"amx", amx_multiply}, kAvx512Bf16{"avx512_bf16", avx512_multiply};
 
 #endif
@@ -192,8 +156,8 @@ const Bfloat16Products* choose() {
   if (asked("0") || (!possible && !named)) return nullptr;
   if (possible) {
 #if defined(__x86_64__)
-    if ((!named || asked("amx")) && has_amx()) return &kAmx;
-    if ((!named || asked("avx512_bf16")) && has_avx512_bf16()) return &kAvx512Bf16;
+    if ((!named || asked("amx")) && amx::available(kAmxBf16)) return &kAmx;
+    if ((!named || asked("avx512_bf16")) && __builtin_cpu_supports("avx512bf16")) return &kAvx512Bf16;
 #endif
     if (asked("portable")) return &kPortable;
   }

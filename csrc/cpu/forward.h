@@ -18,9 +18,11 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   using Panels = FASTRNN_ISA::Panels<Cell, S, W>;
   static constexpr CellInfo kInfo = Cell::kInfo;
   static constexpr int G = kInfo.gates, kProducts = Panels::kProducts;
-  using Factor = FASTRNN_ISA::Factor<S, W>;  // what x and h are rounded to before their products
+  using Factor = FASTRNN_ISA::Factor<S, W>;  // what h is kept as for its products
+  using Left = FASTRNN_ISA::Left<S, W>;  // and what these multiply
   static constexpr int kShared = G - kInfo.split;  // gates whose products with x and h are one sum
-  static constexpr bool kRounds = !std::is_same_v<Factor, S>;
+  static constexpr bool kRounds = !std::is_same_v<Factor, S>, kQuantises = std::is_same_v<W, Int8>;
+  static constexpr bool kNarrow = kRounds || kQuantises;  // products of 16 or 8 bits, of several panels
   static constexpr int64_t kWidth = G * kBlock<S>, kProductWidth = kProducts * kBlock<S>;
   // Rows whose products for one block are kept at a time: about 24 KB.
   static constexpr int64_t kChunk = 48;
@@ -28,7 +30,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   static constexpr int64_t kNear = 16 << 20;
   // Batch at least this many rows into one input projection, taking rows from several time steps if needed;
   // more when W_ih streams from DRAM.
-  static constexpr int64_t kInputRows = kRounds ? 32 : 2 * kTileRows, kFarInputRows = 96;
+  static constexpr int64_t kInputRows = kNarrow ? 32 : 2 * kTileRows, kFarInputRows = 96;
 
  public:
   FASTRNN_INLINE explicit Forward(const ForwardProblem<S>& given)
@@ -44,7 +46,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   bool run() {
     if (sequence.T == 0 || sequence.B == 0) return true;
     const int64_t most = this->most_rows();
-    turns_ = !kInfo.staged() && turning_pays();
+    turns_ = !kInfo.staged() && !kQuantises && turning_pays();
     far_ = (problem.I + problem.P) * kWidth * units.count() * int64_t(sizeof(S)) > kNear;
     const int64_t wanted = far_ ? kFarInputRows : kInputRows;
     steps_at_once_ = turns_ || kInfo.staged() ? 1 : min(sequence.T, (wanted + most - 1) / most);
@@ -77,7 +79,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
  private:
   /// Rows of x or of h, [n, K], and their transposed panels where the products take those.
   struct Operand {
-    Rows<const Factor> rows;
+    Rows<const Left> rows;
     int64_t K;
     const Factor* turned;
 
@@ -107,7 +109,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const int64_t most = this->most_rows(), input_rows = most * steps_at_once_;
     h_stride_ = padded<S>(problem.P, kBlock<S>);
     m_stride_ = problem.projected ? padded<Factor>(problem.H, kBlock<Factor>) : 0;
-    x_stride_ = padded<Factor>(problem.I, kBlock<Factor>),
+    x_stride_ = left_stride(problem.I), left_stride_ = left_stride(max(problem.H, problem.P));
     factor_stride_ = padded<Factor>(problem.P, kBlock<Factor>);
     h_ = s.take<S>(this->teams() * 2 * most * h_stride_);
     m_ = s.take<Factor>(this->teams() * most * m_stride_);
@@ -118,7 +120,8 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       rows_ = s.take<S>(this->teams() * most * row_stride_);
       after_ = s.take<S>(this->workers() * kInfo.states * problem.H);
     }
-    x_ = s.take<Factor>(kInfo.staged() ? 0 : this->workers() * input_rows * x_stride_);
+    left_ = s.take<Left>(kQuantises && kInfo.dense ? this->workers() * most * left_stride_ : 0);
+    x_ = s.take<Left>(kInfo.staged() ? 0 : this->workers() * input_rows * x_stride_);
     part_blocks_ = (units.count() + plan.parts - 1) / plan.parts;
     if (steps_at_once_ > 1)
       products_ = s.take<S>(this->workers() * part_blocks_ * input_rows * kProductWidth);
@@ -147,8 +150,22 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   FASTRNN_INLINE Rows<Factor> m_buffer(int team) const {
     return {m_ + team * this->most_rows() * m_stride_, m_stride_};
   }
+  static int64_t left_stride(int64_t K) {
+    return padded<Left>(kQuantises ? int8_depth(K) : K, kQuantises ? 64 : kBlock<Left>);
+  }
+  /// Rows of h or of m as one part multiplies them.
+  FASTRNN_INLINE Rows<Left> left_rows(int team, int part, Rows<Factor> rows, int64_t n, int64_t K) const {
+    if constexpr (!kQuantises) {
+      return rows;
+    } else {
+      const Rows<Left> to{left_ + (team * plan.parts + part) * this->most_rows() * left_stride_,
+                          left_stride_};
+      for (int64_t i = 0; kInfo.dense && i < n; ++i) quantise(rows[i], K, zero_, to[i]);
+      return to;
+    }
+  }
   /// x of the team's rows without gaps, for one part: of one step, or of steps_at_once_.
-  FASTRNN_INLINE Rows<Factor> x_buffer(int team, int part) const {
+  FASTRNN_INLINE Rows<Left> x_buffer(int team, int part) const {
     return {x_ + (team * plan.parts + part) * steps_at_once_ * this->most_rows() * x_stride_, x_stride_};
   }
   /// Products of several steps: [block of the part][step][row][kProducts][width].
@@ -191,7 +208,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
 
   /// Zeros after the K numbers of a row, as far as the products read it.
   static void fill_up(Factor* row, int64_t K) {
-    __builtin_memset(row + K, 0, size_t(panel_depth<W>(K) - K) * sizeof *row);
+    if (kRounds) __builtin_memset(row + K, 0, size_t(panel_depth<W>(K) - K) * sizeof *row);
   }
 
   /// The state of row b before step t, which resets it.
@@ -203,13 +220,18 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       __builtin_memset(to, 0, units * sizeof(S));
   }
 
-  void gather_x(int team, int64_t s, Rows<Factor> x) {
+  void gather_x(int team, int64_t s, Rows<Left> x) {
     const TeamRows rows = this->rows_of(team);
     const int64_t t = this->time(this->direction_of(team), s), n = this->rows_at(team, s);
     const Rows<const Factor> given = problem.x.template of<Factor>();
     for (int64_t i = 0; i < n; ++i) {
-      copy_row(x[i], given[sequence.row(t, rows.position(i))], problem.I);
-      fill_up(x[i], problem.I);
+      const Factor* const row = given[sequence.row(t, rows.position(i))];
+      if constexpr (kQuantises) {
+        quantise(row, problem.I, zero_, x[i]);
+      } else {
+        copy_row(x[i], row, problem.I);
+        fill_up(x[i], problem.I);
+      }
     }
   }
 
@@ -217,7 +239,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const Range blocks = blocks_of(part);
     const int64_t n = this->rows_at(team, s), offset = s % steps_at_once_ * this->most_rows();
     const int d = this->direction_of(team);
-    const Rows<Factor> h_rows = factor_buffer(team, s);
+    const Rows<Left> h_rows = left_rows(team, part, factor_buffer(team, s), n, problem.P);
     if (steps_at_once_ > 1) {
       const Operand h{{h_rows.data, h_rows.stride}, problem.P, nullptr};
       if (offset == 0) input_products(team, s, part);
@@ -228,7 +250,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
       }
       return;
     }
-    const Rows<Factor> x_rows = x_buffer(team, part);
+    const Rows<Left> x_rows = x_buffer(team, part);
     gather_x(team, s, x_rows);
     Factor* const turned = turns_ ? turned_ + (team * plan.parts + part) * turned_size() : nullptr;
     const Operand x = operand(x_rows, n, problem.I, turned);
@@ -249,7 +271,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void input_products(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
     const int64_t most = this->most_rows(), steps = min(steps_at_once_, sequence.T - s);
-    const Rows<Factor> rows = x_buffer(team, part);
+    const Rows<Left> rows = x_buffer(team, part);
     const Operand x{{rows.data, rows.stride}, problem.I, nullptr};
     bool even = true;  // all steps have the same rows
     for (int64_t k = 0; k < steps; ++k) {
@@ -272,12 +294,13 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   int64_t turned_rows() const { return (this->most_rows() + kBlock<S> - 1) / kBlock<S> * kBlock<S>; }
   int64_t turned_size() const { return turned_rows() * (problem.I + problem.P); }
 
-  Operand operand(Rows<Factor> rows, int64_t n, int64_t K, Factor* turned) const {
-    for (int64_t i = 0; turns_ && i < n; i += kBlock<S>) {
-      const Blocks<S> of{n};
-      pack_transposed<S>(Rows<const Factor>{rows[i], rows.stride}, K, of.in_block(i / kBlock<S>),
-                         of.vectors(i / kBlock<S>), turned + i * K);
-    }
+  Operand operand(Rows<Left> rows, int64_t n, int64_t K, Factor* turned) const {
+    if constexpr (!kQuantises)
+      for (int64_t i = 0; turns_ && i < n; i += kBlock<S>) {
+        const Blocks<S> of{n};
+        pack_transposed<S>(Rows<const Factor>{rows[i], rows.stride}, K, of.in_block(i / kBlock<S>),
+                           of.vectors(i / kBlock<S>), turned + i * K);
+      }
     return {{rows.data, rows.stride}, K, turns_ ? turned : nullptr};
   }
 
@@ -307,11 +330,11 @@ class Forward : public Scan<S, ForwardProblem<S>> {
                      int first, int end, S* c, int64_t c_step, int64_t ldc, bool accumulate) {
     const int vectors = units.vectors(block);
     const int64_t size = panel_depth<W>(a.K) * panel_width<S, W>(vectors);
-    if constexpr (kRounds)
+    if constexpr (kNarrow)
       if (panel && first < end)
         return multiply(a.rows, n, a.K, panel + first * size, end - first, vectors, c + first * c_step,
                         c_step, ldc, accumulate);
-    for (int gate = first; gate < end; ++gate)
+    for (int gate = first; !kQuantises && gate < end; ++gate)
       gate_product(a, n, panel ? panel + gate * size : nullptr, w, block, gate, c + gate * c_step, ldc,
                    accumulate);
   }
@@ -319,14 +342,16 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   /// One gate's product c [n, units] of a block, in rows ldc apart, from its panel or from W as it lies.
   void gate_product(const Operand& a, int64_t n, const W* panel, const Rows<const S>& w, int64_t block,
                     int gate, S* c, int64_t ldc, bool accumulate) {
-    if constexpr (!kRounds)
+    if constexpr (!kNarrow)
       if (panel) return multiply<S>(a.rows, n, a.K, panel, units.vectors(block), c, ldc, accumulate, far_);
     const Rows<const Factor> all = w.template of<Factor>(),
                              rows{all[gate * problem.H + block * kBlock<S>], w.stride};
     const int count = units.in_block(block);
-    if (a.turned)
-      return multiply_turned<S>(a.turned, static_cast<int>(n), a.K, rows, count, c, ldc, accumulate);
-    multiply_transposed<S>(a.rows, n, a.K, rows, count, c, ldc, accumulate);
+    if constexpr (!kQuantises) {
+      if (a.turned)
+        return multiply_turned<S>(a.turned, static_cast<int>(n), a.K, rows, count, c, ldc, accumulate);
+      multiply_transposed<S>(a.rows, n, a.K, rows, count, c, ldc, accumulate);
+    }
   }
 
   void finish(int team, int64_t s, int64_t block, int64_t i, int64_t n, const S* product) {
@@ -447,7 +472,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   void row_products(int team, int64_t s, int part) {
     const int d = this->direction_of(team);
     const int64_t n = this->rows_at(team, s);
-    const Rows<Factor> h_rows = factor_buffer(team, s);
+    const Rows<Left> h_rows = left_rows(team, part, factor_buffer(team, s), n, problem.P);
     const Rows<S> to = products_buffer(team);
     const Operand h{{h_rows.data, h_rows.stride}, problem.P, nullptr};
     const Range blocks = blocks_of(part);
@@ -536,22 +561,25 @@ class Forward : public Scan<S, ForwardProblem<S>> {
     const int64_t t = this->time(d, s), n = this->rows_at(team, s);
     const int64_t rows_after = s + 1 < sequence.T ? sequence.rows(this->time(d, s + 1)) : 0;
     const Rows<S> h_next = h_buffer(team, s + 1);
-    const Rows<Factor> m = m_buffer(team);
+    const Rows<Left> m = left_rows(team, part, m_buffer(team), n, problem.H);
     const Range blocks = share(outputs.count(), part, plan.parts);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       const int64_t first = block * kBlock<S>;
       const int count = outputs.in_block(block);
       S* const c = h_next.data + first;
-      const Rows<const Factor> m_rows{m.data, m.stride}, w = dir.weights.w_hr.template of<Factor>();
-      if (!panels_[d].w_hr)
-        multiply_transposed<S>(m_rows, n, problem.H, Rows<const Factor>{w[first], w.stride}, count, c,
-                               h_next.stride, false);
-      else if constexpr (kRounds)
+      const Rows<const Left> m_rows{m.data, m.stride};
+      if (!panels_[d].w_hr) {
+        const Rows<const Factor> w = dir.weights.w_hr.template of<Factor>();
+        if constexpr (!kQuantises)
+          multiply_transposed<S>(m_rows, n, problem.H, Rows<const Factor>{w[first], w.stride}, count, c,
+                                 h_next.stride, false);
+      } else if constexpr (kNarrow) {
         multiply(m_rows, n, problem.H, panels_[d].projection_panel(block), 1, outputs.vectors(block), c, 0,
                  h_next.stride, false);
-      else
+      } else {
         multiply<S>(m_rows, n, problem.H, panels_[d].projection_panel(block), outputs.vectors(block), c,
                     h_next.stride, false);
+      }
       for (int64_t i = 0; i < n; ++i) {
         const int64_t position = rows.position(i);
         if (dir.options.on) {
@@ -607,10 +635,12 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   }
 
   bool turns_ = false, far_ = false;
-  Factor *factors_ = nullptr, *m_ = nullptr, *x_ = nullptr, *turned_ = nullptr;
+  Factor *factors_ = nullptr, *m_ = nullptr, *turned_ = nullptr;
+  Left *left_ = nullptr, *x_ = nullptr;
+  const int zero_ = kQuantises ? int8_products().zero : 0;
   S *h_ = nullptr, *products_ = nullptr, *rows_ = nullptr, *after_ = nullptr;
   int64_t gate_stride_ = 0, row_stride_ = 0;
-  int64_t h_stride_ = 0, factor_stride_ = 0, m_stride_ = 0, x_stride_ = 0, part_blocks_ = 0,
+  int64_t h_stride_ = 0, factor_stride_ = 0, m_stride_ = 0, x_stride_ = 0, left_stride_ = 0, part_blocks_ = 0,
           steps_at_once_ = 1;
   Panels panels_[kMaxDirections];
 };

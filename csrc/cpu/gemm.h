@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cpu/bfloat16.h"
+#include "cpu/int8.h"
 #include "cpu/vector.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -40,13 +41,18 @@ struct Pair {
   uint32_t bits;
 };
 
-// What the products multiply with weights W: rounded where these are Bfloat16.
+// What x and h are kept as beside weights W: rounded where these are Bfloat16.
 template <class S, class W>
 using Factor = std::conditional_t<std::is_same_v<W, Bfloat16>, Bfloat16, S>;
+
+// What the products multiply with weights W. Beside Int8 it is bytes, made of x and h at every step.
+template <class S, class W>
+using Left = std::conditional_t<std::is_same_v<W, Int8>, uint8_t, Factor<S, W>>;
 
 // Numbers of a panel for products over K, and of a row of Bfloat16 that it meets: zeros fill the last tile.
 template <class W>
 constexpr int64_t panel_depth(int64_t K) {
+  if (std::is_same_v<W, Int8>) return int8_panel_depth(K);
   return std::is_same_v<W, Bfloat16> ? (K + kBfloat16Depth - 1) / kBfloat16Depth * kBfloat16Depth : K;
 }
 
@@ -163,6 +169,12 @@ FASTRNN_INLINE void multiply(Rows<const Bfloat16> a, int64_t n, int64_t K, const
                              int vectors, float* c, int64_t c_step, int64_t ldc, bool accumulate) {
   bfloat16_products()->multiply(a.data, a.stride, n, panel_depth<Bfloat16>(K), panels, count, vectors, c,
                                 c_step, ldc, accumulate);
+}
+
+FASTRNN_INLINE void multiply(Rows<const uint8_t> a, int64_t n, int64_t K, const Int8* panels, int count,
+                             int vectors, float* c, int64_t c_step, int64_t ldc, bool accumulate) {
+  int8_products().multiply(a.data, a.stride, n, K, panels, count, vectors * kLanes<float>, c, c_step, ldc,
+                           accumulate);
 }
 
 // Transposes kLanes x kLanes numbers: log2(kLanes) perfect shuffles of the registers.

@@ -4,13 +4,13 @@
 #include <cstdint>
 
 #include "cells/cell.h"
-#include "cpu/gemm.h"
+#include "cpu/quantise.h"
 #include "cpu/scratch.h"
 
 namespace fastrnn::FASTRNN_ISA {
 namespace {
 
-/// W is what a weight is stored as: S itself, Pair or Bfloat16.
+/// W is what a weight is stored as: S itself, Pair, Bfloat16 or Int8.
 template <class Cell, class S, class W>
 class Panels {
   static constexpr int G = Cell::kInfo.gates, kSplit = Cell::kInfo.split, U = Cell::kInfo.vectors;

@@ -1,4 +1,5 @@
 // The CPU as a backend of the operators: from a call to the kernel of its cell and number type.
+#include <algorithm>
 #include <cstring>
 
 #include "common/operators.h"
@@ -24,22 +25,33 @@ auto with_kernels(const CellInfo& cell, const Tensor& like, F f) {
   return f(kernels->f64);
 }
 
-Tensor pack(std::string name, Tensors given, int64_t slots, bool bfloat16) {
+Storage storage_named(const std::string& name) {
+  if (name.empty()) return Storage::kAsGiven;
+  if (name == "bfloat16") return Storage::kBfloat16;
+  STD_TORCH_CHECK(name == "int8", "weights are stored as bfloat16 or int8, not as ", name);
+  return Storage::kInt8;
+}
+
+Tensor pack(std::string name, Tensors given, int64_t slots, std::string stored_as) {
   const CellInfo& cell = cell_named(name);
+  const Storage storage = storage_named(stored_as);
   STD_TORCH_CHECK(!given.empty(), "there are no weights to pack");
   const Tensor like = given[0];
-  STD_TORCH_CHECK(!bfloat16 || like.scalar_type() == ScalarType::Float,
-                  "only float32 weights can be stored as bfloat16");
+  STD_TORCH_CHECK(storage == Storage::kAsGiven || like.scalar_type() == ScalarType::Float,
+                  "only float32 weights can be stored as ", stored_as);
   const LayerWeights weights(cell, like, given, slots);
+  const int64_t deepest = std::max({cell.takes_gates ? 0 : weights.I, weights.H, weights.P});
+  STD_TORCH_CHECK(storage != Storage::kInt8 || deepest <= kMostInt8Depth, "int8 weights are for sizes up to ",
+                  kMostInt8Depth, ", got ", deepest);
   return with_kernels(cell, like, [&]<class S>(const Kernels<S>& kernels) {
     PackProblem<S> problem{weights.I, weights.H,      weights.P, weights.projected,
-                           bfloat16,  int(weights.D), {},        {}};
+                           storage,   int(weights.D), {},        {}};
+    const PackHeader header = header_of(cell, problem);
     const int64_t bytes = kHeaderBytes + kernels.pack(problem);
     const Tensor packed = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
     auto* const to = static_cast<char*>(packed.mutable_data_ptr());
     prefer_huge_pages(to, bytes);
     std::memset(to, 0, static_cast<size_t>(bytes));  // gaps too: the same weights give the same bytes
-    const PackHeader header = header_of(cell, problem);
     std::memcpy(to, &header, sizeof header);
     for (int64_t d = 0; d < weights.D; ++d) problem.weights[d] = weights.of<S>(d);
     problem.to = to + kHeaderBytes;
@@ -73,7 +85,7 @@ struct Cpu {
                       "packed must be the result of fastrnn::pack for ", cell.name,
                       ", from this process and for the dtype of h0");
       return LayerWeights(sizes.directions, sizes.I, sizes.H, sizes.P, sizes.projected,
-                          {from + kHeaderBytes, sizes.pairs});
+                          {from + kHeaderBytes, sizes.storage});
     });
   }
 

@@ -226,7 +226,7 @@ PyObject* forward(const Stack& stack, bool keep, const std::vector<Bytes>& packs
       if (!read_pack(cell, stack.kernels->of<S>(), pack.data, pack.count, sizes) || sizes.directions != D ||
           sizes.I != problem.I || sizes.H != H || sizes.projected)
         return Py_NewRef(Py_None);
-      problem.packed = pack.data + kHeaderBytes, problem.pairs = sizes.pairs;
+      problem.packed = pack.data + kHeaderBytes, problem.storage = sizes.storage;
     }
     S* const out = layer == L - 1 ? y : keep ? make(kept, {N, D * H}) : scratch.take(N * D * H);
     S *history[kMaxStates]{}, *saved = nullptr;
