@@ -70,6 +70,7 @@ DIRECT = kernels("gru_layer_norm", "gru_layer_norm and form")
 GRU = kernels("gru", "(gru or replicas) and not schedule")
 ORDERS = kernels("lstm", "lstm and (schedule or bf16)")  # of the threads
 SPILLED = kernels("lstm", "shared_memory")
+TOO_LARGE = kernels("lstm", "cannot_hold_at_once")
 RACES = kernels("lstm", "lstm and bf16 and (one_block or many_blocks)", "thread")
 BOUNDS = kernels("lstm", "lstm and (form or reference)", "address")
 OPTIONS = Tests(("tests/test_step_cuda.py", "-k", "each_option and GRU"), cells=("gru",))
@@ -149,6 +150,8 @@ KERNELS = [
     Mutant("direct-gradient-of-a-row-passes-a-reset", DIRECT, "zero ? A{} : s.dbefore[k]", "s.dbefore[k]"),
     Mutant("rows-of-no-step-not-cleared", LSTM),
     Mutant("driver-exchange-not-cleared", LSTM),
+    Mutant("forward-grid-too-large-taken-for-done", TOO_LARGE, "done =", "done = true |"),
+    Mutant("backward-grid-too-large-taken-for-done", TOO_LARGE, "done =", "done = true |"),
     # the linear scan
     Mutant("chunk-carries-nan-past-a-reset", LINEAR, "reset ? sum : ", ""),
     Mutant("chunk-steps-beyond-its-end", LINEAR, "if (k + i < end) ", ""),

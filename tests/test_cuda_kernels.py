@@ -31,6 +31,7 @@ class Device:
     one_block: bool = True  # whether one may have all units
     order: str = "fifo"
     seed: int = 0
+    resident: int = 2**31 - 1  # blocks of a cooperative grid that it holds at once
     where: str = "cpu"
     operators = HOST
 
@@ -38,7 +39,7 @@ class Device:
         """From now on the operators run on this device."""
         self.operators.configure(
             NUMBERS[numbers][1], self.multiprocessors, self.shared_bytes, self.one_block,
-            ORDERS[self.order], self.seed,
+            ORDERS[self.order], self.seed, self.resident,
         )  # fmt: skip
 
     def plan(self, forward: bool, numbers: str, scan, T: int, B: int, H: int, D: int) -> str:
@@ -155,6 +156,17 @@ def test_many_rows_are_shared_by_replicas():
         True, "bf16", scan, 3, 70, 200, 1
     )
     run(device, "bf16", scan)
+
+
+def test_a_grid_that_the_device_cannot_hold_at_once_is_scanned_in_single_steps(capfd):
+    scan = make_scan("lstm", 3, 5, 65)
+    for numbers in ("bf16", "f32"):
+        run(MANY_BLOCKS, numbers, scan)
+        assert capfd.readouterr().err == ""
+    for numbers in ("bf16", "f32"):
+        run(replace(MANY_BLOCKS, resident=1), numbers, scan)
+    said = capfd.readouterr().err  # once a process
+    assert said.count("cannot hold the 5 blocks of a scan at once") == 1
 
 
 def test_weights_beyond_the_registers_are_in_shared_memory():

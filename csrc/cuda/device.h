@@ -41,7 +41,7 @@ class CudaDevice {
   bool tf32;
 
   template <class Parameters>
-  void launch(void (*kernel)(Parameters), const Grid& grid, const Parameters& parameters) const {
+  bool launch(void (*kernel)(Parameters), const Grid& grid, const Parameters& parameters) const {
     if (grid.shared_bytes > 48 << 10)  // more than the default limit
       check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes),
@@ -56,7 +56,13 @@ class CudaDevice {
     config.stream = stream_;
     config.attrs = &cooperative;
     config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(parameters)), "launch of a kernel");
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(parameters));
+    if (error == cudaErrorCooperativeLaunchTooLarge) {
+      cudaGetLastError();  // which nobody else is to find
+      return false;
+    }
+    check_cuda(error, "launch of a kernel");
+    return true;
   }
 
   void multiply(Tensor& out, const Tensor& a, const Tensor& b) const {

@@ -2,12 +2,15 @@
 // class, for there are two: CUDA (device.h), and the CPU that runs the kernels in the tests. It has
 //   limits                                   DeviceLimits
 //   tf32                                     whether float32 is rounded to it
-//   launch(kernel, Grid, parameters)
+//   launch(kernel, Grid, parameters) -> bool   false: it cannot hold all blocks of a cooperative grid at once
 //   multiply(out, a, b), multiply_add(out, addend, a, b)   torch's matrix products
 //   copy(numbers, count) -> Tensor           int64 numbers of the host on the device
 //   clear(memory, bytes)
 #pragma once
+#include <atomic>
+#include <string>
 #include <type_traits>
+#include <vector>
 
 #include "common/operators.h"
 #include "cuda/persistent_backward.cuh"
@@ -22,26 +25,35 @@ struct Grid {
   bool cooperative;
 };
 
-/// A sequence whose arrays are on the device.
+/// A sequence whose arrays are on the device, by one copy.
 template <class Device>
 class DeviceSequence {
  public:
   DeviceSequence(Device& device, const Sequence& host) : sequence_(host) {
-    const auto copied = [&](const int64_t* numbers, int64_t count) -> const int64_t* {
-      if (!numbers || count == 0) return nullptr;
-      arrays_.push_back(device.copy(numbers, count));
-      return static_cast<const int64_t*>(arrays_.back().const_data_ptr());
+    struct Part {
+      const int64_t*& here;
+      int64_t count;
     };
-    sequence_.offsets = copied(host.offsets, host.T + 1);
-    sequence_.counts = copied(host.counts, host.T);
-    sequence_.order = copied(host.order, host.B);
+    const Part parts[] = {
+        {sequence_.offsets, host.T + 1}, {sequence_.counts, host.T}, {sequence_.order, host.B}};
+    std::vector<int64_t> numbers;
+    for (const Part& part : parts)
+      if (part.here) numbers.insert(numbers.end(), part.here, part.here + part.count);
     sequence_.last = nullptr;
+    if (numbers.empty()) return;
+    memory_.push_back(device.copy(numbers.data(), int64_t(numbers.size())));
+    const int64_t* next = static_cast<const int64_t*>(memory_[0].const_data_ptr());
+    for (const Part& part : parts)
+      if (part.here) {
+        part.here = next;
+        next += part.count;
+      }
   }
   const Sequence& get() const { return sequence_; }
 
  private:
   Sequence sequence_;
-  Tensors arrays_;
+  Tensors memory_;  // none where there are no arrays
 };
 
 inline Tensor first_rows(const Tensor& matrix, int64_t n) {
@@ -92,6 +104,17 @@ struct ExchangeMemory {
     arrived = reinterpret_cast<uint32_t*>(exchange + groups * 2 * g.exchange_bytes());
   }
 };
+
+/// Said once, where a scan that was to be one launch is one launch a step.
+inline void warn_of_single_steps(int64_t blocks) {
+  static std::atomic_flag said;
+  if (said.test_and_set()) return;
+  const std::string message =
+      "fastrnn: the device cannot hold the " + std::to_string(blocks) +
+      " blocks of a scan at once, which wait for one another; a limit of MPS or a green context may leave "
+      "only a part of it. Each step is a launch of its own, which is slower";
+  aoti_torch_warn(__func__, __FILE__, __LINE__, message.c_str());
+}
 
 template <class Device, class Cell>
 class Driver {
@@ -190,11 +213,11 @@ class Driver {
         PersistentForward<S> p{problem, {}, choice.geometry, memory.exchange, memory.arrived};
         for (size_t d = 0; d < gates_x.size(); ++d) p.gates_x[d] = rows<S>(gates_x[d]);
         const Grid grid = grid_of(choice, true, M::kArithmetic, problem.directions);
-        if (choice.form == Form::kOneBlock)
-          device_.launch(persistent_forward<Cell, M, Form::kOneBlock>, grid, p);
-        else
-          device_.launch(persistent_forward<Cell, M, Form::kManyBlocks>, grid, p);
-        done = true;
+        // mutant: forward-grid-too-large-taken-for-done
+        done = device_.launch(choice.form == Form::kOneBlock ? persistent_forward<Cell, M, Form::kOneBlock>
+                                                             : persistent_forward<Cell, M, Form::kManyBlocks>,
+                              grid, p);
+        if (!done) warn_of_single_steps(grid.blocks);
       });
     return done;
   }
@@ -212,13 +235,14 @@ class Driver {
         const Tensor du = shares_of_vectors<S>(call, problem.directions * shares);
         const PersistentBackward<S> p{problem, choice.geometry, memory.exchange, memory.arrived,
                                       pointer<float>(du)};
-        if (choice.form == Form::kOneBlock)
-          device_.launch(persistent_backward<Cell, M, Form::kOneBlock>, grid, p);
-        else
-          device_.launch(persistent_backward<Cell, M, Form::kManyBlocks>, grid, p);
+        // mutant: backward-grid-too-large-taken-for-done
+        done =
+            device_.launch(choice.form == Form::kOneBlock ? persistent_backward<Cell, M, Form::kOneBlock>
+                                                          : persistent_backward<Cell, M, Form::kManyBlocks>,
+                           grid, p);
+        if (!done) return warn_of_single_steps(grid.blocks);
         for (int d = 0; d < problem.directions; ++d)
           add_up_vectors(problem.direction[d], pointer<float>(du) + d * shares * vectors(call), shares, call);
-        done = true;
       });
     return done;
   }

@@ -32,15 +32,21 @@ bool look_up_all() {
 }  // namespace
 
 bool tf32_is_allowed() {
+  // The setting may change between two calls and torch's C interface does not have it, so Python is asked.
+  // What does not change is looked up once.
   const PyGILState_STATE gil = PyGILState_Ensure();
-  bool allowed = false;
-  if (PyObject* const torch_c = PyImport_ImportModule("torch._C")) {
-    if (PyObject* const precision =
-            PyObject_CallMethod(torch_c, "_get_fp32_precision_getter", "ss", "cuda", "rnn")) {
-      allowed = PyUnicode_CompareWithASCIIString(precision, "tf32") == 0;
-      Py_DecRef(precision);
+  static PyObject *getter, *arguments;
+  if (!getter) {
+    if (PyObject* const torch_c = PyImport_ImportModule("torch._C")) {
+      arguments = Py_BuildValue("(ss)", "cuda", "rnn");
+      getter = PyObject_GetAttrString(torch_c, "_get_fp32_precision_getter");
+      Py_DecRef(torch_c);
     }
-    Py_DecRef(torch_c);
+  }
+  bool allowed = false;
+  if (PyObject* const precision = getter ? PyObject_Call(getter, arguments, nullptr) : nullptr) {
+    allowed = PyUnicode_CompareWithASCIIString(precision, "tf32") == 0;
+    Py_DecRef(precision);
   }
   PyErr_Clear();
   PyGILState_Release(gil);

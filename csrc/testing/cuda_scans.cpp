@@ -7,11 +7,12 @@ namespace fastrnn {
 namespace {
 
 void configure(bool tf32, int64_t multiprocessors, int64_t shared_bytes, bool one_block, int64_t order,
-               int64_t seed) {
-  static HostDevice device{{}, false, {}};
+               int64_t seed, int64_t resident) {
+  static HostDevice device{{}, false, {}, 0};
   device = {{int(multiprocessors), int(shared_bytes), one_block},
             tf32,
-            {static_cast<testing::Schedule::Order>(order), uint64_t(seed)}};
+            {static_cast<testing::Schedule::Order>(order), uint64_t(seed)},
+            resident};
   HostDevice::configured = &device;
 }
 
@@ -20,8 +21,8 @@ void configure(bool tf32, int64_t multiprocessors, int64_t shared_bytes, bool on
 
 STABLE_TORCH_LIBRARY(fastrnn_cuda_on_host, m) {
   m.def(
-      "configure(bool tf32, int multiprocessors, int shared_bytes, bool one_block, int order, int seed) -> "
-      "()");
+      "configure(bool tf32, int multiprocessors, int shared_bytes, bool one_block, int order, int seed, "
+      "int resident=2147483647) -> ()");
   fastrnn::define_scans(m);
   m.def(fastrnn::kLinearScan);
 }

@@ -13,18 +13,21 @@ struct HostDevice {
   DeviceLimits limits;
   bool tf32;
   testing::Schedule schedule;
+  int64_t resident;  // blocks of a cooperative grid that it holds at once
 
   /// What torch.ops.fastrnn_cuda_on_host.configure has set, for any tensor.
   static inline HostDevice* configured = nullptr;
-  HostDevice(const DeviceLimits& limits_, bool tf32_, testing::Schedule schedule_)
-      : limits(limits_), tf32(tf32_), schedule(schedule_) {}
+  HostDevice(const DeviceLimits& limits_, bool tf32_, testing::Schedule schedule_, int64_t resident_)
+      : limits(limits_), tf32(tf32_), schedule(schedule_), resident(resident_) {}
   explicit HostDevice(const Tensor&) : HostDevice(*configured) {}
 
   template <class Parameters>
-  void launch(void (*kernel)(Parameters), const Grid& grid, const Parameters& parameters) const {
+  bool launch(void (*kernel)(Parameters), const Grid& grid, const Parameters& parameters) const {
+    if (grid.cooperative && grid.blocks > resident) return false;
     const testing::Launch launch{unsigned(grid.blocks), unsigned(grid.threads), size_t(grid.shared_bytes),
                                  grid.cooperative, schedule};
     testing::run(launch, [&] { kernel(parameters); });
+    return true;
   }
   void multiply(Tensor& out, const Tensor& a, const Tensor& b) const {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
