@@ -298,5 +298,5 @@ def test_prepacked_and_busy_runs_under_a_held_back_library_say_so(tmp_path, monk
     assert environment["prepacked"] is True
     assert environment["busy"] == 1
     assert len(modules) == 1  # inference alone
-    assert "prepacked, 1 busy neighbours" in capsys.readouterr().out
+    assert "prepacked, 1 busy neighbours" in " ".join(capsys.readouterr().out.split())
     assert not any(record.disturbed or record.discarded for record in Results.load(json).records)

@@ -110,7 +110,7 @@ torch.set_num_threads(2)
 torch.manual_seed(0)
 m = fastrnn.LSTM(40, 256, 2)
 x = torch.randn(300, 1, 40, requires_grad=True)
-assert torch.ops.fastrnn.cpu_plan(300, 1, 256, 296, 4, 1, 4) == [1, 2]  # units are shared
+assert torch.ops.fastrnn.cpu_plan(300, 1, 256, 296, 4, 1, 4, 4) == [1, 2]  # units are shared
 digest = hashlib.sha256()
 for _ in range(20):
     y = m(x)[0]

@@ -134,6 +134,7 @@ def test_the_gradient_of_a_state_in_the_middle_is_that_of_a_shorter_sequence(kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_options_without_a_kernel_are_composed_and_said_so(kind):
     module, x = build(kind, False), sample(False).detach()
     reset = torch.rand(T, B) < 0.3

@@ -175,6 +175,7 @@ def test_large_and_small_exponents_stay_finite(scale):
 
 
 @pytest.mark.filterwarnings("ignore:fastrnn")
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_it_runs_without_kernels_too():
     low = make(torch.bfloat16, heads=2, bidirectional=True)
     x, lengths = make_input().bfloat16(), torch.tensor([2, 5, 0])

@@ -131,6 +131,7 @@ def test_a_hook_hears_a_back_propagation_that_is_differentiated_again():
     assert torch.autograd.grad(second.square().sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_a_hook_that_would_hear_nothing_is_refused():
     for dtype, call in [(torch.float64, torch.compile), (torch.bfloat16, lambda f: f)]:
         module = fastrnn.LSTM(I, H, dtype=dtype)

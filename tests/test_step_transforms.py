@@ -137,6 +137,7 @@ def test_compiled_whole_with_gradients(kind):
     torch.testing.assert_close(compiled(x, **keywords), module(x, **keywords))
 
 
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_a_compiled_call_without_a_kernel_warns_too_without_a_break_of_its_graph(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(functional, "_warned", set())
