@@ -85,6 +85,7 @@ def test_a_reverse_direction_is_counted_back_from_its_first_step() -> None:
     torch.testing.assert_close(found["h layer 1"], found["h layer 1 reverse"])
 
 
+@pytest.mark.usefixtures("without_16_bit_kernels")
 def test_only_layers_with_kernels_are_heard() -> None:
     x = torch.randn(T, B, I)
     for rnn in (nn.LSTM(I, H), fastrnn.LSTM(I, H).bfloat16()):
