@@ -162,6 +162,10 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
     For serving: call ``eval()`` first and run under ``torch.no_grad()`` or ``inference_mode()``. Few rows and
     single steps gain most, because they read each weight once a step. ``weights=torch.bfloat16`` also rounds
     the weights (not the biases) to bfloat16, half the bytes to read; sums and states stay float32.
+    ``weights=torch.int8`` rounds the weights of each unit of a gate to 255 levels, a quarter of the bytes, and
+    in each step each row of x and h too, for products of 8-bit numbers; biases, sums and states stay float32. A
+    NaN or an infinity in a row of x or h makes all units of that row NaN, and in the weights of a unit all
+    rows of that unit. docs/serving.md has the errors and the speed.
 
     Undone for a module by ``train()``, and with a warning by a call that needs gradients and by the first
     call after its weights changed: edited in place, loaded, moved, or exchanged by ``swap_tensors``. torch
@@ -177,7 +181,7 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
     to the bit, with few rows to rounding. torch.compile, torch.export and torch.jit take no notice of packs.
 
     Raises RuntimeError for a module in training mode, and ValueError where there is nothing to prepack: no
-    fastrnn module, parametrized weights, or a device or dtype without these kernels.
+    fastrnn module, parametrized weights, other ``weights``, or a device or dtype without these kernels.
     """
     if weights not in _STORAGE:
         raise ValueError(f"weights must be None, torch.bfloat16 or torch.int8, got {weights}")
