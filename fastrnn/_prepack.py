@@ -162,10 +162,10 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
     For serving: call ``eval()`` first and run under ``torch.no_grad()`` or ``inference_mode()``. Few rows and
     single steps gain most, because they read each weight once a step. ``weights=torch.bfloat16`` also rounds
     the weights (not the biases) to bfloat16, half the bytes to read; sums and states stay float32.
-    ``weights=torch.int8`` rounds the weights of each unit of a gate to 255 levels, a quarter of the bytes, and
-    in each step each row of x and h too, for products of 8-bit numbers; biases, sums and states stay float32. A
-    NaN or an infinity in a row of x or h makes all units of that row NaN, and in the weights of a unit all
-    rows of that unit. docs/serving.md has the errors and the speed.
+    ``weights=torch.int8`` rounds the weights of each unit of a gate to 255 levels, a quarter of the bytes,
+    and at every step each row of x and h as well, for products of 8-bit numbers; biases, gates and states
+    stay float32. NaN or infinity in a row of x or h makes every unit of that row NaN; in the weights of a
+    unit it makes that unit NaN in every row. docs/serving.md has the errors and the speed.
 
     Undone for a module by ``train()``, and with a warning by a call that needs gradients and by the first
     call after its weights changed: edited in place, loaded, moved, or exchanged by ``swap_tensors``. torch
