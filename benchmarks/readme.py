@@ -43,7 +43,9 @@ def machine(environment: dict) -> str:
 def conditions(environment: dict) -> str:
     """The conditions that set a run apart from an ordinary one; its figures are quoted with them."""
     parts = [f"`{name}={value}`" for name, value in environment.get("variables", {}).items()]
-    parts += ["inference after `fastrnn.prepack`"] * bool(environment.get("prepacked"))
+    prepacked = environment.get("prepacked")
+    parts += ["inference after `fastrnn.prepack`"] * bool(prepacked)
+    parts += [f"weights as {prepacked}"] * isinstance(prepacked, str)
     parts += [f"beside {environment.get('busy')} busy processes"] * bool(environment.get("busy"))
     return "".join(f", {part}" for part in parts)
 

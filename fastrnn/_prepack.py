@@ -162,7 +162,11 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
     For serving: call ``eval()`` first and run under ``torch.no_grad()`` or ``inference_mode()``. Calls of few
     rows a step and some 30 in all gain most; shorter ones do not pack without it, and gain nothing.
     ``weights=torch.bfloat16`` rounds the weights (not the biases) to bfloat16, half the bytes to read, which
-    also helps single steps from 256 units on; sums and states stay float32.
+    also helps single steps from 256 units on; sums and states stay float32. ``weights=torch.int8`` rounds the
+    weights of each unit of a gate to 255 levels, a quarter of the bytes, and at every step each row of x and
+    h as well, for products of 8-bit numbers; biases, gates and states stay float32. NaN or infinity in a row
+    of x or h makes every unit of that row NaN; in the weights of a unit it makes that unit NaN in every row.
+    docs/serving.md has the errors and the speed.
 
     Undone for a module by ``train()``, and with a warning by a call that needs gradients and by the first
     call after its weights changed: edited in place, loaded, moved, or exchanged by ``swap_tensors``. torch
@@ -178,7 +182,7 @@ def prepack(module: _Module, weights: torch.dtype | None = None) -> _Module:
     to the bit, with few rows to rounding. torch.compile, torch.export and torch.jit take no notice of packs.
 
     Raises RuntimeError for a module in training mode, and ValueError where there is nothing to prepack: no
-    fastrnn module, parametrized weights, or a device or dtype without these kernels.
+    fastrnn module, parametrized weights, other ``weights``, or a device or dtype without these kernels.
     """
     if weights not in _STORAGE:
         raise ValueError(f"weights must be None, torch.bfloat16 or torch.int8, got {weights}")

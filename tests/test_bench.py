@@ -284,6 +284,25 @@ def test_a_peer_computes_the_same_with_converted_weights(cell, bidirectional, pe
     workload.agree(case.name, outputs, workload.reference_results(case, INFER))
 
 
+def test_runs_with_rounded_weights_say_so_and_are_checked_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "CASES", SMALL[:1])
+    json = tmp_path / "a.json"
+    argv = ["--seconds", "0", "--threads", "1", "--prepack", "int8", "--json", str(json)]
+    assert bench.main(argv) == 0
+    assert Results.load(json).environment["prepacked"] == "int8"
+    assert "prepacked as int8" in capsys.readouterr().out
+    prepack = fastrnn.prepack
+
+    def wrong(module, weights):
+        with torch.no_grad():
+            module.weight_hh_l0.neg_()
+        return prepack(module, weights)
+
+    monkeypatch.setattr(fastrnn, "prepack", wrong)
+    assert bench.main(argv) != 0
+    assert "FAILED" in capsys.readouterr().out
+
+
 def test_prepacked_and_busy_runs_under_a_held_back_library_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "CASES", SMALL[:1])
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")

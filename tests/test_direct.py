@@ -273,8 +273,9 @@ def test_modes_and_transforms_see_the_operators(name):
     assert is_direct(module, x)
 
 
-def test_a_layer_with_a_pack_uses_it():
-    lstm = fastrnn.prepack(fastrnn.LSTM(I, H, 2).eval(), torch.bfloat16)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.int8])
+def test_a_layer_with_a_pack_uses_it(weights):
+    lstm = fastrnn.prepack(fastrnn.LSTM(I, H, 2).eval(), weights)
     x = torch.randn(T, B, I)
     with torch.no_grad():
         found = flat(lstm(x))
@@ -283,12 +284,13 @@ def test_a_layer_with_a_pack_uses_it():
             assert all(map(torch.equal, found, flat(lstm(x))))
     plain = fastrnn.LSTM(I, H, 2)
     plain.load_state_dict(lstm.state_dict())
-    assert not torch.equal(plain(x)[0], found[0])  # bfloat16 weights
+    assert not torch.equal(plain(x)[0], found[0])  # rounded weights
 
 
-def test_a_damaged_pack_is_not_read():
+@pytest.mark.parametrize("storage", ["", "int8"])
+def test_a_damaged_pack_is_not_read(storage):
     lstm = fastrnn.LSTM(I, H).eval()
-    packed = torch.ops.fastrnn.pack("lstm", lstm._flat_weights, 15)
+    packed = torch.ops.fastrnn.pack("lstm", lstm._flat_weights, 15, storage)
     with torch.no_grad():
 
         def run(pack):

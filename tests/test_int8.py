@@ -307,6 +307,9 @@ def test_an_unknown_override_is_refused_loudly():
     assert "FASTRNN_CPU_INT8=mmx is unknown or not available" in output
 
 
+@pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="torch has no int8 LSTM"
+)
 def test_beside_torchs_own_quantised_lstm():
     """Our error against float32 is not above that of torch.ao's dynamic quantisation."""
     torch.manual_seed(0)

@@ -232,7 +232,7 @@ void avx2_multiply(const uint8_t* a, int64_t lda, int64_t n, int64_t K, const In
 
 typedef int8_t Bytes __attribute__((vector_size(8)));
 typedef int16_t Shorts __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(16)));
 
 /// 4 integers of a row, once for each of two units.
 Shorts twice(const uint8_t* x) {
@@ -240,37 +240,49 @@ Shorts twice(const uint8_t* x) {
   std::memcpy(&bytes, x, 4), std::memcpy(reinterpret_cast<char*>(&bytes) + 4, x, 4);
   return __builtin_convertvector(bytes, Shorts);
 }
-Shorts widened(const int8_t* weights) {
+
+/// The products of two units with 4 integers each, as two sums a unit.
+Ints pair_sums(Shorts x, const int8_t* weights) {
   Bytes bytes;
   std::memcpy(&bytes, weights, sizeof bytes);
-  return __builtin_convertvector(bytes, Shorts);
+  const auto w = __builtin_convertvector(bytes, Shorts);
+#if defined(__x86_64__)
+  return reinterpret_cast<Ints>(_mm_madd_epi16(reinterpret_cast<__m128i>(x), reinterpret_cast<__m128i>(w)));
+#else
+  Ints sums;
+  for (int k = 0; k < 4; ++k) sums[k] = x[2 * k] * w[2 * k] + x[2 * k + 1] * w[2 * k + 1];
+  return sums;
+#endif
 }
 
-/// Two products, at most 2 * 127 * 127 = 32258, are added in 16 bits before they are widened.
-void portable_tile(const uint8_t* row, int64_t depth, const Int8Panel& panel, int width, float* c,
-                   bool accumulate) {
-  const float scale = scale_of(row, depth);
-  for (int u = 0; u < width; u += 2) {
-    Ints sums{};
-    const int8_t* weights = panel.weights + 4 * u;
-    for (int64_t k = 0; k < depth; k += 8, weights += 8 * width) {
-      const Shorts products =
-          twice(row + k) * widened(weights) + twice(row + k + 4) * widened(weights + 4 * width);
-      sums += __builtin_convertvector(products, Ints);
-    }
-    for (int unit = 0; unit < 2; ++unit) {
-      const int* const of = reinterpret_cast<const int*>(&sums) + 4 * unit;
-      const float product = float(of[0] + of[1] + of[2] + of[3]) * (scale * panel.scales[u + unit]);
-      c[u + unit] = accumulate ? c[u + unit] + product : product;
-    }
+/// 2 * kPairs units of a row.
+template <int kPairs>
+void portable_tile(const uint8_t* row, int64_t depth, const float* scales, const int8_t* weights, int width,
+                   float* c, bool accumulate) {
+  Ints sums[kPairs] = {};
+  for (int64_t k = 0; k < depth; k += 4, weights += 4 * width) {
+    const Shorts x = twice(row + k);
+    for (int pair = 0; pair < kPairs; ++pair) sums[pair] += pair_sums(x, weights + 8 * pair);
   }
+  const float scale = scale_of(row, depth);
+  for (int pair = 0; pair < kPairs; ++pair)
+    for (int u = 0; u < 2; ++u) {
+      const int sum = sums[pair][2 * u] + sums[pair][2 * u + 1];
+      const float product = float(sum) * (scale * scales[2 * pair + u]);
+      float& to = c[2 * pair + u];
+      to = accumulate ? to + product : product;
+    }
 }
 
 void portable_multiply(const uint8_t* a, int64_t lda, int64_t n, int64_t K, const Int8* panels, int count,
                        int width, float* c, int64_t c_step, int64_t ldc, bool accumulate) {
   by_tiles<1>(a, lda, n, K, panels, count, width, c, c_step, ldc, accumulate,
               [](const uint8_t* row, int64_t, int, int64_t depth, const Int8Panel& panel, int units,
-                 float* to, int64_t, bool adds) { portable_tile(row, depth, panel, units, to, adds); });
+                 float* to, int64_t, bool adds) {
+                const auto tile = units == 4 ? portable_tile<2> : portable_tile<4>;
+                for (int u = 0; u < units; u += 8)
+                  tile(row, depth, panel.scales + u, panel.weights + 4 * u, units, to + u, adds);
+              });
 }
 
 constexpr Int8Products kPortable{"portable", 0, portable_multiply};

@@ -38,7 +38,14 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="also time these, inference only",
     )
-    add("--prepack", action="store_true", help="inference after fastrnn.prepack()")
+    add(
+        "--prepack",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=["bfloat16", "int8"],
+        help="inference after fastrnn.prepack(), or with rounded weights",
+    )
     add("--busy", type=int, default=0, metavar="N", help="beside N busy processes; no round is discarded")
     add("--memory", action="store_true", help="also the peak memory of a training step")
     add("--list", action="store_true", help="name the chosen cases and stop")
@@ -153,6 +160,7 @@ def _show_environment(console: Console, environment: dict[str, object], peaks: d
         f"{environment['cpu']}, kernels {environment['kernels']}, torch {environment['torch']} "
         f"({environment['capability']}), load {environment['load']}"
         + ", prepacked" * bool(environment["prepacked"])
+        + f" as {environment['prepacked']}" * isinstance(environment["prepacked"], str)
         + f", {environment['busy']} busy neighbours" * bool(environment["busy"])
     )
     if environment["variables"]:

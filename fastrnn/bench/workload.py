@@ -123,13 +123,14 @@ def make_module(case: Case, library: ModuleType) -> nn.Module:
     )
 
 
-def check(workload: Workload, reference: list[Tensor]) -> None:
-    """Raise Disagreement unless a call's results are those of the float64 reference."""
+def check(workload: Workload, reference: list[Tensor], limit: float = 0) -> None:
+    """Raise Disagreement unless a call's results are those of the float64 reference, to the limit or the
+    tolerance of their dtype."""
     training = workload.module.training
     workload.module.eval()  # no dropout: two libraries share no random stream
     results = workload()
     workload.module.train(training)
-    agree(workload.case.name, results, reference)
+    agree(workload.case.name, results, reference, limit)
 
 
 def reference_results(case: Case, mode: str) -> list[Tensor]:
@@ -139,9 +140,9 @@ def reference_results(case: Case, mode: str) -> list[Tensor]:
     return workload()
 
 
-def agree(name: str, results: list[Tensor], reference: list[Tensor]) -> None:
+def agree(name: str, results: list[Tensor], reference: list[Tensor], least: float = 0) -> None:
     for k, (result, expected) in enumerate(zip(results, reference, strict=True)):
-        limit = TOLERANCE[result.dtype]
+        limit = max(least, TOLERANCE[result.dtype])
         error = float(
             (result.double() - expected).detach().norm() / expected.detach().norm().clamp_min(1e-30)
         )
