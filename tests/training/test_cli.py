@@ -187,9 +187,7 @@ def test_progress_in_lines_has_the_speed_and_the_time_left(
     lines = re.findall(r"^step (\d+) of 20, ([\d.e+]+) steps/s, (\S+) left(.*)", shown, re.M)
     assert [int(step) for step, *_ in lines] == list(range(1, 21))
     assert all(float(speed) > 0 for _, speed, *_ in lines)
-    assert all(
-        "train/loss " in rest for step, _, _, rest in lines if int(step) > 4
-    )
+    assert all("train/loss " in rest for step, _, _, rest in lines if int(step) > 4)
     assert lines[-1][2] == "0:00:00"
     assert len(re.findall(r"^step (5|10|15|20) of 20  .*val/rmse", shown, re.M)) == 4
 
