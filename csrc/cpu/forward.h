@@ -150,6 +150,7 @@ class Forward : public Scan<S, ForwardProblem<S>> {
   FASTRNN_INLINE Rows<Factor> m_buffer(int team) const {
     return {m_ + team * this->most_rows() * m_stride_, m_stride_};
   }
+  /// Of Int8 the cache line that padded() adds has the row's scale.
   static int64_t left_stride(int64_t K) {
     return padded<Left>(kQuantises ? int8_depth(K) : K, kQuantises ? 64 : kBlock<Left>);
   }

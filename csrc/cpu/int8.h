@@ -12,13 +12,11 @@ struct Int8 {
   int8_t value;
 };
 
-/// The integers of a row of A or of a unit of a panel: K, filled with zeros to whole tiles of AMX.
+/// The integers of a row of A or of a unit of a panel: K, filled with zeros to whole tiles of AMX. A row of A
+/// is so many bytes, each an integer plus `zero`, and its float scale after them.
 constexpr int64_t int8_depth(int64_t K) { return (K + 63) / 64 * 64; }
 /// Most products of two such integers whose sum an int32 holds.
 constexpr int64_t kMostInt8Depth = INT32_MAX / (127 * 127);
-
-/// A row of A is int8_depth(K) bytes, each an integer plus `zero`, and the float scale after them.
-constexpr int64_t int8_row_bytes(int64_t K) { return int8_depth(K) + int64_t(sizeof(float)); }
 
 /// The parts of a panel of `width` units, in their order in memory: 8 bytes of a unit before its weights.
 struct Int8Panel {

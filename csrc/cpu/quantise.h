@@ -27,7 +27,7 @@ FASTRNN_INLINE Scale scale_of(const float* x, int64_t K) {
     const Ints magnitude = reinterpret_cast<Ints>(v) & INT32_MAX;
     most = magnitude > most ? magnitude : most;
   });
-  // 2^-100 at least, or 127 / largest would overflow: a row of smaller numbers than that counts as zero.
+  // 2^-100 at least, because 127 / largest must not overflow: numbers below 2^-108 count as zero.
   constexpr int32_t kLeast = (127 - 100) << 23, kInfinity = 255 << 23;
   int32_t bits = kLeast;
   for (int lane = 0; lane < kLanes<float>; ++lane) bits = max<int32_t>(bits, most[lane]);
