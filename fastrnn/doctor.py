@@ -30,7 +30,7 @@ EXTRAS = {
 }
 LOOK = 0.5  # seconds for which the load of the machine is counted
 # Largest error, relative to the largest value, of fastrnn beside torch.nn in float64.
-BOUNDS = {"float64": 1e-10, "float32": 1e-4}
+BOUNDS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.5}
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,14 @@ def check_load() -> Check:
     return Check("load", WARNING, f"{found}: expect less speed", advice)
 
 
-def check_instruction_set(isa: str) -> Check:
+def check_instruction_set(isa: str, products: str = "") -> Check:
     wanted = os.environ.get("FASTRNN_CPU_ISA")
     if wanted:
         return Check("kernels", NOTE, f"{isa}, as FASTRNN_CPU_ISA says", "unset it for the best ones")
     if isa == "baseline" and platform.machine() == "x86_64":
         found = "baseline, because this processor has no AVX2"
         return Check("kernels", WARNING, found, "expect several times less speed")
-    return Check("kernels", OK, isa)
+    return Check("kernels", OK, isa + products)
 
 
 # ---- The self-test: every module, forward and backward, beside torch.nn in float64 --------------------
@@ -182,7 +182,9 @@ def _results(module, x) -> list:
         return [value] if isinstance(value, torch.Tensor) else [t for part in value for t in flatten(part)]
 
     outputs = flatten(module(x))
-    loss = sum((y * torch.arange(y.numel()).to(y).cos().view_as(y)).sum() for y in outputs)
+    loss = sum(
+        (y * torch.arange(y.numel(), dtype=torch.float64).cos().to(y).view_as(y)).sum() for y in outputs
+    )
     leaves = [x, *module.parameters()]
     return [*outputs, *torch.autograd.grad(loss, leaves)]
 
@@ -214,7 +216,7 @@ def self_test() -> dict:
         shape = (9, 17) if name.endswith("Cell") else (12, 9, 17)
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         expected = _results(theirs, x)
-        for dtype in (torch.float64, torch.float32):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
             found = _results(ours.to(dtype), x.detach().to(dtype).requires_grad_())
             each = [
                 (f.double() - e).abs().max() / e.abs().max().clamp(min=1)
@@ -222,7 +224,9 @@ def self_test() -> dict:
             ]
             worst = float(torch.stack(each).max())  # NaN, if there is one
             errors[f"{label}, {str(dtype).removeprefix('torch.')}"] = worst
-    return {"isa": torch.ops.fastrnn.cpu_isa(), "errors": errors}
+    products = {"bfloat16": torch.ops.fastrnn.cpu_bfloat16(), "int8": torch.ops.fastrnn.cpu_int8()}
+    said = "".join(f", {numbers} by {name}" for numbers, name in products.items() if name)
+    return {"isa": torch.ops.fastrnn.cpu_isa(), "products": said, "errors": errors}
 
 
 def check_native() -> list[Check]:
@@ -240,7 +244,7 @@ def check_native() -> list[Check]:
         for label, error in errors.items()
         if not error <= BOUNDS[label.split(", ")[1]]
     ]
-    kernels = check_instruction_set(report["isa"])
+    kernels = check_instruction_set(report["isa"], report["products"])
     if wrong:
         advice = "report it with this page; FASTRNN_CPU_ISA=baseline may work meanwhile"
         return [kernels, Check("self-test", BROKEN, "; ".join(wrong), advice)]

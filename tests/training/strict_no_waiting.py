@@ -53,7 +53,7 @@ def test_no_step_between_two_logged_ones_waits_or_logs(
     given = ["fit", "--config", name, *SMALL[name], *STRICT, f"--runs={tmp_path}", "--report.write=false"]
     given += ["--trainer.limit_train_batches=12", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=5"]
     given += ["--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
-    given += ["--flow.every_n_steps=20", "--trainer.callbacks+=test_no_waiting.Steps"]
+    given += ["--flow.every_n_steps=20", "--trainer.callbacks+=strict_no_waiting.Steps"]
     with strict_device(monkeypatch):
         assert main(given) == 0
     unlogged = {step: seen for step, seen in Steps.seen.items() if step in (2, 3, 4, 7, 8, 9)}
