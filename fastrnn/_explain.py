@@ -99,7 +99,7 @@ def _explain_module(
     reason = functional.no_kernel_reason(weight) if H > 0 else "there are no units (H = 0) to compute"
     if reason is not None:
         return Explanations(Explanation(name, layer, None, reason, reason, options) for layer in range(L))
-    numbers = CELLS[cell]
+    numbers, layers = CELLS[cell], [weights for _, weights in module._scan_layers()]
     if weight.is_cuda:
 
         def plan(forward: bool) -> str:
@@ -108,17 +108,18 @@ def _explain_module(
 
         forwards, backward = [plan(True)] * L, plan(False)
     else:
-        products = functional.dtype_of_products(weight, module._scan_layers()[0][1])
+        N = len(input.data) if isinstance(input, PackedSequence) else T * B
+        products = functional.dtype_of_products(weight, N, layers[0])
         size = (products or weight.dtype).itemsize
         note = functional.note_of_products(products)
         forwards = [
             _shared_out(T, B, H, P, numbers.gates, D, 1 if _prepack.in_int8(weights) else size) + note
-            for _, weights in module._scan_layers()
+            for weights in layers
         ]
         backward = _shared_out(T, B, P, H, numbers.gates, D, size) + note
     return Explanations(
         Explanation(name, layer, f"fastrnn::{cell}", forward + _prepack.note(weights), backward, options)
-        for layer, (forward, (_, weights)) in enumerate(zip(forwards, module._scan_layers(), strict=True))
+        for layer, (forward, weights) in enumerate(zip(forwards, layers, strict=True))
     )
 
 

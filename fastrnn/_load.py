@@ -5,10 +5,8 @@ import time
 from pathlib import Path
 
 STAT = Path("/proc/stat")
-BUSY, STEAL = (
-    (1, 2, 3, 6, 7),
-    8,
-)  # of a line "cpu0 ...": user, nice, system, irq, softirq; what the host takes
+# Of a line "cpu0 ...": user, nice, system, irq, softirq; what the host takes.
+BUSY, STEAL = (1, 2, 3, 6, 7), 8
 
 
 class Load:

@@ -20,12 +20,8 @@ from ._warn import warn
 _Module = TypeVar("_Module", bound=nn.Module)
 Weights = Sequence[Tensor | None]  # of one layer, as the operators take them
 _CHANGED = "the weights have changed"
-_PREPACKED = "prepacked"
-_STORAGE = {
-    None: "",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
-}  # of prepack's argument, for the operator
+# Of prepack's argument, the name that the operator pack has for it.
+_STORAGE = {None: "", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
 
 class State(NamedTuple):
@@ -58,6 +54,7 @@ class Pack:
     packed: Tensor | None  # None: undone
     note: str  # for explain()
     states: list[State]
+    storage: str  # of the weights, as the operator pack names it
 
     def serves(self, weights: Weights) -> bool:
         states = self.states  # another thread may undo it meanwhile
@@ -86,8 +83,8 @@ def _key(weights: Weights) -> tuple[int, ...]:
 def _make(cell: str, weights: Weights, storage: str) -> Pack:
     with torch.no_grad():
         packed = torch.ops.fastrnn.pack(cell, *_operators.given(weights), storage)
-    note = _PREPACKED + (storage and f" as {storage}")
-    return Pack(packed, note, [State.of(t) for t in _tensors(weights)])
+    note = "prepacked" + (storage and f" as {storage}")
+    return Pack(packed, note, [State.of(t) for t in _tensors(weights)], storage)
 
 
 def has_pack(weights: Weights) -> bool:
@@ -111,7 +108,7 @@ def find(weights: Weights, for_gradients: bool) -> Tensor | None:
 def in_int8(weights: Weights) -> bool:
     """Whether a call without gradients reads these weights as int8."""
     pack = packs.get(_key(weights))
-    return pack is not None and pack.note == f"{_PREPACKED} as int8" and pack.serves(weights)
+    return pack is not None and pack.storage == "int8" and pack.serves(weights)
 
 
 def note(weights: Weights) -> str:

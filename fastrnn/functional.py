@@ -265,39 +265,17 @@ def layer(
     """Scans one cell over time, as ``_autograd.scan``. ``composed`` makes it from torch operations, for what
     has no kernel."""
     x = _as(states[0].dtype, x)
-    scan = partial(_layer, name, rows=rows, keep_history=keep_history, composed=composed, listener=listener)
-    products = None if x.is_cuda or composed else dtype_of_products(x, weights)
-    if products is None:
-        return scan(x, states, weights, options=options)
-    matrices = (W_HH,) if CELLS[name].takes_gates else (W_IH, W_HH, W_HR)
-    with _autograd._without_autocast(x):
-        whole = [
+    of_results, takes_gates = x.dtype, CELLS[name].takes_gates
+    products = None if x.is_cuda or composed else dtype_of_products(x, x.shape[0], weights)
+    if products is not None:
+        matrices = (W_HH,) if takes_gates else (W_IH, W_HH, W_HR)
+        weights = [
             w if w is None else _as(products if i % SLOTS in matrices else torch.float32, w)
             for i, w in enumerate(weights)
         ]
-        states = [_as(torch.float32, state) for state in states]
-        y, last, history = scan(
-            _as(products if W_IH in matrices else torch.float32, x),
-            states,
-            whole,
-            options=options.in_float32(),
-        )
-        return _as(x.dtype, y), [_as(x.dtype, t) for t in last], [_as(x.dtype, t) for t in history]
-
-
-def _layer(
-    name: str,
-    x: Tensor,
-    states: Sequence[Tensor],
-    weights: _autograd.Weights,
-    rows: Rows,
-    keep_history: bool,
-    composed: bool,
-    listener: _autograd.Listener | None,
-    options: StepOptions,
-) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """``layer`` in the dtype of the states; x and the matrices may be bfloat16 beside float32."""
-    if CELLS[name].takes_gates:
+        x = _as(torch.float32 if takes_gates else products, x)
+        states, options = [_as(torch.float32, state) for state in states], options.in_float32()
+    if takes_gates:
         with _autograd._without_autocast(x):
             x, weights = _normed_gates(x, weights, rows), scan_weights(name, weights)
     if composed and becomes_a_node():
@@ -312,25 +290,28 @@ def _layer(
             rows = rows._replace(lengths=None, reset=reset)
         with _autograd._without_autocast(x):
             return reference.forward(CELLS[name], rows, x, states, weights, options)
-    return _autograd.scan(name, x, states, weights, rows, keep_history, listener, options)
+    y, last, history = _autograd.scan(name, x, states, weights, rows, keep_history, listener, options)
+    if products is None:
+        return y, last, history
+    return _as(of_results, y), [_as(of_results, t) for t in last], [_as(of_results, t) for t in history]
 
 
 # Which instructions multiply bfloat16 matrices on the CPU, with sums in float32; "": none.
 _BFLOAT16_PRODUCTS = torch.ops.fastrnn.cpu_bfloat16()
 
 
-def dtype_of_products(x: Tensor, weights: _autograd.Weights) -> torch.dtype | None:
-    """What a layer in 16 bits on the CPU, or in float32 under autocast, multiplies: bfloat16 where the
-    processor has instructions for it, else float32. States and sums are float32. None: a layer in float32 or
-    float64 as it is."""
-    given = x.dtype
-    if given is torch.float32 and x.is_cpu and torch.is_autocast_enabled("cpu"):
-        # Few rows take no longer than to round the matrices, which a call of autocast would have to do.
-        cast = len(x) > 16 and not _prepack.has_pack(weights)
+def dtype_of_products(like: Tensor, N: int, weights: _autograd.Weights) -> torch.dtype | None:
+    """What a layer of N rows with numbers like these multiplies, in 16 bits on the CPU or in float32 under
+    autocast: bfloat16 where the processor has instructions for it, else float32. States and sums are float32.
+    None: a layer in float32 or float64 as it is."""
+    given = like.dtype
+    if given is torch.float32 and like.is_cpu and torch.is_autocast_enabled("cpu"):
+        # Under autocast the matrices are rounded in each call, which takes longer than products of few rows.
+        cast = N > 16 and not _prepack.has_pack(weights)
         given = torch.get_autocast_dtype("cpu") if cast else given
-    if given is torch.bfloat16 and _BFLOAT16_PRODUCTS and x.is_cpu and weights[W_HH] is not None:
+    if given is torch.bfloat16 and _BFLOAT16_PRODUCTS and like.is_cpu and weights[W_HH] is not None:
         return torch.bfloat16
-    return torch.float32 if x.dtype in SUMMED_IN_FLOAT32 else None
+    return torch.float32 if like.dtype in SUMMED_IN_FLOAT32 else None
 
 
 def note_of_products(products: torch.dtype | None) -> str:

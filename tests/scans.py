@@ -1,5 +1,6 @@
 """Random arguments for the operators, and the reference's answers in float64."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,6 +100,22 @@ class Scan:
         T = [self.layout.T] if stepwise else []
         to = [torch.randn(*T, *state.shape, generator=g, dtype=state.dtype) for state in self.states]
         return masks, [None] * len(to) if self.reset is None else to
+
+    def each_step(self, y: Tensor, history: Tensor) -> Iterator[tuple[int, Tensor, "Scan"]]:
+        """For each step of a dense time-major scan: its direction, its h [B, P], and a scan of it alone from
+        the states before it. history: every state beside h, side by side, as ``kernel`` has them."""
+        D, B, P = self.h0.shape
+        T = len(self.x) // B
+        others = [t.view(D, T, B, -1) for t in self._apart(history)] if history.numel() else []
+        every = [y.view(T, B, D, P).permute(2, 0, 1, 3), *others]
+        for d in range(D):
+            for t in range(T):
+                s = t - 1 if d == 0 else t + 1
+                h0, *c0 = (
+                    st if not 0 <= s < T else e[:, s] for st, e in zip(self.states, every, strict=True)
+                )
+                x = self.x.view(T, B, -1)[t]
+                yield d, every[0][d, t], replace(self, x=x, h0=h0, c0=torch.cat(c0, -1) if c0 else None)
 
     # The results of the operators in one row: y, h_n, c_n, saved, every c; [0] in the place of those that are
     # missing. The states beside h stand side by side.

@@ -65,19 +65,9 @@ def test_every_step_is_the_reference_from_the_state_before_it(name, T, B, H, rou
         scan, _ = make(name, T, B, H, D=D, I=32 if H % 32 == 0 else 33)
         poison()
         y, *_, history = scan.kernel(save=2)
-        others = [t.view(D, T, B, H) for t in scan._apart(history)] if history.numel() else []
-        every = [y.view(T, B, D, H).permute(2, 0, 1, 3), *others]
-        for d in range(D):
-            for t in range(T):
-                s = t - 1 if d == 0 else t + 1
-                before = [st if not 0 <= s < T else e[:, s] for st, e in zip(scan.states, every, strict=True)]
-                one, _ = make(name, 1, B, H, D=D, I=32 if H % 32 == 0 else 33)
-                one.x, one.h0 = scan.x.view(T, B, -1)[t], before[0]
-                one.c0 = torch.cat(before[1:], -1) if others else None
-                for part in one.WEIGHTS:
-                    setattr(one, part, getattr(scan, part))
-                expected = one.to("cpu", torch.float64).reference()[0].view(B, D, H)[:, d]
-                torch.testing.assert_close(every[0][d, t].double(), expected, rtol=2e-5, atol=2e-5)
+        for d, h, one in scan.each_step(y, history):
+            expected = one.to("cpu", torch.float64).reference()[0].view(B, D, H)[:, d]
+            torch.testing.assert_close(h.double(), expected, rtol=2e-5, atol=2e-5)
 
 
 @needs_products
@@ -265,6 +255,10 @@ def test_explain_says_what_is_multiplied():
     assert (f"products of bfloat16 ({HAS})" if HAS else "in float32") in line.forward
     (line,) = fastrnn.explain(module.half(), x.half())
     assert "in float32" in line.forward
+    for T, rounds in ((8, False), (9, HAS)):  # with two rows a step: autocast rounds the matrices from 17 on
+        with torch.autocast("cpu", torch.bfloat16):
+            (line,) = fastrnn.explain(fastrnn.LSTM(3, 4), torch.zeros(T, 2, 3))
+        assert ("products of bfloat16" in line.forward) == bool(rounds)
 
 
 SCRIPT = """

@@ -63,19 +63,8 @@ def test_every_step_is_the_emulation_from_the_state_before_it(name, T, B, H, rou
     for D, I in ((1, 67), (2, 5)):
         scan = make_scan(name, T, B, H, D=D, I=I, dtype=torch.float32)
         y, *_, history = scan.kernel(2, pack(scan))
-        others = [t.view(D, T, B, H) for t in scan._apart(history)] if history.numel() else []
-        every = [y.view(T, B, D, H).permute(2, 0, 1, 3), *others]
-        for d in range(D):
-            for t in range(T):
-                s = t - 1 if d == 0 else t + 1
-                before = [st if not 0 <= s < T else e[:, s] for st, e in zip(scan.states, every, strict=True)]
-                one = make_scan(name, 1, B, H, D=D, I=I, dtype=torch.float32)
-                one.x, one.h0 = scan.x.view(T, B, -1)[t], before[0]
-                one.c0 = torch.cat(before[1:], -1) if others else None
-                for part in one.WEIGHTS:
-                    setattr(one, part, getattr(scan, part))
-                expected = emulated(one).reference()[0].view(B, D, H)[:, d]
-                close(every[0][d, t], expected)
+        for d, h, one in scan.each_step(y, history):
+            close(h, emulated(one).reference()[0].view(B, D, H)[:, d])
 
 
 @pytest.mark.parametrize(("T", "B", "H", "P"), [(1, 1, 5, 3), (1, 7, 40, 33), (1, 40, 33, 16)])

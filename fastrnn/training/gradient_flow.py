@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastrnn.training import plots
+from fastrnn.training.clipping import norms_of
 from fastrnn.training.errors import check_whole
 from fastrnn.training.speed import synchronized
 from fastrnn.training.states import StateGradientNorms
@@ -96,9 +97,9 @@ class GradientFlow(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
     ) -> None:
         if self.records and self.records[-1]["step"] == trainer.global_step:
-            named = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
-            norms = torch.stack(torch._foreach_norm([grad for _, grad in named])).tolist()
-            self.records[-1]["parameters"] = dict(zip([name for name, _ in named], norms, strict=True))
+            with_grad = {name: p for name, p in pl_module.named_parameters() if p.grad is not None}
+            norms = norms_of(list(with_grad.values())).tolist()
+            self.records[-1]["parameters"] = dict(zip(with_grad, norms, strict=True))
 
     def _last_profile(self, record: int = -1) -> np.ndarray:
         """The norm [K] over all states, h and c, for the loss that stands latest in time."""
